@@ -37,7 +37,7 @@ class PatchEncoder:
     licence: str
     preprocess: Callable[[Tensor], Tensor]
     forward: Callable[[Tensor], Tensor]
-    device: torch.device = torch.device("cpu")
+    device: torch.device
     dtype: torch.dtype = torch.float32
     chunk: int = 16
 
@@ -120,7 +120,7 @@ def load_efficientnet_lite0(device: torch.device) -> PatchEncoder:
     for block in model._blocks:
         _fold_batch_norm(block, {"_expand_conv": "_bn0", "_depthwise_conv": "_bn1", "_project_conv": "_bn2"})
     dtype = fast_dtype(device)
-    model = model.to(device, dtype, memory_format=torch.channels_last)
+    model = model.to(device, dtype).to(memory_format=torch.channels_last)
 
     def forward(x: Tensor) -> Tensor:
         return model.extract_features(x).float().mean((2, 3))
