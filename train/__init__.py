@@ -1,0 +1,1 @@
+"""Training of sparsewsi: `python -m train.run`. Nothing here is imported by the package or the app."""

@@ -1,0 +1,506 @@
+"""SparseLearn: what stands between the scorer and the LLM during training, and is gone at inference.
+
+z-score -> soft top-K -> noise gate -> denoiser (paper, sections 3.2 to 3.4).
+
+Shapes: ... any leading axes, N patches of one slide (padded where a mask is given), D width of a token, K kept (a budget, need
+not be whole while it is annealed), M the few largest scores that are treated in float64. mask: bool (..., N), True = a real patch.
+
+The soft top-K finds the threshold b of sum_i F((z_i - b) / tau) = K. Only the M largest scores can lie near b or above it; of all
+others no more is needed than a sum (laplace) or a few power sums (logistic) of exp((z_i - z_M) / tau). So the cost is a handful of
+passes over N plus a solve on M numbers in float64, with neither a sort of N nor a wait for the device.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from sparsewsi.selector import Block
+
+KERNELS = ("laplace", "logistic")
+GATES = ("vp", "scale")
+
+# The threshold solve. A token of rank r has alpha <= K / r, so beyond rank LOGISTIC_HEAD * K the odds v = alpha / (1 - alpha) are at
+# most 1 / (LOGISTIC_HEAD - 1), and v - v^2 + v^3 - ... needs few terms: 31^-5 = 3e-8, 31^-11 = 4e-17.
+LOGISTIC_HEAD = 32
+LOGISTIC_TERMS = {torch.float32: 5, torch.float64: 11}
+NEWTON_STEPS = 6
+VARIANCE_FLOOR = 1e-5  # in z-score; with 1e-12 the gradient of constant scores reaches 9e5
+BLOCK_SEARCH_FROM = 32_768  # row length from which finding the largest scores by blocks beats one torch.topk
+
+
+# ---------------------------------------------------------------------------------------------------------------- scores
+
+
+def zscore(scores: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scores with mean 0 and variance 1 over the valid tokens of the last axis; float32 (float64 stays), masked tokens 0.
+
+    Biased variance. Adding a constant to all scores changes nothing; constant scores give zeros and a finite gradient.
+    """
+    scores = _full_precision(scores)
+    if mask is None:
+        centred = scores - scores.mean(-1, keepdim=True)
+        variance = centred.square().mean(-1, keepdim=True)
+    else:
+        count = mask.sum(-1, keepdim=True).clamp(min=1)
+        scores = scores.masked_fill(~mask, 0.0)
+        centred = (scores - scores.sum(-1, keepdim=True) / count).masked_fill(~mask, 0.0)
+        variance = centred.square().sum(-1, keepdim=True) / count
+    return centred * (variance + VARIANCE_FLOOR).rsqrt()
+
+
+def soft_topk(scores: Tensor, k: float, tau: float, mask: Tensor | None = None, kernel: str = "laplace") -> Tensor:
+    """alpha_i = F((scores_i - b) / tau) with b such that alpha sums to k over the last axis (paper, eq. 4).
+
+    scores: (..., N), taken as they are (see zscore). k: tokens to keep, > 0, whole or not. tau: temperature, > 0.
+    kernel: F is the distribution function of the "laplace" (LapSum; for k = 1 this is softmax as long as no alpha exceeds 1/2)
+            or of the "logistic" law (sigmoid).
+    Returns (..., N) in [0, 1], float32 (float64 for float64 scores) under autocast too. Masked tokens are exactly 0 and get no
+    gradient; a row with at most k valid tokens is all ones with zero gradient; equal scores get equal alpha. As tau -> 0 alpha
+    tends to the mask of the k largest scores. Differentiable once, by the implicit function theorem.
+    Raises ValueError for k <= 0, tau <= 0, an unknown kernel, or a mask of another shape.
+    """
+    _check(scores, k, tau, mask, kernel)
+    return _SoftTopK.apply(_full_precision(scores), mask, float(k), float(tau), kernel)
+
+
+def hardness(alpha: Tensor, scores: Tensor, k: int, mask: Tensor | None = None) -> Tensor:
+    """Share of alpha's mass that lies on the k highest scores, in [0, 1], shape (...,): 1 where training equals hard top-k.
+
+    alpha, scores, mask: (..., N). While K is annealed give the k of inference. A row of at most k valid tokens gives 1.
+    """
+    scores = scores.detach() if mask is None else scores.detach().masked_fill(~mask, -math.inf)
+    alpha = alpha.detach()
+    kept = alpha.gather(-1, scores.topk(min(k, scores.shape[-1]), dim=-1).indices).sum(-1)
+    return kept / alpha.sum(-1).clamp(min=torch.finfo(alpha.dtype).tiny)
+
+
+def tau_at(step: int, total: int, start: float, end: float) -> float:
+    """Temperature at a step: cosine from start (step 0) to end (step >= total)."""
+    progress = min(max(step / total, 0.0), 1.0) if total > 0 else 1.0
+    return end + 0.5 * (start - end) * (1.0 + math.cos(math.pi * progress))
+
+
+def k_at(step: int, total: int, k_start: float, k_end: float) -> float:
+    """Budget K at a step, geometric from k_start (e.g. 3/4 N) to k_end; not whole in between. Ours, the paper keeps K fixed."""
+    progress = min(max(step / total, 0.0), 1.0) if total > 0 else 1.0
+    return k_end if progress == 1.0 else k_start * (k_end / k_start) ** progress
+
+
+# ------------------------------------------------------------------------------------------------------------ noise gate
+
+
+def vp_noise_gate(x: Tensor, alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """sqrt(alpha) x + sqrt(1 - alpha) noise (paper, eq. 5), for callers that have alpha but not the scores behind it.
+
+    x: (..., N, D) with unit variance per token, else the variance is not preserved. alpha: (..., N). generator: on x's device.
+    The gradient towards alpha is infinite where alpha is 0 or 1; soft_topk_gate has no such places.
+    """
+    noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    alpha = alpha.unsqueeze(-1)
+    return (alpha.sqrt() * x + (1 - alpha).sqrt() * noise).to(x.dtype)
+
+
+def soft_topk_gate(
+    x: Tensor, scores: Tensor, k: float, tau: float, noise: Tensor, mask: Tensor | None = None, kernel: str = "laplace"
+) -> Tensor:
+    """vp_noise_gate(x, soft_topk(scores, ...)) in one step, with a finite and accurate gradient everywhere.
+
+    x, noise: (..., N, D); scores, mask: (..., N), as for soft_topk. Masked tokens come out as zeros.
+    Both coefficients and their derivatives are formed from the logit u = (z - b) / tau, where neither alpha nor 1 - alpha ever
+    rounds to zero. No gradient flows to the noise.
+    """
+    _check(scores, k, tau, mask, kernel)
+    if x.shape[:-1] != scores.shape or noise.shape != x.shape:
+        raise ValueError(
+            f"x {tuple(x.shape)}, noise {tuple(noise.shape)} and scores {tuple(scores.shape)} do not fit: "
+            "x and noise must be (..., N, D) where scores are (..., N)."
+        )
+    return _Gate.apply(x, _full_precision(scores), noise, mask, float(k), float(tau), kernel)
+
+
+# -------------------------------------------------------------------------------------------------------------- denoiser
+
+
+class Denoiser(nn.Module):
+    """One Transformer block after the gate (section 3.4), the identity at initialisation: x + 0.
+
+    attention="local" lets each token see itself alone (softmax over one element is 1, so out_proj(v_proj(x)) is left);
+    "global" is the paper's ablation, in which tokens leak past the gate.
+    """
+
+    def __init__(self, dim: int, heads: int = 8, attention: str = "local"):
+        super().__init__()
+        self.block = Block(dim, heads, attention)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)  # (..., N, D)
+
+
+class SparseLearn(nn.Module):
+    """z-score, soft top-K, gate, denoiser; the training path of the paper (figure 2b). Not part of a released model.
+
+    dim: width of the tokens. k: the budget K of inference. heads: of the denoiser.
+    kernel: "laplace" | "logistic". gate: "vp" | "scale" (ablation: x alpha). denoiser: "local" | "global" (ablation) | "none".
+    """
+
+    def __init__(
+        self, dim: int, k: int, heads: int = 8, kernel: str = "laplace", gate: str = "vp", denoiser: str = "local"
+    ):
+        super().__init__()
+        if kernel not in KERNELS:
+            raise ValueError(f"kernel is {kernel!r}; choose one of {', '.join(KERNELS)}.")
+        if gate not in GATES:
+            raise ValueError(f"gate is {gate!r}; choose one of {', '.join(GATES)}.")
+        if denoiser not in ("local", "global", "none"):
+            raise ValueError(f"denoiser is {denoiser!r}; choose one of local, global, none.")
+        self.k, self.kernel, self.gate = k, kernel, gate
+        self.denoiser = None if denoiser == "none" else Denoiser(dim, heads, denoiser)
+
+    def alpha(self, scores: Tensor, tau: float, mask: Tensor | None = None, k: float | None = None) -> Tensor:
+        """The weights forward uses, (..., N); for logging, e.g. hardness(sparselearn.alpha(scores.detach(), tau), 32)."""
+        return soft_topk(zscore(scores, mask), self.k if k is None else k, tau, mask, self.kernel)
+
+    def forward(
+        self,
+        x: Tensor,
+        scores: Tensor,
+        tau: float,
+        mask: Tensor | None = None,
+        k: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """(..., N, D) tokens and (..., N) raw scores to (..., N, D) tokens, masked ones zero.
+
+        k: another budget than self.k, while K is annealed. generator: source of the noise, on x's device, seeded by
+        (seed, rank, step). Activation checkpointing around this call would draw other noise in the recomputation: leave it outside.
+        """
+        k = self.k if k is None else k
+        if self.gate == "vp":
+            noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            x = soft_topk_gate(x, zscore(scores, mask), k, tau, noise, mask, self.kernel)
+        else:
+            x = (x * self.alpha(scores, tau, mask, k).unsqueeze(-1)).to(x.dtype)
+        if self.denoiser is not None:
+            x = self.denoiser(x)
+        return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0.0)
+
+
+# ---------------------------------------------------------------------------------------------- rivals of the soft gate
+
+
+def ste_topk(scores: Tensor, k: int, tau: float, mask: Tensor | None = None, kernel: str = "laplace") -> Tensor:
+    """Straight-through top-k: the hard 0/1 mask forward (ties to the lowest index), soft_topk's gradient backward. (..., N)."""
+    soft = soft_topk(scores, k, tau, mask, kernel)
+    valid = scores.detach() if mask is None else scores.detach().masked_fill(~mask, -math.inf)
+    order = valid.sort(dim=-1, descending=True, stable=True).indices[..., : math.floor(k)]
+    hard = torch.zeros_like(soft).scatter_(-1, order, 1.0)
+    hard = hard if mask is None else hard * mask
+    return hard + (soft - soft.detach())
+
+
+def gumbel_topk(
+    scores: Tensor,
+    k: int,
+    tau: float,
+    mask: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    kernel: str = "laplace",
+) -> Tensor:
+    """Straight-through top-k of scores + tau * Gumbel noise: k tokens drawn without replacement from softmax(scores / tau)."""
+    uniform = torch.rand(scores.shape, generator=generator, device=scores.device, dtype=torch.float32)
+    tiny = torch.finfo(torch.float32).tiny
+    gumbel = -(-uniform.clamp(tiny, 1 - 1e-7).log()).log()
+    return ste_topk(_full_precision(scores) + tau * gumbel, k, tau, mask, kernel)
+
+
+# ------------------------------------------------------------------------------------------------------- the threshold
+
+
+class _Largest(NamedTuple):
+    values: Tensor  # (B, M), descending
+    indices: Tensor  # (B, M)
+
+
+class _Threshold(NamedTuple):
+    """Where F((z - b) / tau) sums to k, for rows (B, N) whose masked scores are -inf."""
+
+    indices: Tensor  # (B, M) of the M largest scores
+    top: Tensor  # (B, M) float64, their logits (z - b) / tau
+    rest: Tensor | None  # (B, N) exp((z - anchor) / tau), zero at `indices`; None if M = N
+    anchor: Tensor  # (B, 1) float64, the smallest valid score among the M largest
+    beta: Tensor  # (B, 1) float64, (b - anchor) / tau
+
+
+def _largest(z: Tensor, m: int) -> _Largest:
+    """The m largest of each row of z (B, N), descending.
+
+    In long rows only the m blocks with the largest maxima are looked into: each score outside them is at most the maximum of each
+    of these m blocks, so m scores at least as large lie within.
+    """
+    rows, n = z.shape
+    width = math.isqrt(n // m) if m else 0
+    if n < BLOCK_SEARCH_FROM or width < 8:
+        return _Largest(*z.topk(m, dim=-1))
+    blocks = n // width
+    whole = z[:, : blocks * width].unflatten(-1, (blocks, width))  # (B, blocks, width)
+    first = whole.amax(-1).topk(m, dim=-1, sorted=False).indices.unsqueeze(-1)  # (B, m, 1)
+    found = whole.gather(1, first.expand(rows, m, width)).flatten(1)
+    index = (first * width + torch.arange(width, device=z.device)).flatten(1)
+    left_over = torch.arange(blocks * width, n, device=z.device).expand(rows, -1)
+    values, place = torch.cat([found, z[:, blocks * width :]], 1).topk(m, dim=-1)
+    return _Largest(values, torch.cat([index, left_over], 1).gather(1, place))
+
+
+def _find_threshold(z: Tensor, k: float, tau: float, kernel: str) -> _Threshold:
+    """z: (B, N), masked scores -inf, N > k. Rows with at most k valid scores get values without meaning (NaN possible)."""
+    n = z.shape[-1]
+    head = 2 * k if kernel == "laplace" else LOGISTIC_HEAD * k
+    largest = _largest(z, min(n, math.ceil(head) + 1))
+    top = largest.values.double()  # (B, M)
+    anchor = torch.where(top.isfinite(), top, math.inf).amin(-1, keepdim=True)
+    if largest.indices.shape[-1] == n:
+        rest = None
+    else:
+        # anchor is a float of z's precision, and close scores subtract exactly: no error of size z / tau arises
+        rest = z.sub(anchor.to(z.dtype)).mul_(1 / tau).exp_().scatter_(-1, largest.indices, 0.0)
+    x = (top - anchor) / tau  # (B, M) >= 0; -inf where masked
+    beta = (_laplace_beta if kernel == "laplace" else _logistic_beta)(x, rest, k, n)
+    return _Threshold(largest.indices, x - beta, rest, anchor, beta)
+
+
+def _laplace_beta(x: Tensor, rest: Tensor | None, k: float, n: int) -> Tensor:
+    """The threshold of the Laplace kernel, in closed form.
+
+    With m scores above b, A = sum over them of e^-x and B = sum over the others of e^x, the sum of alpha is m - e^b A / 2 + e^-b B / 2:
+    quadratic in e^b. Each alpha above b exceeds 1/2, so m < 2k. Everything in logarithms: x spans thousands at tau = 1e-3.
+    """
+    tail = x.new_full((x.shape[0], 1), -math.inf) if rest is None else rest.sum(-1, keepdim=True).double().log()
+    rank = torch.arange(1, x.shape[-1] + 1, device=x.device, dtype=x.dtype)
+    log_a = (-x).logcumsumexp(-1)  # at rank j: over the j largest
+    log_b = (
+        torch.cat([x, tail], -1).flip(-1).logcumsumexp(-1).flip(-1)
+    )  # (B, M + 1); at j (from 0): over all but the j largest
+    sum_there = (
+        rank - 0.5 * (log_a + x).exp() + 0.5 * (log_b[:, 1:] - x).exp()
+    )  # of alpha, were b at the score of rank j
+    above = (sum_there < k).sum(-1, keepdim=True)  # m; NaN (masked) compares false
+    log_a = log_a.gather(-1, (above - 1).clamp(min=0)).masked_fill(above == 0, -math.inf)
+    log_b = log_b.gather(-1, above)
+    surplus = above.double() - k
+    log_surplus = surplus.abs().log()
+    log_root = torch.logaddexp(log_surplus, 0.5 * torch.logaddexp(2 * log_surplus, log_a + log_b))
+    return torch.where(surplus >= 0, log_root - log_a, log_b - log_root)
+
+
+def _logistic_beta(x: Tensor, rest: Tensor | None, k: float, n: int) -> Tensor:
+    """The threshold of the logistic kernel, by Newton steps on log sum_rest sigmoid(u) = log sum_top sigmoid(-u), u = x - b.
+
+    The score at the edge counts to both sides when k is not whole. Both sums are divided by their leading exponential, which
+    leaves nothing to underflow; the slope in b lies in [-2, -1], so no step can leave the root further behind than it was.
+    """
+    whole, edge = math.floor(k), math.ceil(k) - 1
+    weight_top = (k - torch.arange(x.shape[-1], device=x.device, dtype=x.dtype)).clamp(
+        0, 1
+    )  # (M,): 1, .., 1, fraction, 0, ..
+    x_top, x_rest = x[:, edge : edge + 1], x[:, whole : whole + 1]
+    top = weight_top * (x_top - x).clamp(max=0).exp()
+    below = (1 - weight_top) * (x - x_rest).clamp(max=0).exp()
+    sides = torch.stack([top, below], -1)  # (B, M, 2)
+    sum_top, sum_below = sides.sum(1, keepdim=True).unbind(-1)  # (B, 1)
+    powers = _alternating_power_sums(rest, x) * (-x_rest).exp()  # (B, terms)
+    order = torch.arange(1, powers.shape[-1] + 1, device=x.device, dtype=x.dtype)
+    lowest = x_rest - math.log(k / (whole + 1 - k))  # the score after the k largest has alpha <= k / (floor(k) + 1)
+    highest = x[:, :1] + math.log(n / k)  # n alpha_1 >= k
+
+    # Exact if b lies far below the top and far above the rest; if it lies above all, the top's sum is at most k.
+    beta = x_rest + (sum_below + powers[:, :1]).log()
+    beta = torch.maximum(0.5 * (beta + x_top - sum_top.log()), beta - math.log(k))
+    for _ in range(NEWTON_STEPS):
+        beta = torch.minimum(torch.maximum(beta, lowest), highest)
+        a = (x - beta).sigmoid()
+        first, second = (torch.stack([a, a * a], 1) @ sides).unbind(1)  # (B, 2): sums over (top, below) of a, of a^2
+        series = powers * (-beta).exp().clamp(max=1 / (LOGISTIC_HEAD - 1)) ** (order - 1)
+        r0 = sum_below - first[:, 1:] + series.sum(-1, keepdim=True)
+        r1 = sum_below - 2 * first[:, 1:] + second[:, 1:] + (series * order).sum(-1, keepdim=True)
+        balance = x_rest + x_top - 2 * beta + r0.log() - first[:, :1].log()
+        beta = beta + balance / (r1 / r0 + second[:, :1] / first[:, :1])
+    return beta
+
+
+def _alternating_power_sums(rest: Tensor | None, x: Tensor) -> Tensor:
+    """(B, terms) float64: sum v, -sum v^2, sum v^3, ... over the scores below the M largest, in units of the anchor's."""
+    if rest is None:
+        return x.new_zeros(x.shape[0], 1)
+    sums, power = [rest.sum(-1)], rest
+    for i in range(1, LOGISTIC_TERMS[rest.dtype]):
+        power = power * rest
+        sums.append(power.sum(-1) * (-1) ** i)
+    return torch.stack(sums, -1).double()
+
+
+# ------------------------------------------------------------------------------------------------------------ autograd
+
+
+class _SoftTopK(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scores: Tensor, mask: Tensor | None, k: float, tau: float, kernel: str) -> Tensor:
+        n = scores.shape[-1]
+        ctx.tau, ctx.kernel, ctx.all_kept = tau, kernel, n <= k
+        if n <= k:
+            return torch.ones_like(scores) if mask is None else mask.to(scores.dtype)
+        z, undecided = _rows(scores, mask, k)
+        found = _find_threshold(z, k, tau, kernel)
+        if kernel == "laplace":
+            half = 0.5 * found.top.abs().neg().exp()
+            top, slope = torch.where(found.top > 0, 1 - half, half), half
+        else:
+            top = found.top.sigmoid()
+            slope = top * found.top.neg().sigmoid()
+        if found.rest is None:
+            alpha = torch.empty_like(z)
+        elif kernel == "laplace":
+            alpha = found.rest.mul_((0.5 * (-found.beta).exp()).to(z.dtype))
+        else:
+            alpha = found.rest.mul_((-found.beta).exp().to(z.dtype))
+            alpha.div_(alpha + 1)
+        alpha.scatter_(-1, found.indices, top.to(z.dtype))
+        if mask is not None:
+            alpha = torch.where(undecided, alpha, mask.reshape(alpha.shape).to(z.dtype))
+        alpha = alpha.view(scores.shape)
+        ctx.save_for_backward(alpha, found.indices, slope.to(z.dtype), undecided)
+        return alpha
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        if ctx.all_kept:
+            return torch.zeros_like(grad), None, None, None, None
+        alpha, indices, slope_top, undecided = ctx.saved_tensors
+        alpha = alpha.reshape(-1, alpha.shape[-1])
+        g = grad.reshape(alpha.shape)
+        # F' = alpha for the laplace kernel below the threshold. In the head it was formed from the logit: there 1 - alpha may round to 0.
+        slope = alpha.clone() if ctx.kernel == "laplace" else alpha * (1 - alpha)
+        slope.scatter_(-1, indices, slope_top)
+        if undecided is not None:
+            slope = torch.where(undecided, slope, 0.0)
+        total = slope.sum(-1, keepdim=True).clamp(min=torch.finfo(slope.dtype).tiny)
+        # Counted from the g of the token nearest the threshold: when that one holds nearly all of the slope, g - mean would cancel.
+        nearest = indices.gather(-1, slope_top.argmax(-1, keepdim=True))
+        g = g - g.gather(-1, nearest)
+        mean = (slope * g).sum(-1, keepdim=True) / total
+        return g.sub_(mean).mul_(slope).mul_(1 / ctx.tau).view(grad.shape), None, None, None, None
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, scores: Tensor, noise: Tensor, mask: Tensor | None, k: float, tau: float, kernel: str
+    ) -> Tensor:
+        n = scores.shape[-1]
+        ctx.tau, ctx.kernel = tau, kernel
+        if n <= k:
+            logits, undecided = torch.full_like(scores, math.inf), None
+        else:
+            z, undecided = _rows(scores, mask, k)
+            found = _find_threshold(z, k, tau, kernel)
+            b = found.anchor + tau * found.beta  # float64, split so that a float32 difference z - b keeps its digits
+            coarse = b.to(z.dtype)
+            logits = z.sub(coarse).sub_((b - coarse).to(z.dtype)).div_(tau)
+            if undecided is not None:
+                logits = torch.where(undecided, logits, math.inf)
+            logits = logits.view(scores.shape)
+        keep, noise_share = _gate_coefficients(logits, kernel)
+        if mask is not None:
+            keep, noise_share = keep * mask, noise_share * mask
+        out = noise * noise_share.unsqueeze(-1)
+        out = out.addcmul_(x.to(out.dtype), keep.unsqueeze(-1)).to(x.dtype)
+        if mask is not None:
+            out = out.masked_fill_(~mask.unsqueeze(-1), 0.0)  # also where x is NaN in the padding
+        ctx.save_for_backward(x, noise, logits, keep, mask)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, noise, logits, keep, mask = ctx.saved_tensors
+        grad_x = grad_scores = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad * keep.unsqueeze(-1)).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_scores = _gate_logit_gradient(logits, _row_dot(grad, x), _row_dot(grad, noise), ctx.kernel)
+            if mask is not None:
+                grad_scores = grad_scores.masked_fill(~mask, 0.0)
+            weight = _threshold_weights(logits, ctx.kernel)
+            grad_scores = _less_share_of_sum(grad_scores, weight) / ctx.tau
+        return grad_x, grad_scores, None, None, None, None, None
+
+
+def _gate_coefficients(u: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
+    """sqrt(F(u)) and sqrt(1 - F(u))."""
+    if kernel == "logistic":
+        return (0.5 * nn.functional.logsigmoid(u)).exp(), (0.5 * nn.functional.logsigmoid(-u)).exp()
+    small = (-0.5 * u.abs()).exp() * math.sqrt(0.5)
+    large = (1 - small * small).sqrt()
+    return torch.where(u > 0, large, small), torch.where(u > 0, small, large)
+
+
+def _gate_logit_gradient(u: Tensor, along_x: Tensor, along_noise: Tensor, kernel: str) -> Tensor:
+    """dL/du from <dL/dx~, x> and <dL/dx~, noise>, u taken as independent of the other tokens'."""
+    keep, noise_share = _gate_coefficients(u, kernel)
+    if kernel == "logistic":
+        return 0.5 * keep * noise_share * (noise_share * along_x - keep * along_noise)
+    small, large = torch.minimum(keep, noise_share), torch.maximum(keep, noise_share)
+    ratio = small / large
+    return 0.5 * small * torch.where(u > 0, ratio * along_x - along_noise, along_x - ratio * along_noise)
+
+
+def _less_share_of_sum(values: Tensor, weight: Tensor) -> Tensor:
+    """values - weight * sum(values), without cancellation at a token that holds nearly all of the weight (which sums to 1)."""
+    heaviest = weight.argmax(-1, keepdim=True)
+    own, share = values.gather(-1, heaviest), weight.gather(-1, heaviest)
+    others = values.scatter(-1, heaviest, 0.0).sum(-1, keepdim=True)
+    others_share = weight.scatter(-1, heaviest, 0.0).sum(-1, keepdim=True)
+    return (values - weight * (own + others)).scatter_(-1, heaviest, own * others_share - share * others)
+
+
+def _threshold_weights(u: Tensor, kernel: str) -> Tensor:
+    """db/dz_i: F'(u_i) over its sum, as a softmax of log F', which cannot underflow in all tokens. Zero where u is infinite."""
+    log_slope = -u.abs() if kernel == "laplace" else nn.functional.logsigmoid(u) + nn.functional.logsigmoid(-u)
+    peak = log_slope.amax(-1, keepdim=True).clamp(min=torch.finfo(u.dtype).min)
+    weight = (log_slope - peak).exp()
+    return weight / weight.sum(-1, keepdim=True).clamp(min=1.0)  # the largest is 1 unless all are 0
+
+
+def _row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Scalar product over the last axis; float32 at least."""
+    return (_full_precision(a) * _full_precision(b)).sum(-1)
+
+
+def _rows(scores: Tensor, mask: Tensor | None, k: float) -> tuple[Tensor, Tensor | None]:
+    """(B, N) scores with -inf where masked, and (B, 1) whether a row holds more than k valid tokens (None without a mask: all do)."""
+    z = scores.reshape(-1, scores.shape[-1])
+    if mask is None:
+        return z, None
+    mask = mask.reshape(z.shape)
+    return z.masked_fill(~mask, -math.inf), mask.sum(-1, keepdim=True) > k
+
+
+def _full_precision(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _check(scores: Tensor, k: float, tau: float, mask: Tensor | None, kernel: str) -> None:
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel is {kernel!r}; choose one of {', '.join(KERNELS)}.")
+    if not k > 0:
+        raise ValueError(f"k is {k}; the number of tokens to keep must be above 0.")
+    if not tau > 0:
+        raise ValueError(f"tau is {tau}; the temperature must be above 0. For the limit tau -> 0 use hard_topk.")
+    if mask is not None and (mask.shape != scores.shape or mask.dtype != torch.bool):
+        raise ValueError(
+            f"mask is {mask.dtype} {tuple(mask.shape)}; it must be bool of the scores' shape {tuple(scores.shape)}, "
+            "True for a real patch."
+        )
