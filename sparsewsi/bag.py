@@ -30,6 +30,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsewsi.encoders import PatchEncoder, load_encoder
+from sparsewsi.slide import open_slide
+from sparsewsi.tissue import patch_coords, patch_side, why_empty
 
 UNKNOWN_ENCODER = "unknown"
 _NOMINAL_PATCH_SIZE = 256  # level-0 px; only for files that say nothing about size and position
@@ -146,17 +148,12 @@ def extract_bag(
     progress:    called with (patches done, patches in all)
     Raises ValueError (SlideError) when the slide cannot be read or states no mpp. N = 0 is legal.
     """
-    from sparsewsi.tissue import patch_coords
-
-    from sparsewsi.slide import open_slide
-
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     if max_patches is not None and max_patches < 1:
         raise ValueError(f"max_patches must be at least 1, got {max_patches}.")
     with open_slide(path, slide_mpp=slide_mpp) as slide:
-        slide.require_mpp()
-        assert slide.mpp is not None
+        level0_mpp = slide.require_mpp()
         coords = patch_coords(slide, mpp, patch_size)  # (N, 2) int32
         if max_patches is not None and len(coords) > max_patches:
             coords = coords[np.linspace(0, len(coords) - 1, max_patches, dtype=int)]
@@ -174,17 +171,18 @@ def extract_bag(
             done += len(pixels)
             if progress is not None:
                 progress(done, len(coords))
+        notes = [*slide.warnings, slide.check_mpp(mpp), None if len(coords) else why_empty(slide, mpp, patch_size)]
         return Bag(
             features=features,
             coords=torch.from_numpy(np.ascontiguousarray(coords, dtype=np.int32)),
-            patch_size=max(1, round(patch_size * mpp / slide.mpp)),
+            patch_size=patch_side(slide, mpp, patch_size),
             mpp=mpp,
             encoder=loaded.name,
             slide=slide.name,
-            slide_mpp=slide.mpp,
+            slide_mpp=level0_mpp,
             mpp_source=slide.mpp_source or "unknown",
             slide_size=(int(slide.size[0]), int(slide.size[1])),
-            note="" if len(coords) else "No tissue was found on this slide.",
+            note=" ".join(note for note in notes if note),
         )
 
 
