@@ -28,8 +28,8 @@ from PIL import Image
 PLAUSIBLE_MPP = (0.05, 32.0)
 # Beyond this factor a patch would show an encoder blur that no microscope at that resolution shows.
 MAX_UPSAMPLING = 2.0
-# Largest region of one level decoded in one go: 8 Mpx are 32 MB of RGBA.
-BLOCK = (4096, 2048)
+# Largest region of one level decoded in one go: 8 MB of RGBA; larger ones are no faster.
+BLOCK = (2048, 1024)
 # OpenSlide's default of 32 MB is less than one row of tiles of a slide 40,000 px wide, and a row is read twice.
 CACHE_BYTES = 64 << 20
 

@@ -1,0 +1,330 @@
+"""Where the tissue of an H&E slide lies, without weights, and the grid of patches that cover it.
+
+Colours are judged as optical densities against the slide's own glass, OD = -ln(I / I_glass): dyes absorb, so densities
+add, and a grey veil or a dim lamp adds the same to all three. Whatever mix of haematoxylin and eosin a px holds, it
+absorbs green more than blue, and red at most about as much as green. Little else on a slide does both:
+
+    green, blue pen   absorb red more than green
+    red pen           absorbs blue as much as green
+    black pen, dust   absorb all alike
+    glass             absorbs nothing
+
+Two grids: the mask, about 8 um/px, decides each px by its colour; cells of about 32 um, whole numbers of mask px,
+decide what belongs together: gaps and fat are filled, specks dropped, pen marks taken out with whatever is under them.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+from sparsewsi.slide import Slide, SlideError
+
+MASK_MPP = 8.0  # um per mask px
+CELL_UM = 32.0  # side of a cell
+OFFSET = 4.0  # added to intensities before the logarithm, so that noise in black px counts for little
+LEAST_STAIN = 0.02  # OD_green - OD_blue of the palest tissue; glass is within 0.01 of 0
+LEAST_SHARE = 0.13  # the same as a share of OD_green: blood has 0.18 and more, red ink 0.1 and less
+MARK_SHARE = 0.4  # a cell of which this share is dark, but not stained, is a pen mark or dirt
+SPECK_MM2 = 0.015  # tissue and marks smaller than this are dropped
+FAT_MM2 = 0.05  # fat smaller than this is taken for scratches
+HOLE_MM2 = 0.03  # holes smaller than this, 0.2 mm across, are lumina and gaps within tissue
+GAP_UM = 64.0  # gaps narrower than this are closed
+DEFAULT_GLASS = (245.0, 245.0, 245.0)  # where a slide shows no glass
+
+
+@dataclass(frozen=True)
+class _Segmentation:
+    mask: np.ndarray  # bool (h, w)
+    scale: float  # level-0 px per mask px
+    reason: str  # why nothing was found, "" if something was
+
+
+def tissue_mask(slide: Slide, mpp: float = MASK_MPP) -> tuple[np.ndarray, float]:
+    """Mask of the tissue of a slide, at about mpp um/px: the nearest size that a level gives without interpolation.
+
+    Returns (bool (h, w), level-0 px per mask px); mask px (0, 0) lies at the slide's origin, all is False outside the
+    slide's bounds. An empty mask is legal (see why_empty). Raises SlideError if the slide states no resolution or is
+    damaged.
+    """
+    found = _segment(slide, mpp)
+    return found.mask, found.scale
+
+
+def patch_coords(slide: Slide, mpp: float, patch_size: int, min_tissue: float = 0.1) -> np.ndarray:
+    """Top-left corners of the patches that hold tissue, in row-major order.
+
+    mpp:        resolution to read at, um/px
+    patch_size: side of a patch in px *at that mpp*
+    min_tissue: keep a patch if at least this fraction of its area is tissue, in [0, 1]; 0 keeps every patch
+    Returns (N, 2) int32, (x, y) in the level-0 frame, multiples of patch_side(...); N = 0 is legal (see why_empty).
+    Raises SlideError if the slide states no resolution, or one so coarse that it would be enlarged more than 2 times.
+    """
+    side = patch_side(slide, mpp, patch_size)
+    _check_fraction(min_tissue)
+    found = _segment(slide, MASK_MPP)
+    columns, rows, coverage = _grid_coverage(slide, found, side)
+    keep = coverage >= min_tissue - 1e-9
+    row, column = np.nonzero(keep)  # row-major
+    return np.stack([columns[column], rows[row]], axis=1).astype(np.int32)
+
+
+def patch_side(slide: Slide, mpp: float, patch_size: int) -> int:
+    """Side of a patch in level-0 px, and the step of the grid: patch_size px at mpp, to the nearest px.
+
+    A patch read at exactly mpp is up to half a level-0 px wider or narrower than this.
+    Raises SlideError as patch_coords.
+    """
+    if patch_size < 1:
+        raise SlideError(f"patch_size must be at least 1 px, got {patch_size}.")
+    slide.check_mpp(mpp)
+    return max(1, round(patch_size * mpp / slide.require_mpp()))
+
+
+def why_empty(slide: Slide, mpp: float, patch_size: int, min_tissue: float = 0.1) -> str:
+    """One sentence on why patch_coords(...) with these arguments is empty; "" if it is not."""
+    side = patch_side(slide, mpp, patch_size)
+    _check_fraction(min_tissue)
+    found = _segment(slide, MASK_MPP)
+    coverage = _grid_coverage(slide, found, side)[2]
+    most = float(coverage.max(initial=0.0))
+    if most >= min_tissue - 1e-9:
+        return ""
+    if found.reason:
+        return found.reason
+    return (
+        f"No patch is tissue to {100 * min_tissue:.3g} % or more (the fullest one to {100 * most:.2g} %); "
+        "the tissue is too small for patches of this size, lower min_tissue or patch_size."
+    )
+
+
+def _check_fraction(min_tissue: float) -> None:
+    if not 0 <= min_tissue <= 1:
+        raise SlideError(f"min_tissue is a fraction from 0 to 1, got {min_tissue}.")
+
+
+# ---- the grid ----
+
+
+def _grid_coverage(slide: Slide, found: _Segmentation, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(x of the columns, y of the rows, tissue fraction (rows, columns)) of all patches that touch the bounds, level 0.
+
+    The grid starts at the slide's origin whatever the bounds are, so that slides and tools agree on it.
+    """
+    x, y, w, h = slide.bounds
+    columns = np.arange(x // side, -(-(x + w) // side), dtype=np.int64) * side
+    rows = np.arange(y // side, -(-(y + h) // side), dtype=np.int64) * side
+    return columns, rows, _coverage(found.mask, columns / found.scale, rows / found.scale, side / found.scale)
+
+
+def _coverage(mask: np.ndarray, left: np.ndarray, top: np.ndarray, side: float) -> np.ndarray:
+    """Fraction of each square that is True, exact for squares that cut mask px: (len(top), len(left)).
+
+    left, top, side in mask px, fractions allowed; what lies beyond the mask counts as False.
+    """
+    sums = np.stack([_row_sum(mask, start, start + side) for start in top])  # (rows, w)
+    # A sum over [0, edge) is piecewise linear in the edge, so interpolating the running sum is exact.
+    running = np.concatenate([np.zeros((len(top), 1)), np.cumsum(sums, axis=1)], axis=1)
+    edges = np.arange(mask.shape[1] + 1)
+    return np.stack([np.interp(left + side, edges, row) - np.interp(left, edges, row) for row in running]) / side**2
+
+
+def _row_sum(mask: np.ndarray, start: float, stop: float) -> np.ndarray:
+    """Sum of the rows in [start, stop), in mask px, the first and last in part: float64 (w,)."""
+    first, last = max(0, math.floor(start)), min(len(mask), math.ceil(stop))
+    row = np.arange(first, last)
+    share = np.minimum(row + 1, stop) - np.maximum(row, start)
+    return share @ mask[first:last]
+
+
+# ---- from colours to a mask ----
+
+
+def _segment(slide: Slide, mpp: float) -> _Segmentation:
+    scale = _mask_scale(slide, mpp)
+    width, height = (math.ceil(side / scale - 1e-6) for side in slide.size)
+    mask = np.zeros((height, width), bool)
+    # Only the scanned part is read; it begins on a mask px.
+    x, y, w, h = slide.bounds
+    left, top = int(x / scale), int(y / scale)
+    right, bottom = math.ceil((x + w) / scale - 1e-6), math.ceil((y + h) / scale - 1e-6)
+    rgb = slide.read_scaled((left * scale, top * scale), (right - left, bottom - top), scale)
+    um = scale * slide.require_mpp()
+    part, reason = _tissue_of(rgb, um)
+    mask[top:bottom, left:right] = part
+    return _Segmentation(mask, scale, reason)
+
+
+def _mask_scale(slide: Slide, mpp: float) -> float:
+    """Level-0 px per mask px: a level of 2/3 to 3/2 of mpp as it is, else a whole fraction of the next finer level."""
+    if not (math.isfinite(mpp) and mpp > 0):
+        raise SlideError(f"The resolution of the mask must be a positive number of um/px, got {mpp}.")
+    target = mpp / slide.require_mpp()
+    nearest = min(slide.level_downsamples, key=lambda d: abs(math.log(d / target)))
+    if 2 / 3 <= nearest / target <= 3 / 2:
+        return nearest
+    finer = slide.level_downsamples[slide.level_for(target)]
+    return finer * max(1, round(target / finer))
+
+
+def _tissue_of(rgb: np.ndarray, um: float) -> tuple[np.ndarray, str]:
+    """Mask of an image of um um/px, uint8 (h, w, 3) -> bool (h, w), and the reason if it is empty."""
+    cell = max(1, round(CELL_UM / um))  # mask px
+    image = Image.fromarray(rgb)
+    cells = np.asarray(image.reduce(cell))  # mean colours, uint8 (rows, columns, 3)
+    if _is_dark_field(cells):
+        return np.zeros(rgb.shape[:2], bool), (
+            "The slide is dark all over, as in fluorescence; tissue is only found on bright slides stained with H&E."
+        )
+    glass = _glass(cells)
+    stained, foreign = _classify(image, glass)
+    stained_share, foreign_share = _share(stained, cell), _share(foreign, cell)
+
+    cell_um = cell * um
+    marks = _marks(foreign_share, cell_um)
+    tissue = stained_share > 0.5
+    tissue |= _fat(image, cells, glass, cell, tissue, cell_um)
+    tissue = _close(tissue & ~marks, GAP_UM / cell_um)
+    tissue = _fill_holes(tissue, cells[..., 1] < 0.9 * glass[1], cell_um) & ~marks
+    tissue = _drop_small(tissue, SPECK_MM2, cell_um)
+
+    # Whole cells inside, single px along the rim: the outline is as fine as the mask.
+    inside = ndimage.binary_erosion(tissue, border_value=1)
+    rim = ndimage.binary_dilation(tissue) & ~marks
+    mask = _spread(inside, cell, stained.shape) | (stained & _spread(rim, cell, stained.shape))
+    if mask.any():
+        return mask, ""
+    if marks.any():
+        return mask, "No stained tissue was found on the slide, only dark or pen-coloured marks."
+    return mask, "No tissue was found: the slide is blank, or too pale to be told from glass."
+
+
+def _is_dark_field(cells: np.ndarray) -> bool:
+    dark, bright = (cells.max(2) < 60).mean(), (cells.min(2) > 150).mean()
+    return bool(dark > 0.5 and bright < 0.01)
+
+
+def _glass(cells: np.ndarray) -> tuple[float, float, float]:
+    """Colour of the empty glass: the brightest of the common, nearly grey, even colours."""
+    green = cells[..., 1].astype(np.int16)
+    even = np.zeros(green.shape, bool)
+    even[1:, 1:] = (np.abs(green[1:, 1:] - green[1:, :-1]) <= 2) & (np.abs(green[1:, 1:] - green[:-1, 1:]) <= 2)
+    low, high = cells.min(2), cells.max(2)
+    grey = (high - low <= 16) & (low >= 180)
+    least = max(16, 1e-3 * grey.size)
+    # Pure white is a scanner's padding, transparent px or beyond the border: glass only where there is no other.
+    for candidates in (grey & even & (low < 254), grey & even, grey):
+        if candidates.sum() >= least:
+            break
+    else:
+        return DEFAULT_GLASS
+    colours = cells[candidates]
+    counts = np.bincount(colours[:, 1], minlength=256)
+    level = int(np.nonzero(counts >= 0.2 * counts.max())[0][-1])
+    red, green, blue = colours[np.abs(colours[:, 1].astype(np.int16) - level) <= 3].mean(0)
+    return float(red), float(green), float(blue)
+
+
+def _classify(image: Image.Image, glass: tuple[float, float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Per px, bool (h, w): stained as with H&E, and foreign: absorbs, but not as H&E does.
+
+    Every rule compares blue or red with a function of green, so that tables of 256 entries stand for the logarithms.
+    """
+    red0, green0, blue0 = (c + OFFSET for c in glass)
+    density = np.log(green0 / (np.arange(256) + OFFSET))  # OD_green of every green value
+    red, green, blue = (np.asarray(band) for band in image.split())
+    green_band = image.getchannel(1)
+
+    def limit(values: np.ndarray) -> np.ndarray:
+        """A function of green, rounded down, for every px."""
+        return np.asarray(green_band.point(np.clip(np.floor(values), 0, 255).astype(int).tolist()))
+
+    # OD_green - OD_blue above both thresholds, OD_red not above OD_green
+    stained = blue > limit(blue0 * np.exp(np.maximum(LEAST_STAIN, LEAST_SHARE * density) - density) - OFFSET)
+    stained &= red >= limit(red0 * np.exp(-(1.08 * density + 0.05)) - OFFSET)
+    # Brown (melanin, haemosiderin) absorbs blue most and red least: neither stained nor a mark.
+    brown = (blue < limit(blue0 * np.exp(-1.1 * density - 0.05) - OFFSET)) & (red > green)
+    dark = (green < green0 * math.exp(-0.3) - OFFSET) | (red < red0 * math.exp(-0.3) - OFFSET)
+    return stained, dark & ~stained & ~brown
+
+
+def _marks(foreign_share: np.ndarray, cell_um: float) -> np.ndarray:
+    """Cells of pen marks and dirt: cores that are not specks, their paler surroundings, and a margin of 64 um."""
+    cores = _drop_small(foreign_share > MARK_SHARE, SPECK_MM2, cell_um)
+    if not cores.any():
+        return cores
+    labels = _label(foreign_share > MARK_SHARE / 2)
+    with_core = np.isin(labels, np.unique(labels[cores]))
+    return ndimage.binary_dilation(with_core, iterations=max(1, round(64 / cell_um))).astype(bool)
+
+
+def _fat(
+    image: Image.Image,
+    cells: np.ndarray,
+    glass: tuple[float, float, float],
+    cell: int,
+    tissue: np.ndarray,
+    cell_um: float,
+) -> np.ndarray:
+    """Cells of fat: a net of thin membranes, so pale that only the mean over 0.16 mm shows that they are pink.
+
+    Scratches and dust make sparser lines, and grey ones. Cells beside tissue do not count: its rim would pass for fat.
+    """
+    band = image.getchannel(1)
+    mean = np.asarray(band.reduce(cell).point([max(0, v - 6) for v in range(256)]))
+    lines = _share(np.asarray(band) < _spread(mean, cell, (image.height, image.width)), cell)
+    stain = np.log((cells[..., 2] + OFFSET) / (cells[..., 1] + OFFSET) * ((glass[1] + OFFSET) / (glass[2] + OFFSET)))
+    counted = 1 - ndimage.binary_dilation(tissue).astype(np.float32)
+    span = max(1, round(160 / cell_um))
+    weight = ndimage.uniform_filter(counted, span)
+    safe = np.maximum(weight, 1e-6)
+    mean_stain = ndimage.uniform_filter(np.clip(stain, -0.05, 0.05).astype(np.float32) * counted, span) / safe
+    mean_lines = ndimage.uniform_filter(lines * counted, span) / safe
+    fat = (counted > 0) & (weight > 0.3) & (mean_stain > 0.003) & (mean_lines > 0.06)
+    return _drop_small(fat, FAT_MM2, cell_um)
+
+
+def _share(mask: np.ndarray, cell: int) -> np.ndarray:
+    """Share of True in each cell, float32 (ceil(h / cell), ceil(w / cell)); at the edge, of what the cell has."""
+    return np.asarray(Image.fromarray(mask.view(np.uint8) * np.uint8(255)).reduce(cell)).astype(np.float32) / 255
+
+
+def _spread(cells: np.ndarray, cell: int, shape: tuple[int, ...]) -> np.ndarray:
+    return cells.repeat(cell, 0).repeat(cell, 1)[: shape[0], : shape[1]]
+
+
+def _label(cells: np.ndarray, diagonal: bool = True) -> np.ndarray:
+    """Components numbered from 1, 0 elsewhere, int32; diagonal neighbours belong together or not."""
+    labels = np.zeros(cells.shape, np.int32)
+    ndimage.label(cells, np.ones((3, 3)) if diagonal else None, output=labels)
+    return labels
+
+
+def _drop_small(cells: np.ndarray, mm2: float, cell_um: float) -> np.ndarray:
+    """Without the components smaller than mm2."""
+    labels = _label(cells)
+    areas = np.bincount(labels.ravel()) * (cell_um / 1000) ** 2
+    areas[0] = 0
+    return (areas >= mm2)[labels]
+
+
+def _close(cells: np.ndarray, gap: float) -> np.ndarray:
+    """Closed over gaps of gap cells, the border counting as open."""
+    rounds = max(1, round(gap / 2))
+    padded = np.pad(cells, rounds)
+    return ndimage.binary_closing(padded, iterations=rounds)[rounds:-rounds, rounds:-rounds]
+
+
+def _fill_holes(cells: np.ndarray, shaded: np.ndarray, cell_um: float) -> np.ndarray:
+    """Fill holes that are small, or shaded all over (pigment; marks are taken out later)."""
+    labels = _label(~cells, diagonal=False)
+    sizes = np.bincount(labels.ravel())
+    areas = sizes * (cell_um / 1000) ** 2
+    content = np.bincount(labels.ravel(), weights=shaded.ravel()) / np.maximum(sizes, 1)
+    open_labels = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
+    fill = (areas < HOLE_MM2) | (content > 0.7)
+    fill[open_labels] = False
+    fill[0] = False
+    return cells | fill[labels]
