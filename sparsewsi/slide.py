@@ -338,11 +338,11 @@ class _ImageSource:
 
 def _on_white(region: Image.Image) -> np.ndarray:
     """RGBA image -> uint8 (h, w, 3) on white."""
-    lowest_alpha = region.getchannel("A").getextrema()[0]
-    if lowest_alpha == 255:
+    alpha = region.getchannel("A")
+    if alpha.getextrema()[0] == 255:
         return np.asarray(region.convert("RGB"))
     white = Image.new("RGB", region.size, (255, 255, 255))
-    white.paste(region, mask=region.getchannel("A"))
+    white.paste(region, mask=alpha)
     return np.asarray(white)
 
 
