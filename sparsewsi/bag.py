@@ -15,9 +15,9 @@ import os
 import re
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -166,11 +166,13 @@ def extract_bag(
         done = 0
         if progress is not None:
             progress(0, len(coords))
-        for pixels in _read_ahead(read, [coords[i : i + batch_size] for i in range(0, len(coords), batch_size)]):
-            features[done : done + len(pixels)] = loaded(pixels)
-            done += len(pixels)
-            if progress is not None:
-                progress(done, len(coords))
+        parts = [coords[i : i + batch_size] for i in range(0, len(coords), batch_size)]
+        with closing(_read_ahead(read, parts)) as batches:  # the thread ends before the slide is closed
+            for pixels in batches:
+                features[done : done + len(pixels)] = loaded(pixels)
+                done += len(pixels)
+                if progress is not None:
+                    progress(done, len(coords))
         notes = [*slide.warnings, slide.check_mpp(mpp), None if len(coords) else why_empty(slide, mpp, patch_size)]
         return Bag(
             features=features,
@@ -186,7 +188,7 @@ def extract_bag(
         )
 
 
-def _read_ahead(read: Callable[[np.ndarray], np.ndarray], parts: list[np.ndarray]) -> Iterator[np.ndarray]:
+def _read_ahead(read: Callable[[np.ndarray], np.ndarray], parts: list[np.ndarray]) -> Generator[np.ndarray, None, None]:
     """read(part) for every part, in order, the next one on a thread while the caller works on this one."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-patches") as pool:
         pending = pool.submit(read, parts[0]) if parts else None
@@ -358,10 +360,8 @@ def _to_bag(found: _Foreign, path: Path) -> Bag:
         order = np.lexsort((coords[:, 0], coords[:, 1]))
         features, coords = features[order], np.rint(coords[order])
     note = " ".join(notes)
-    if note:
-        warnings.warn(f"{path.name}: {note}", UserWarning, stacklevel=3)
     try:
-        return Bag(
+        bag = Bag(
             features=torch.from_numpy(np.ascontiguousarray(features)),
             coords=torch.from_numpy(coords.astype(np.int32)),
             patch_size=max(1, round(size)),
@@ -375,6 +375,9 @@ def _to_bag(found: _Foreign, path: Path) -> Bag:
         )
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
+    if note:
+        warnings.warn(f"{path.name}: {note}", UserWarning, stacklevel=3)
+    return bag
 
 
 def _encoder_name(stated: str | None) -> str:

@@ -4,6 +4,7 @@ import json
 import sys
 import urllib.error
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,7 +113,13 @@ def _save_tiny_model(kind: str, folder):
     import transformers
 
     torch.manual_seed(0)
-    common = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    common: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
     if kind == "vit":
         model = transformers.ViTModel(transformers.ViTConfig(intermediate_size=64, **common))
     elif kind == "dinov2":
