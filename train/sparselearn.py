@@ -2,12 +2,13 @@
 
 z-score -> soft top-K -> noise gate -> denoiser (paper, sections 3.2 to 3.4).
 
-Shapes: ... any leading axes, N patches of one slide (padded where a mask is given), D width of a token, K kept (a budget, need
-not be whole while it is annealed), M the few largest scores that are treated in float64. mask: bool (..., N), True = a real patch.
+Shapes: ... any leading axes, N patches of one slide (padded where a mask is given), D width of a token, K kept (a
+budget, need not be whole while it is annealed), M the few largest scores that are treated in float64.
+mask: bool (..., N), True = a real patch.
 
-The soft top-K finds the threshold b of sum_i F((z_i - b) / tau) = K. Only the M largest scores can lie near b or above it; of all
-others no more is needed than a sum (laplace) or a few power sums (logistic) of exp((z_i - z_M) / tau). So the cost is a handful of
-passes over N plus a solve on M numbers in float64, with neither a sort of N nor a wait for the device.
+The soft top-K finds the threshold b of sum_i F((z_i - b) / tau) = K. Only the M largest scores can lie near b or above
+it; of all others no more is needed than a sum (laplace) or a few power sums (logistic) of exp((z_i - z_M) / tau). So
+the cost is a handful of passes over N plus a solve on M numbers in float64, without a wait for the device.
 """
 
 import math
@@ -22,22 +23,25 @@ from sparsewsi.selector import Block
 KERNELS = ("laplace", "logistic")
 GATES = ("vp", "scale")
 
-# The threshold solve. A token of rank r has alpha <= K / r, so beyond rank LOGISTIC_HEAD * K the odds v = alpha / (1 - alpha) are at
-# most 1 / (LOGISTIC_HEAD - 1), and v - v^2 + v^3 - ... needs few terms: 31^-5 = 3e-8, 31^-11 = 4e-17.
-LOGISTIC_HEAD = 32
-LOGISTIC_TERMS = {torch.float32: 5, torch.float64: 11}
-NEWTON_STEPS = 6
+# A token of rank r has alpha <= K / r, so beyond rank LOGISTIC_HEAD * K the odds v = alpha / (1 - alpha) are at most
+# 1 / (LOGISTIC_HEAD - 1), and alpha = v - v^2 + v^3 - ... needs few terms: 15^-6 = 9e-8, 15^-13 = 5e-16.
+LOGISTIC_HEAD = 16
+LOGISTIC_TERMS = {torch.float32: 6, torch.float64: 13}
+NEWTON_STEPS = 4  # the largest errors seen after each: 0.4, 9e-3, 6e-6, 3e-12 tau
 VARIANCE_FLOOR = 1e-5  # in z-score; with 1e-12 the gradient of constant scores reaches 9e5
-BLOCK_SEARCH_FROM = 32_768  # row length from which finding the largest scores by blocks beats one torch.topk
+BLOCK_SEARCH_FROM = 32_768  # length of a row from which a search by blocks beats one torch.topk (measured)
+BLOCK_WIDTH_MIN = 8
+PART = 131_072  # scores worked on at a time where a temporary is needed: a larger, fresh one costs page faults
 
 
-# ---------------------------------------------------------------------------------------------------------------- scores
+# --------------------------------------------------------------------------------------------------------------- scores
 
 
 def zscore(scores: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Scores with mean 0 and variance 1 over the valid tokens of the last axis; float32 (float64 stays), masked tokens 0.
+    """Scores with mean 0 and variance 1 over the valid tokens of the last axis, masked tokens 0.
 
-    Biased variance. Adding a constant to all scores changes nothing; constant scores give zeros and a finite gradient.
+    Float32, or float64 where the scores are. Biased variance. Adding a constant to all scores changes nothing; constant
+    scores give zeros and a finite gradient.
     """
     scores = _full_precision(scores)
     if mask is None:
@@ -55,11 +59,11 @@ def soft_topk(scores: Tensor, k: float, tau: float, mask: Tensor | None = None, 
     """alpha_i = F((scores_i - b) / tau) with b such that alpha sums to k over the last axis (paper, eq. 4).
 
     scores: (..., N), taken as they are (see zscore). k: tokens to keep, > 0, whole or not. tau: temperature, > 0.
-    kernel: F is the distribution function of the "laplace" (LapSum; for k = 1 this is softmax as long as no alpha exceeds 1/2)
-            or of the "logistic" law (sigmoid).
-    Returns (..., N) in [0, 1], float32 (float64 for float64 scores) under autocast too. Masked tokens are exactly 0 and get no
-    gradient; a row with at most k valid tokens is all ones with zero gradient; equal scores get equal alpha. As tau -> 0 alpha
-    tends to the mask of the k largest scores. Differentiable once, by the implicit function theorem.
+    kernel: F is the distribution function of the "laplace" (LapSum; for k = 1 this is softmax as long as no alpha
+            exceeds 1/2) or of the "logistic" law (sigmoid).
+    Returns (..., N) in [0, 1], float32 (float64 for float64 scores) under autocast too. Masked tokens are exactly 0 and
+    get no gradient; a row with at most k valid tokens is all ones with zero gradient; equal scores get equal alpha. As
+    tau -> 0 alpha tends to the mask of the k largest scores. Differentiable once, by the implicit function theorem.
     Raises ValueError for k <= 0, tau <= 0, an unknown kernel, or a mask of another shape.
     """
     _check(scores, k, tau, mask, kernel)
@@ -67,9 +71,10 @@ def soft_topk(scores: Tensor, k: float, tau: float, mask: Tensor | None = None, 
 
 
 def hardness(alpha: Tensor, scores: Tensor, k: int, mask: Tensor | None = None) -> Tensor:
-    """Share of alpha's mass that lies on the k highest scores, in [0, 1], shape (...,): 1 where training equals hard top-k.
+    """Share of alpha's mass on the k highest scores, shape (...,): 1 where training does what hard top-k does.
 
-    alpha, scores, mask: (..., N). While K is annealed give the k of inference. A row of at most k valid tokens gives 1.
+    alpha, scores, mask: (..., N). A row of at most k valid tokens gives 1. While K is annealed, the k of inference says
+    how far training still is from it, the k of the step how soft the gate is.
     """
     scores = scores.detach() if mask is None else scores.detach().masked_fill(~mask, -math.inf)
     alpha = alpha.detach()
@@ -84,19 +89,22 @@ def tau_at(step: int, total: int, start: float, end: float) -> float:
 
 
 def k_at(step: int, total: int, k_start: float, k_end: float) -> float:
-    """Budget K at a step, geometric from k_start (e.g. 3/4 N) to k_end; not whole in between. Ours, the paper keeps K fixed."""
+    """Budget K at a step, geometric from k_start (e.g. 3/4 N) to k_end, not whole in between.
+
+    Ours: the paper keeps K fixed.
+    """
     progress = min(max(step / total, 0.0), 1.0) if total > 0 else 1.0
     return k_end if progress == 1.0 else k_start * (k_end / k_start) ** progress
 
 
-# ------------------------------------------------------------------------------------------------------------ noise gate
+# ----------------------------------------------------------------------------------------------------------- noise gate
 
 
 def vp_noise_gate(x: Tensor, alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """sqrt(alpha) x + sqrt(1 - alpha) noise (paper, eq. 5), for callers that have alpha but not the scores behind it.
 
-    x: (..., N, D) with unit variance per token, else the variance is not preserved. alpha: (..., N). generator: on x's device.
-    The gradient towards alpha is infinite where alpha is 0 or 1; soft_topk_gate has no such places.
+    x: (..., N, D) with unit variance per token, else the variance is not preserved. alpha: (..., N).
+    generator: on x's device. The gradient towards alpha is infinite where alpha is 0 or 1; soft_topk_gate's never is.
     """
     noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     alpha = alpha.unsqueeze(-1)
@@ -109,8 +117,8 @@ def soft_topk_gate(
     """vp_noise_gate(x, soft_topk(scores, ...)) in one step, with a finite and accurate gradient everywhere.
 
     x, noise: (..., N, D); scores, mask: (..., N), as for soft_topk. Masked tokens come out as zeros.
-    Both coefficients and their derivatives are formed from the logit u = (z - b) / tau, where neither alpha nor 1 - alpha ever
-    rounds to zero. No gradient flows to the noise.
+    Both coefficients and their derivatives are formed from the logit u = (z - b) / tau, so nothing is divided by an
+    alpha that rounded to 0 or by a 1 - alpha that did. No gradient flows to the noise.
     """
     _check(scores, k, tau, mask, kernel)
     if x.shape[:-1] != scores.shape or noise.shape != x.shape:
@@ -121,29 +129,36 @@ def soft_topk_gate(
     return _Gate.apply(x, _full_precision(scores), noise, mask, float(k), float(tau), kernel)
 
 
-# -------------------------------------------------------------------------------------------------------------- denoiser
+# ------------------------------------------------------------------------------------------------------------- denoiser
 
 
 class Denoiser(nn.Module):
-    """One Transformer block after the gate (section 3.4), the identity at initialisation: x + 0.
+    """One Transformer block after the gate (section 3.4); starts as the identity, since it is gone at inference.
 
-    attention="local" lets each token see itself alone (softmax over one element is 1, so out_proj(v_proj(x)) is left);
-    "global" is the paper's ablation, in which tokens leak past the gate.
+    attention="local" lets each token see itself alone (softmax over one element is 1, so out(value(x)) is left);
+    "global" is the paper's ablation, in which tokens see past the gate.
     """
 
     def __init__(self, dim: int, heads: int = 8, attention: str = "local"):
         super().__init__()
-        self.block = Block(dim, heads, attention)
+        self.attention = attention
+        self.block = Block(dim, heads, attention)  # the last layer of both branches is zero
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block(x)  # (..., N, D)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(..., N, D) -> (..., N, D). No token sees a masked one; what masked ones come out as is left undefined."""
+        if mask is None or self.attention == "local":
+            return self.block(x)
+        rows, kept = x.flatten(0, -3) if x.ndim > 2 else x[None], mask.reshape(-1, mask.shape[-1])
+        valid = [self.block(row[keep]) for row, keep in zip(rows, kept, strict=True)]
+        return x.masked_scatter(mask.unsqueeze(-1), torch.cat(valid).to(x.dtype))
 
 
 class SparseLearn(nn.Module):
     """z-score, soft top-K, gate, denoiser; the training path of the paper (figure 2b). Not part of a released model.
 
     dim: width of the tokens. k: the budget K of inference. heads: of the denoiser.
-    kernel: "laplace" | "logistic". gate: "vp" | "scale" (ablation: x alpha). denoiser: "local" | "global" (ablation) | "none".
+    kernel: "laplace" | "logistic". gate: "vp" | "scale" (ablation: x alpha).
+    denoiser: "local" | "global" (ablation) | "none".
     """
 
     def __init__(
@@ -160,7 +175,7 @@ class SparseLearn(nn.Module):
         self.denoiser = None if denoiser == "none" else Denoiser(dim, heads, denoiser)
 
     def alpha(self, scores: Tensor, tau: float, mask: Tensor | None = None, k: float | None = None) -> Tensor:
-        """The weights forward uses, (..., N); for logging, e.g. hardness(sparselearn.alpha(scores.detach(), tau), 32)."""
+        """The weights forward uses, (..., N); for logging: hardness(sparselearn.alpha(scores, tau), scores, 32)."""
         return soft_topk(zscore(scores, mask), self.k if k is None else k, tau, mask, self.kernel)
 
     def forward(
@@ -174,8 +189,9 @@ class SparseLearn(nn.Module):
     ) -> Tensor:
         """(..., N, D) tokens and (..., N) raw scores to (..., N, D) tokens, masked ones zero.
 
-        k: another budget than self.k, while K is annealed. generator: source of the noise, on x's device, seeded by
-        (seed, rank, step). Activation checkpointing around this call would draw other noise in the recomputation: leave it outside.
+        k: another budget than self.k, while K is annealed.
+        generator: source of the noise, on x's device, seeded by (seed, rank, step). Activation checkpointing around
+        this call would draw other noise when it recomputes: leave it outside.
         """
         k = self.k if k is None else k
         if self.gate == "vp":
@@ -184,7 +200,7 @@ class SparseLearn(nn.Module):
         else:
             x = (x * self.alpha(scores, tau, mask, k).unsqueeze(-1)).to(x.dtype)
         if self.denoiser is not None:
-            x = self.denoiser(x)
+            x = self.denoiser(x, mask)
         return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0.0)
 
 
@@ -192,7 +208,10 @@ class SparseLearn(nn.Module):
 
 
 def ste_topk(scores: Tensor, k: int, tau: float, mask: Tensor | None = None, kernel: str = "laplace") -> Tensor:
-    """Straight-through top-k: the hard 0/1 mask forward (ties to the lowest index), soft_topk's gradient backward. (..., N)."""
+    """Straight-through top-k: forward the hard 0/1 mask (ties to the lowest index), backward soft_topk's gradient.
+
+    Arguments and shapes as for soft_topk; k is rounded down.
+    """
     soft = soft_topk(scores, k, tau, mask, kernel)
     valid = scores.detach() if mask is None else scores.detach().masked_fill(~mask, -math.inf)
     order = valid.sort(dim=-1, descending=True, stable=True).indices[..., : math.floor(k)]
@@ -209,7 +228,10 @@ def gumbel_topk(
     generator: torch.Generator | None = None,
     kernel: str = "laplace",
 ) -> Tensor:
-    """Straight-through top-k of scores + tau * Gumbel noise: k tokens drawn without replacement from softmax(scores / tau)."""
+    """Straight-through top-k of scores + tau * Gumbel noise, as ste_topk otherwise.
+
+    Forward draws k tokens without replacement from softmax(scores / tau). generator: on the scores' device.
+    """
     uniform = torch.rand(scores.shape, generator=generator, device=scores.device, dtype=torch.float32)
     tiny = torch.finfo(torch.float32).tiny
     gumbel = -(-uniform.clamp(tiny, 1 - 1e-7).log()).log()
@@ -237,30 +259,30 @@ class _Threshold(NamedTuple):
 def _largest(z: Tensor, m: int) -> _Largest:
     """The m largest of each row of z (B, N), descending.
 
-    In long rows only the m blocks with the largest maxima are looked into: each score outside them is at most the maximum of each
-    of these m blocks, so m scores at least as large lie within.
+    In long rows only the m blocks with the largest maxima are looked into: no score outside them exceeds any of these m
+    maxima, so the m largest values are all found within.
     """
     rows, n = z.shape
-    width = math.isqrt(n // m) if m else 0
-    if n < BLOCK_SEARCH_FROM or width < 8:
-        return _Largest(*z.topk(m, dim=-1))
+    width = max(BLOCK_WIDTH_MIN, math.isqrt(n // max(m, 1)) // 2)
     blocks = n // width
-    whole = z[:, : blocks * width].unflatten(-1, (blocks, width))  # (B, blocks, width)
-    first = whole.amax(-1).topk(m, dim=-1, sorted=False).indices.unsqueeze(-1)  # (B, m, 1)
-    found = whole.gather(1, first.expand(rows, m, width)).flatten(1)
-    index = (first * width + torch.arange(width, device=z.device)).flatten(1)
+    if n < BLOCK_SEARCH_FROM or blocks < m:
+        return _Largest(*z.topk(m, dim=-1))
+    whole = z[:, : blocks * width].unflatten(-1, (width, blocks))  # a column is a block: its maximum vectorises
+    first = whole.amax(1).topk(m, dim=-1, sorted=False).indices.unsqueeze(1)  # (B, 1, m)
+    found = whole.gather(2, first.expand(rows, width, m)).flatten(1)
+    index = (first + torch.arange(0, blocks * width, blocks, device=z.device).unsqueeze(1)).flatten(1)
     left_over = torch.arange(blocks * width, n, device=z.device).expand(rows, -1)
     values, place = torch.cat([found, z[:, blocks * width :]], 1).topk(m, dim=-1)
     return _Largest(values, torch.cat([index, left_over], 1).gather(1, place))
 
 
-def _find_threshold(z: Tensor, k: float, tau: float, kernel: str) -> _Threshold:
-    """z: (B, N), masked scores -inf, N > k. Rows with at most k valid scores get values without meaning (NaN possible)."""
+def _find_threshold(z: Tensor, k: float, tau: float, kernel: str, masked: bool) -> _Threshold:
+    """z: (B, N), N > k, masked scores -inf. Rows with at most k valid scores get values without meaning, even NaN."""
     n = z.shape[-1]
     head = 2 * k if kernel == "laplace" else LOGISTIC_HEAD * k
     largest = _largest(z, min(n, math.ceil(head) + 1))
     top = largest.values.double()  # (B, M)
-    anchor = torch.where(top.isfinite(), top, math.inf).amin(-1, keepdim=True)
+    anchor = torch.where(top.isfinite(), top, math.inf).amin(-1, keepdim=True) if masked else top[:, -1:]
     if largest.indices.shape[-1] == n:
         rest = None
     else:
@@ -274,21 +296,19 @@ def _find_threshold(z: Tensor, k: float, tau: float, kernel: str) -> _Threshold:
 def _laplace_beta(x: Tensor, rest: Tensor | None, k: float, n: int) -> Tensor:
     """The threshold of the Laplace kernel, in closed form.
 
-    With m scores above b, A = sum over them of e^-x and B = sum over the others of e^x, the sum of alpha is m - e^b A / 2 + e^-b B / 2:
-    quadratic in e^b. Each alpha above b exceeds 1/2, so m < 2k. Everything in logarithms: x spans thousands at tau = 1e-3.
+    With m scores above b, A = sum over them of e^-x and B = sum over the others of e^x, the alphas sum to
+    m - e^b A / 2 + e^-b B / 2: quadratic in e^b. Each alpha above b exceeds 1/2, so m < 2k. All in logarithms, as x
+    spans thousands at tau = 1e-3.
     """
     tail = x.new_full((x.shape[0], 1), -math.inf) if rest is None else rest.sum(-1, keepdim=True).double().log()
     rank = torch.arange(1, x.shape[-1] + 1, device=x.device, dtype=x.dtype)
-    log_a = (-x).logcumsumexp(-1)  # at rank j: over the j largest
-    log_b = (
-        torch.cat([x, tail], -1).flip(-1).logcumsumexp(-1).flip(-1)
-    )  # (B, M + 1); at j (from 0): over all but the j largest
-    sum_there = (
-        rank - 0.5 * (log_a + x).exp() + 0.5 * (log_b[:, 1:] - x).exp()
-    )  # of alpha, were b at the score of rank j
-    above = (sum_there < k).sum(-1, keepdim=True)  # m; NaN (masked) compares false
-    log_a = log_a.gather(-1, (above - 1).clamp(min=0)).masked_fill(above == 0, -math.inf)
-    log_b = log_b.gather(-1, above)
+    nothing = torch.full_like(tail, -math.inf)
+    log_a = torch.cat([nothing, -x], -1).logcumsumexp(-1)  # (B, M + 1); at j over the j largest
+    log_b = torch.cat([tail, x.flip(-1)], -1).logcumsumexp(-1).flip(-1)  # (B, M + 1); at j over all but the j largest
+    # The sum of alpha, were b at the score of rank j = 1 .. M: below k for scores above b. NaN (masked) compares false.
+    sum_there = rank - 0.5 * (log_a[:, 1:] + x).exp() + 0.5 * (log_b[:, 1:] - x).exp()
+    above = (sum_there < k).sum(-1, keepdim=True)  # m
+    log_a, log_b = log_a.gather(-1, above), log_b.gather(-1, above)
     surplus = above.double() - k
     log_surplus = surplus.abs().log()
     log_root = torch.logaddexp(log_surplus, 0.5 * torch.logaddexp(2 * log_surplus, log_a + log_b))
@@ -296,22 +316,22 @@ def _laplace_beta(x: Tensor, rest: Tensor | None, k: float, n: int) -> Tensor:
 
 
 def _logistic_beta(x: Tensor, rest: Tensor | None, k: float, n: int) -> Tensor:
-    """The threshold of the logistic kernel, by Newton steps on log sum_rest sigmoid(u) = log sum_top sigmoid(-u), u = x - b.
+    """The threshold of the logistic kernel: Newton on log sum_rest sigmoid(u) = log sum_top sigmoid(-u), u = x - b.
 
-    The score at the edge counts to both sides when k is not whole. Both sums are divided by their leading exponential, which
-    leaves nothing to underflow; the slope in b lies in [-2, -1], so no step can leave the root further behind than it was.
+    When k is not whole the score at the edge counts to both sides. Both sums are divided by their leading exponential,
+    so that nothing underflows. The slope in b lies in [-2, -1]: no step ends further from the root than it began.
     """
     whole, edge = math.floor(k), math.ceil(k) - 1
-    weight_top = (k - torch.arange(x.shape[-1], device=x.device, dtype=x.dtype)).clamp(
-        0, 1
-    )  # (M,): 1, .., 1, fraction, 0, ..
+    rank = torch.arange(x.shape[-1], device=x.device, dtype=x.dtype)
+    weight_top = (k - rank).clamp(0, 1)  # (M,): 1, .., 1, fraction, 0, ..
     x_top, x_rest = x[:, edge : edge + 1], x[:, whole : whole + 1]
-    top = weight_top * (x_top - x).clamp(max=0).exp()
-    below = (1 - weight_top) * (x - x_rest).clamp(max=0).exp()
-    sides = torch.stack([top, below], -1)  # (B, M, 2)
-    sum_top, sum_below = sides.sum(1, keepdim=True).unbind(-1)  # (B, 1)
+    sides = torch.stack(
+        [weight_top * (x_top - x).clamp(max=0).exp(), (1 - weight_top) * (x - x_rest).clamp(max=0).exp()], -1
+    )  # (B, M, 2)
+    sum_top, sum_below = sides.sum(1).split(1, -1)  # (B, 1)
     powers = _alternating_power_sums(rest, x) * (-x_rest).exp()  # (B, terms)
-    order = torch.arange(1, powers.shape[-1] + 1, device=x.device, dtype=x.dtype)
+    exponents = torch.arange(powers.shape[-1], device=x.device, dtype=x.dtype)
+    series = torch.stack([torch.ones_like(exponents), exponents + 1], -1)  # (terms, 2): of sigmoid, of its derivative
     lowest = x_rest - math.log(k / (whole + 1 - k))  # the score after the k largest has alpha <= k / (floor(k) + 1)
     highest = x[:, :1] + math.log(n / k)  # n alpha_1 >= k
 
@@ -319,26 +339,30 @@ def _logistic_beta(x: Tensor, rest: Tensor | None, k: float, n: int) -> Tensor:
     beta = x_rest + (sum_below + powers[:, :1]).log()
     beta = torch.maximum(0.5 * (beta + x_top - sum_top.log()), beta - math.log(k))
     for _ in range(NEWTON_STEPS):
-        beta = torch.minimum(torch.maximum(beta, lowest), highest)
+        beta = beta.clamp(lowest, highest)
         a = (x - beta).sigmoid()
-        first, second = (torch.stack([a, a * a], 1) @ sides).unbind(1)  # (B, 2): sums over (top, below) of a, of a^2
-        series = powers * (-beta).exp().clamp(max=1 / (LOGISTIC_HEAD - 1)) ** (order - 1)
-        r0 = sum_below - first[:, 1:] + series.sum(-1, keepdim=True)
-        r1 = sum_below - 2 * first[:, 1:] + second[:, 1:] + (series * order).sum(-1, keepdim=True)
-        balance = x_rest + x_top - 2 * beta + r0.log() - first[:, :1].log()
-        beta = beta + balance / (r1 / r0 + second[:, :1] / first[:, :1])
+        sums = torch.stack([a, a * a], 1) @ sides  # (B, 2, 2)
+        (top, head), (top_slope, head_square) = (part.split(1, -1) for part in sums.unbind(1))
+        odds = (-beta).exp().clamp(max=1 / (LOGISTIC_HEAD - 1))  # of the anchor
+        tail, tail_slope = ((powers * odds**exponents) @ series).split(1, -1)
+        below = sum_below - head + tail
+        below_slope = sum_below - 2 * head + head_square + tail_slope
+        balance = x_rest + x_top - 2 * beta + (below / top).log()
+        beta = beta + balance / (below_slope / below + top_slope / top)
     return beta
 
 
 def _alternating_power_sums(rest: Tensor | None, x: Tensor) -> Tensor:
-    """(B, terms) float64: sum v, -sum v^2, sum v^3, ... over the scores below the M largest, in units of the anchor's."""
+    """(B, terms) float64: sum v, -sum v^2, sum v^3, ... over all but the M largest, v in units of the anchor's."""
     if rest is None:
         return x.new_zeros(x.shape[0], 1)
-    sums, power = [rest.sum(-1)], rest
-    for i in range(1, LOGISTIC_TERMS[rest.dtype]):
-        power = power * rest
-        sums.append(power.sum(-1) * (-1) ** i)
-    return torch.stack(sums, -1).double()
+    sums = x.new_zeros(x.shape[0], LOGISTIC_TERMS[rest.dtype])
+    for part in rest.split(PART, -1):
+        power, part_sums = part.clone(), [part.sum(-1)]
+        for i in range(1, sums.shape[-1]):
+            part_sums.append(power.mul_(part).sum(-1) * (-1) ** i)
+        sums += torch.stack(part_sums, -1)
+    return sums
 
 
 # ------------------------------------------------------------------------------------------------------------ autograd
@@ -352,7 +376,7 @@ class _SoftTopK(torch.autograd.Function):
         if n <= k:
             return torch.ones_like(scores) if mask is None else mask.to(scores.dtype)
         z, undecided = _rows(scores, mask, k)
-        found = _find_threshold(z, k, tau, kernel)
+        found = _find_threshold(z, k, tau, kernel, mask is not None)
         if kernel == "laplace":
             half = 0.5 * found.top.abs().neg().exp()
             top, slope = torch.where(found.top > 0, 1 - half, half), half
@@ -360,38 +384,48 @@ class _SoftTopK(torch.autograd.Function):
             top = found.top.sigmoid()
             slope = top * found.top.neg().sigmoid()
         if found.rest is None:
-            alpha = torch.empty_like(z)
+            alpha, rest_slope = torch.empty_like(z), 0.0
         elif kernel == "laplace":
             alpha = found.rest.mul_((0.5 * (-found.beta).exp()).to(z.dtype))
+            rest_slope = alpha.sum(-1, keepdim=True)
         else:
             alpha = found.rest.mul_((-found.beta).exp().to(z.dtype))
-            alpha.div_(alpha + 1)
+            for part in alpha.split(PART, -1):
+                part.div_(part + 1)
+            rest_slope = alpha.sum(-1, keepdim=True) - torch.linalg.vector_norm(alpha, dim=-1, keepdim=True) ** 2
+        total_slope = slope.sum(-1, keepdim=True) + rest_slope  # (B, 1) float64
         alpha.scatter_(-1, found.indices, top.to(z.dtype))
-        if mask is not None:
+        if undecided is not None and mask is not None:
             alpha = torch.where(undecided, alpha, mask.reshape(alpha.shape).to(z.dtype))
         alpha = alpha.view(scores.shape)
-        ctx.save_for_backward(alpha, found.indices, slope.to(z.dtype), undecided)
+        ctx.save_for_backward(alpha, found.indices, slope, total_slope, undecided)
         return alpha
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         if ctx.all_kept:
             return torch.zeros_like(grad), None, None, None, None
-        alpha, indices, slope_top, undecided = ctx.saved_tensors
+        alpha, indices, slope, total_slope, undecided = ctx.saved_tensors
         alpha = alpha.reshape(-1, alpha.shape[-1])
         g = grad.reshape(alpha.shape)
-        # F' = alpha for the laplace kernel below the threshold. In the head it was formed from the logit: there 1 - alpha may round to 0.
-        slope = alpha.clone() if ctx.kernel == "laplace" else alpha * (1 - alpha)
-        slope.scatter_(-1, indices, slope_top)
+        # Counted from the g of the token nearest the threshold: where that one holds nearly all of the slope, g - mean
+        # would be a difference of equal numbers.
+        g = g - g.gather(-1, indices.gather(-1, slope.argmax(-1, keepdim=True)))
+        # The M largest apart, by the slope formed from their logits: alpha (1 - alpha) is 0 where alpha rounds to 1.
+        g_top = g.gather(-1, indices)
+        g.scatter_(-1, indices, 0.0).mul_(alpha)
+        rest_sum = g.sum(-1, keepdim=True)
+        if ctx.kernel == "logistic":
+            rest_sum = rest_sum - _row_dot(g, alpha).unsqueeze(-1)
+        mean = ((slope * g_top).sum(-1, keepdim=True) + rest_sum) / total_slope.clamp(min=torch.finfo(slope.dtype).tiny)
+        g.addcmul_(alpha, -mean.to(g.dtype))
+        if ctx.kernel == "logistic":
+            g.addcmul_(g, alpha, value=-1)
+        g.scatter_(-1, indices, (slope * (g_top - mean)).to(g.dtype)).mul_(1 / ctx.tau)
         if undecided is not None:
-            slope = torch.where(undecided, slope, 0.0)
-        total = slope.sum(-1, keepdim=True).clamp(min=torch.finfo(slope.dtype).tiny)
-        # Counted from the g of the token nearest the threshold: when that one holds nearly all of the slope, g - mean would cancel.
-        nearest = indices.gather(-1, slope_top.argmax(-1, keepdim=True))
-        g = g - g.gather(-1, nearest)
-        mean = (slope * g).sum(-1, keepdim=True) / total
-        return g.sub_(mean).mul_(slope).mul_(1 / ctx.tau).view(grad.shape), None, None, None, None
+            g.masked_fill_(~undecided, 0.0)
+        return g.view(grad.shape), None, None, None, None
 
 
 class _Gate(torch.autograd.Function):
@@ -405,7 +439,7 @@ class _Gate(torch.autograd.Function):
             logits, undecided = torch.full_like(scores, math.inf), None
         else:
             z, undecided = _rows(scores, mask, k)
-            found = _find_threshold(z, k, tau, kernel)
+            found = _find_threshold(z, k, tau, kernel, mask is not None)
             b = found.anchor + tau * found.beta  # float64, split so that a float32 difference z - b keeps its digits
             coarse = b.to(z.dtype)
             logits = z.sub(coarse).sub_((b - coarse).to(z.dtype)).div_(tau)
@@ -458,7 +492,7 @@ def _gate_logit_gradient(u: Tensor, along_x: Tensor, along_noise: Tensor, kernel
 
 
 def _less_share_of_sum(values: Tensor, weight: Tensor) -> Tensor:
-    """values - weight * sum(values), without cancellation at a token that holds nearly all of the weight (which sums to 1)."""
+    """values - weight * sum(values), weights summing to 1; no cancellation where one token holds nearly all of them."""
     heaviest = weight.argmax(-1, keepdim=True)
     own, share = values.gather(-1, heaviest), weight.gather(-1, heaviest)
     others = values.scatter(-1, heaviest, 0.0).sum(-1, keepdim=True)
@@ -467,7 +501,7 @@ def _less_share_of_sum(values: Tensor, weight: Tensor) -> Tensor:
 
 
 def _threshold_weights(u: Tensor, kernel: str) -> Tensor:
-    """db/dz_i: F'(u_i) over its sum, as a softmax of log F', which cannot underflow in all tokens. Zero where u is infinite."""
+    """db/dz_i: F'(u_i) over its sum, a softmax of log F', which never underflows in all tokens. 0 for infinite u."""
     log_slope = -u.abs() if kernel == "laplace" else nn.functional.logsigmoid(u) + nn.functional.logsigmoid(-u)
     peak = log_slope.amax(-1, keepdim=True).clamp(min=torch.finfo(u.dtype).min)
     weight = (log_slope - peak).exp()
@@ -475,12 +509,13 @@ def _threshold_weights(u: Tensor, kernel: str) -> Tensor:
 
 
 def _row_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Scalar product over the last axis; float32 at least."""
-    return (_full_precision(a) * _full_precision(b)).sum(-1)
+    """Scalar product over the last axis; float32 at least, without a temporary of the operands' size."""
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.linalg.vecdot(_full_precision(a), _full_precision(b))
 
 
 def _rows(scores: Tensor, mask: Tensor | None, k: float) -> tuple[Tensor, Tensor | None]:
-    """(B, N) scores with -inf where masked, and (B, 1) whether a row holds more than k valid tokens (None without a mask: all do)."""
+    """(B, N) scores, -inf where masked, and (B, 1) whether a row has more than k valid tokens; None if all have."""
     z = scores.reshape(-1, scores.shape[-1])
     if mask is None:
         return z, None
