@@ -1,0 +1,73 @@
+"""Answer questions about a gigapixel whole-slide image from the 32 patches that matter.
+
+    bag = extract_bag("slide.svs", "efficientnet-lite0")
+    model = SparseWSI.from_pretrained("assets/demo-model")
+    selection = model.select(bag)
+    for piece in model.answer(selection, [{"role": "user", "content": "Which tissue is this?"}]):
+        print(piece, end="")
+
+Names are imported when they are first used, so `import sparsewsi` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparsewsi.bag import Bag, extract_bag, load_bag, save_bag
+    from sparsewsi.config import SparseWSIConfig
+    from sparsewsi.encoders import ENCODERS, load_encoder
+    from sparsewsi.llm import load_llm
+    from sparsewsi.model import Selection, SparseWSI
+    from sparsewsi.selector import SELECTORS, Scorer, hard_topk
+    from sparsewsi.slide import Slide, SlideError, open_slide
+
+_HOME = {
+    "Bag": "bag",
+    "extract_bag": "bag",
+    "load_bag": "bag",
+    "save_bag": "bag",
+    "SparseWSIConfig": "config",
+    "ENCODERS": "encoders",
+    "load_encoder": "encoders",
+    "load_llm": "llm",
+    "Selection": "model",
+    "SparseWSI": "model",
+    "SELECTORS": "selector",
+    "Scorer": "selector",
+    "hard_topk": "selector",
+    "Slide": "slide",
+    "SlideError": "slide",
+    "open_slide": "slide",
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "ENCODERS",
+    "SELECTORS",
+    "Bag",
+    "Scorer",
+    "Selection",
+    "Slide",
+    "SlideError",
+    "SparseWSI",
+    "SparseWSIConfig",
+    "extract_bag",
+    "hard_topk",
+    "load_bag",
+    "load_encoder",
+    "load_llm",
+    "open_slide",
+    "save_bag",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

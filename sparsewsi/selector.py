@@ -1,0 +1,147 @@
+"""Which patches to keep: the learned scorer, hard top-K, and selectors that need no training.
+
+Shapes: ... any leading axes, N patches, D width of a token, K kept.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROWS = 8192  # patches handled at once where a whole slide in float32 would be too much
+
+
+class Block(nn.Module):
+    """Pre-LN Transformer block that starts as the identity: the last layer of both branches is zero.
+
+    attention="local":  each token attends to itself alone. Softmax over one element is 1, so what is left of attention
+                        is out(value(x)): no dead query and key weights, cost O(N).
+    attention="global": every token attends to all N.
+    ffn: width of the feed-forward part as a multiple of dim.
+    """
+
+    def __init__(self, dim: int, heads: int, attention: str = "local", ffn: int = 4):
+        super().__init__()
+        if attention not in ("local", "global"):
+            raise ValueError(f"attention is {attention!r}; choose local or global.")
+        if dim % heads:
+            raise ValueError(f"dim {dim} must be a multiple of heads, got {heads}.")
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(dim)
+        self.query_key = nn.Linear(dim, 2 * dim) if attention == "global" else None
+        self.value = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn * dim), nn.GELU(), nn.Linear(ffn * dim, dim))
+        for last in (self.out, self.ffn[-1]):
+            nn.init.zeros_(last.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.out(self.attend(self.norm1(x)))  # (..., N, D)
+        return x + self.ffn(self.norm2(x))
+
+    def attend(self, x: Tensor) -> Tensor:
+        """(..., N, D) -> (..., N, D), before the output projection."""
+        value = self.value(x)
+        if self.query_key is None:
+            return value
+        query, key = self.query_key(x).chunk(2, dim=-1)
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for part in (query, key, value))
+        return F.scaled_dot_product_attention(query, key, value).transpose(-3, -2).flatten(-2)
+
+
+class Scorer(nn.Module):
+    """How relevant each patch is: (..., N, D) tokens -> (..., N) raw scores in float32, under autocast too (eq. 3).
+
+    hidden: width inside, default min(dim, 512), with a linear layer in front where it differs from dim.
+    attention: "local", each patch alone (the paper's localized scorer), or "global".
+    """
+
+    def __init__(self, dim: int, layers: int = 2, hidden: int | None = None, heads: int = 8, attention: str = "local"):
+        super().__init__()
+        hidden = hidden or min(dim, 512)
+        self.attention = attention
+        self.inlet = nn.Identity() if hidden == dim else nn.Linear(dim, hidden)
+        self.blocks = nn.Sequential(*(Block(hidden, heads, attention) for _ in range(layers)))
+        self.norm = nn.LayerNorm(hidden)
+        self.head = nn.Linear(hidden, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):  # bf16 scores swap one of 32 patches at N = 100,000
+            return self.head(self.norm(self.blocks(self.inlet(x.float())))).squeeze(-1)
+
+
+def hard_topk(scores: Tensor, k: int) -> Tensor:
+    """Indices of the k largest scores, ascending (= raster order), (min(k, N),) int64 on the scores' device.
+
+    scores: (N,). Of equal scores the lower index is kept. Raises ValueError for NaN, k < 1, more than one axis.
+    """
+    if scores.ndim != 1:
+        raise ValueError(f"scores must have one axis (N,), got {tuple(scores.shape)}.")
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}.")
+    if torch.isnan(scores).any():
+        raise ValueError(f"{int(torch.isnan(scores).sum())} of {len(scores)} scores are NaN. Check the features.")
+    # torch.topk promises nothing about ties; a stable sort does.
+    return scores.sort(descending=True, stable=True).indices[:k].sort().values
+
+
+def random(features: Tensor, coords: Tensor, k: int, seed: int = 0) -> Tensor:
+    """k patches drawn without replacement."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(len(features), generator=generator)[:k].sort().values
+
+
+def uniform(features: Tensor, coords: Tensor, k: int, seed: int = 0) -> Tensor:
+    """k patches spread evenly over the tissue: horizontal bands of equal patch count, equal steps along x in each.
+
+    The seed changes nothing.
+    """
+    n = len(features)
+    if k >= n:
+        return torch.arange(n)
+    coords = coords.long()
+    width, height = (coords.amax(0) - coords.amin(0)).clamp(min=1).tolist()
+    bands = max(1, min(k, round((k * height / width) ** 0.5)))  # so that the grid's cells are about square
+    by_row = coords[:, 1].sort(stable=True).indices
+    kept = []
+    for number, band in enumerate(torch.tensor_split(by_row, bands)):
+        share = k * (number + 1) // bands - k * number // bands
+        band = band[coords[band, 0].sort(stable=True).indices]
+        places = (torch.arange(share, dtype=torch.float64) + 0.5) * len(band) / max(share, 1)
+        kept.append(band[places.long()])
+    return torch.cat(kept).sort().values
+
+
+def norm(features: Tensor, coords: Tensor, k: int, seed: int = 0) -> Tensor:
+    """The k patches whose features are longest. The seed changes nothing."""
+    return hard_topk(torch.cat([part.float().norm(dim=-1) for part in features.split(ROWS)]), k)
+
+
+def farthest(features: Tensor, coords: Tensor, k: int, seed: int = 0) -> Tensor:
+    """Farthest point sampling in feature space, from a patch drawn with the seed; cost O(N K)."""
+    n = len(features)
+    if k >= n:
+        return torch.arange(n)
+    chosen = int(torch.randint(n, (1,), generator=torch.Generator().manual_seed(seed)))
+    nearest = torch.full((n,), torch.inf)  # squared distance to the nearest patch chosen so far
+    kept = []
+    for _ in range(k):
+        kept.append(chosen)
+        centre = features[chosen].float()
+        distance = torch.cat([(part.float() - centre).square().sum(-1) for part in features.split(ROWS)])
+        nearest = torch.minimum(nearest, distance)
+        nearest[kept] = -1.0  # so that duplicates of a chosen patch come before the patch itself
+        chosen = int(nearest.argmax())
+    return torch.tensor(kept).sort().values
+
+
+# name -> f(features (N, D) or tokens, coords (N, 2), k, seed) -> (min(k, N),) ascending indices
+SELECTORS: dict[str, Callable[[Tensor, Tensor, int, int], Tensor]] = {
+    "random": random,
+    "uniform": uniform,
+    "norm": norm,
+    "farthest": farthest,
+}
