@@ -7,9 +7,9 @@ import argparse
 import copy
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
-
 
 from sparsewsi.encoders import load_encoder
 
@@ -34,7 +34,7 @@ def main() -> None:
 
     from efficientnet_lite_pytorch import EfficientNet
 
-    published = EfficientNet.from_name("efficientnet-lite0").eval()  # speed does not depend on the weights
+    published: Any = EfficientNet.from_name("efficientnet-lite0").eval()  # speed does not depend on the weights
     last = copy.deepcopy(published).to(memory_format=torch.channels_last)
     half = copy.deepcopy(last).bfloat16()
     x = torch.randn(arguments.batch, 3, 224, 224)
@@ -53,9 +53,7 @@ def main() -> None:
     encoder = load_encoder("efficientnet-lite0", device="cpu")
     pixels = torch.randint(0, 256, (arguments.batch, 224, 224, 3), dtype=torch.uint8)
     speed = patches_per_second(encoder, pixels, arguments.seconds)
-    print(
-        f"{f'load_encoder: folded, {encoder.dtype}, with preprocessing':45s} {speed:7.1f} patches/s  x{speed / base:.2f}"
-    )
+    print(f"{f'load_encoder: folded, {encoder.dtype}, from pixels':45s} {speed:7.1f} patches/s  x{speed / base:.2f}")
 
 
 if __name__ == "__main__":
