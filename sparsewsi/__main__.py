@@ -1,0 +1,227 @@
+"""python -m sparsewsi SLIDE: select patches of a slide, answer questions from them, write what was selected.
+
+Exit status 0, or 2 with one sentence on stderr when the input is at fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from sparsewsi.bag import Bag
+    from sparsewsi.config import SparseWSIConfig
+    from sparsewsi.export import Answer
+    from sparsewsi.model import Selection, SparseWSI
+
+DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "assets" / "demo-model"
+DEFAULT_QUESTION = "Describe this slide."
+BAG_SUFFIXES = (".safetensors", ".h5", ".hdf5", ".pt", ".npy", ".csv")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ValueError(f"{message[0].upper()}{message[1:]} (see python -m sparsewsi --help).")
+
+
+class _Ask(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        namespace.questions = [*namespace.questions, (values, [])]
+
+
+class _Offer(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if not namespace.questions:
+            parser.error("--option belongs to the --question before it, and there is none")
+        namespace.questions[-1][1].append(values)
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse and check the command line. Raises ValueError with one sentence."""
+    parser = _Parser(prog="python -m sparsewsi", description="Answer questions about a slide from a few patches of it.")
+    parser.add_argument("slide", metavar="SLIDE", help="a slide, a saved bag of features, or the word: phantom")
+    parser.add_argument("--model", default=os.environ.get("SPARSEWSI_MODEL") or str(DEFAULT_MODEL), metavar="DIR")
+    parser.add_argument("--question", action=_Ask, dest="questions", default=[], help=f"default: {DEFAULT_QUESTION}")
+    parser.add_argument("--option", action=_Offer, help="a possible answer to the question before it; repeat it")
+    parser.add_argument("--k", type=int, help="patches to select (default: the model's, 32)")
+    parser.add_argument("--selector", default="learned", help="learned, or a training-free one such as random")
+    parser.add_argument("--slide-mpp", type=float, help="um/px of the scan, for slides that do not state it")
+    parser.add_argument("--max-patches", type=int, metavar="N", help="encode at most N patches, evenly spaced")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: out/<name of the slide>")
+    options = parser.parse_args(argv)
+    if options.k is not None and options.k < 1:
+        raise ValueError(f"--k must be at least 1, got {options.k}.")
+    if options.max_patches is not None and options.max_patches < 1:
+        raise ValueError(f"--max-patches must be at least 1, got {options.max_patches}.")
+    if options.out is not None and options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out names a folder, but {options.out} is a file; name another.")
+    return options
+
+
+def load_model(folder: str) -> SparseWSI:
+    """The model of a folder or a hub repository; whatever keeps it from loading is a ValueError."""
+    from sparsewsi.model import SparseWSI
+
+    try:
+        return SparseWSI.from_pretrained(folder)
+    except (RuntimeError, OSError) as error:  # not on the hub, no network and not in the cache
+        raise ValueError(str(error)) from error
+
+
+def read_bag(options: argparse.Namespace, slide: Path, config: SparseWSIConfig) -> Bag:
+    """The features of a slide, or of a bag that was saved; shows a progress bar while it encodes."""
+    from tqdm import tqdm
+
+    from sparsewsi.bag import extract_bag, load_bag
+    from sparsewsi.slide import open_slide
+
+    if slide.suffix.lower() in BAG_SUFFIXES:
+        return load_bag(slide, slide_mpp=options.slide_mpp)
+    with open_slide(slide, slide_mpp=options.slide_mpp) as opened:
+        for doubt in filter(None, (*opened.warnings, opened.check_mpp(config.mpp))):
+            warnings.warn(doubt, stacklevel=1)
+    with tqdm(desc="Encoding patches", unit=" patches", leave=False, disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return extract_bag(
+            slide,
+            config.encoder,
+            mpp=config.mpp,
+            patch_size=config.patch_size,
+            slide_mpp=options.slide_mpp,
+            max_patches=options.max_patches,
+            progress=progress,
+        )
+
+
+def check_slide(options: argparse.Namespace, slide: Path) -> None:
+    """Refuse, before anything slow is loaded, what is no slide or states no resolution."""
+    from sparsewsi.slide import open_slide
+
+    if slide.suffix.lower() not in BAG_SUFFIXES or not slide.is_file():
+        with open_slide(slide, slide_mpp=options.slide_mpp) as opened:
+            opened.require_mpp()
+
+
+def ask(model: SparseWSI, selection: Selection, question: str, options: list[str]) -> Answer:
+    """Put one question; prints the answer as it comes, and the options' probabilities."""
+    from sparsewsi.export import Answer
+
+    print(f"\nQ: {question}\nA: ", end="", flush=True)
+    pieces = []
+    for piece in model.answer(selection, [{"role": "user", "content": question}], options or None):
+        pieces.append(piece)
+        print(piece, end="", flush=True)
+    print()
+    probs = model.option_probs(selection, question, options).tolist() if options else []
+    for option, prob in zip(options, probs):
+        print(f"   {prob:6.1%}  {option}")
+    return Answer(question, "".join(pieces).strip(), tuple(options), tuple(probs))
+
+
+def view(options: argparse.Namespace, slide: Path, bag: Bag, selection: Selection) -> Image.Image:
+    """The overlay: on the slide's thumbnail, or on a plain canvas when only the bag is there."""
+    from sparsewsi.plots import canvas, overlay
+    from sparsewsi.slide import open_slide
+
+    if slide.suffix.lower() in BAG_SUFFIXES:
+        return overlay(*canvas(bag), bag, selection)
+    with open_slide(slide, slide_mpp=options.slide_mpp) as opened:
+        return overlay(*opened.thumbnail(2000), bag, selection)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what the command line says. Raises ValueError or OSError for input at fault."""
+    if options.slide != "phantom":
+        check_slide(options, Path(options.slide))
+    model = load_model(options.model)
+    slide = phantom() if options.slide == "phantom" else Path(options.slide)
+    bag = read_bag(options, slide, model.config)
+    selection = model.select(bag, options.k, options.selector)
+    report(options, slide, model, bag, selection)
+
+
+def phantom() -> Path:
+    """The bundled example, generated when it is first asked for."""
+    from sparsewsi.phantom import example_slide
+
+    if sys.stderr.isatty():
+        print("Opening the phantom; it is generated on first use, which takes a little while.", file=sys.stderr)
+    return example_slide()
+
+
+def report(options: argparse.Namespace, slide: Path, model: SparseWSI, bag: Bag, selection: Selection) -> None:
+    """Print the answers, write the files."""
+    from sparsewsi import export, plots
+
+    name = Path(options.model).resolve().name if Path(options.model).is_dir() else options.model
+    print(export.summary(bag, selection, model.config, name))
+    for note in (bag.note, model.config.note):
+        if note:
+            print(note)
+    questions = options.questions or [(DEFAULT_QUESTION, [])]
+    answers = [ask(model, selection, question, given) for question, given in questions]
+    print(f"\n{export.notice(model.config)}")
+
+    out = options.out or Path("out") / bag.slide.replace(" ", "-")
+    out.mkdir(parents=True, exist_ok=True)
+    export.write_image(out / "overlay.png", view(options, slide, bag, selection))
+    export.write_image(out / "umap.png", plots.umap_plot(plots.umap_coords(bag.features, selection), selection))
+    export.write_csv(out / "patches.csv", bag, selection)
+    export.write_geojson(out / "patches.geojson", bag, selection)
+    export.write_selection(
+        out / "selection.json",
+        bag,
+        selection,
+        model.config,
+        model=name,
+        weights_sha256=export.weights_digest(options.model),
+        selector=options.selector,
+        max_patches=options.max_patches,
+        answers=answers,
+    )
+    print(f"Wrote overlay.png, umap.png, patches.csv, patches.geojson and selection.json to {out}.")
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    """Print our own warnings as notes for people, without the line of code that gave them; leave others' out."""
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *_args: Any) -> None:
+        if Path(filename).parent == Path(__file__).parent:
+            print(f"Note: {message}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = show
+        yield
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    try:
+        options = arguments(argv)
+        with _notes():
+            run(options)
+    except (ValueError, OSError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
