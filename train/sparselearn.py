@@ -31,6 +31,7 @@ NEWTON_STEPS = 4  # the largest errors seen after each: 0.4, 9e-3, 6e-6, 3e-12 t
 VARIANCE_FLOOR = 1e-5  # in z-score; with 1e-12 the gradient of constant scores reaches 9e5
 BLOCK_SEARCH_FROM = 32_768  # length of a row from which a search by blocks beats one torch.topk (measured)
 BLOCK_WIDTH_MIN = 8
+ROW_DOT_PART = 4_194_304  # elements of the tokens multiplied at a time
 PART = 131_072  # scores worked on at a time where a temporary is needed: a larger, fresh one costs page faults
 
 
@@ -417,7 +418,8 @@ class _SoftTopK(torch.autograd.Function):
         g.scatter_(-1, indices, 0.0).mul_(alpha)
         rest_sum = g.sum(-1, keepdim=True)
         if ctx.kernel == "logistic":
-            rest_sum = rest_sum - _row_dot(g, alpha).unsqueeze(-1)
+            for g_part, alpha_part in zip(g.split(PART, -1), alpha.split(PART, -1), strict=True):
+                rest_sum = rest_sum - (g_part * alpha_part).sum(-1, keepdim=True)
         mean = ((slope * g_top).sum(-1, keepdim=True) + rest_sum) / total_slope.clamp(min=torch.finfo(slope.dtype).tiny)
         g.addcmul_(alpha, -mean.to(g.dtype))
         if ctx.kernel == "logistic":
@@ -509,9 +511,10 @@ def _threshold_weights(u: Tensor, kernel: str) -> Tensor:
 
 
 def _row_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Scalar product over the last axis; float32 at least, without a temporary of the operands' size."""
-    with torch.autocast(a.device.type, enabled=False):
-        return torch.linalg.vecdot(_full_precision(a), _full_precision(b))
+    """Scalar product over the last axis, (..., N, D) -> (..., N); float32 at least, in parts of bounded size."""
+    at_once = max(1, ROW_DOT_PART // a.shape[-1])
+    parts = zip(a.flatten(0, -2).split(at_once), b.flatten(0, -2).split(at_once), strict=True)
+    return torch.cat([(_full_precision(u) * _full_precision(v)).sum(-1) for u, v in parts]).view(a.shape[:-1])
 
 
 def _rows(scores: Tensor, mask: Tensor | None, k: float) -> tuple[Tensor, Tensor | None]:
