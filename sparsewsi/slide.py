@@ -86,8 +86,10 @@ class Slide:
         raise TypeError("A Slide holds an open file and is not copied or pickled; open_slide() it where it is needed.")
 
     def close(self) -> None:
-        self._closed = True
-        self._source.close()
+        """Close the file. No other thread may be reading."""
+        if not self._closed:
+            self._closed = True
+            self._source.close()
 
     def require_mpp(self) -> float:
         """um per level-0 px. Raises SlideError, naming the remedy, if the slide states none."""
