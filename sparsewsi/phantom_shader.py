@@ -17,6 +17,8 @@ CELL = 32  # world px per cell of the region map
 REACH = 26  # world px: the largest distance from a nucleus's centre to its outline
 LUT_SIZE, LUT_MAX = 8192, 4.0  # transmission table over optical density
 WHOLE = 0xFFFFFFFF
+# Odd 63-bit constants of the position hash: products wrap, so that every input bit reaches the upper half.
+STEP_X, STEP_Y, STEP_SALT, STEP_MIX = 0x1E3779B97F4A7C15, 0x42B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x3F58476D1CE4E5B9
 MIXED = 255  # mark in the `pure` map: cells near a border
 
 # Cell types: mean and sd of the half axis a (px), ratio b/a, irregularity of the outline, how empty (vesicular) the
@@ -24,15 +26,15 @@ MIXED = 255  # mark in the `pure` map: cells near a border
 FIBROBLAST, CIGAR, LYMPHOCYTE, PLASMA, TUMOUR, PYKNOTIC, DEBRIS, BLAST, FAT_NUCLEUS = range(9)
 CELL_TYPES = np.array(
     [
-        [8.0, 2.0, 0.30, 0.25, 0.10, 1.00, 0.25, 0.0, 1.0],
-        [10.0, 2.0, 0.27, 0.18, 0.25, 0.80, 0.18, 0.0, 1.0],
-        [5.4, 0.6, 0.92, 0.16, 0.12, 1.45, 0.22, 0.0, 0.0],
-        [5.8, 0.7, 0.75, 0.15, 0.35, 1.20, 0.22, 0.0, 0.0],
-        [10.5, 2.4, 0.74, 0.26, 0.55, 1.10, 0.26, 1.0, 0.0],
-        [5.5, 1.5, 0.75, 0.45, 0.00, 1.90, 0.20, 0.0, 0.0],
-        [2.2, 0.9, 0.80, 0.40, 0.00, 1.25, 0.35, 0.0, 0.0],
-        [7.8, 0.9, 0.85, 0.18, 0.60, 0.95, 0.18, 1.0, 0.0],
-        [6.5, 1.2, 0.34, 0.25, 0.00, 1.15, 0.25, 0.0, 0.0],
+        [7.6, 2.6, 0.27, 0.34, 0.10, 1.00, 0.35, 0.0, 1.0],
+        [9.0, 2.6, 0.26, 0.26, 0.22, 0.72, 0.25, 0.0, 1.0],
+        [5.2, 0.6, 0.92, 0.20, 0.12, 1.40, 0.28, 0.0, 0.0],
+        [5.7, 0.9, 0.74, 0.20, 0.35, 1.10, 0.28, 0.0, 0.0],
+        [9.6, 2.8, 0.72, 0.30, 0.55, 1.00, 0.34, 1.0, 0.0],
+        [5.2, 1.6, 0.72, 0.55, 0.00, 1.80, 0.25, 0.0, 0.0],
+        [1.9, 0.9, 0.75, 0.50, 0.00, 1.05, 0.40, 0.0, 0.0],
+        [7.4, 1.0, 0.82, 0.22, 0.60, 0.88, 0.22, 1.0, 0.0],
+        [6.0, 1.3, 0.34, 0.30, 0.00, 1.15, 0.25, 0.0, 1.0],
     ],
     dtype=np.float64,
 )
@@ -40,15 +42,15 @@ CELL_TYPES = np.array(
 NUCLEI = np.array(
     [
         [0.0, 0.0, 0.0],  # glass
-        [26.0, 0.22, 0.5],  # stroma
-        [25.0, 0.42, 0.6],  # smooth muscle
-        [26.0, 0.0, 0.6],  # adipose: nuclei sit in the walls, see `adipose`
-        [13.0, 0.62, 0.8],  # colon mucosa: the lamina propria; epithelium has its own
-        [17.5, 0.98, 0.82],  # carcinoma
-        [11.8, 0.97, 0.82],  # lymphoid
-        [30.0, 0.07, 0.6],  # mucin
-        [12.0, 0.16, 0.5],  # necrosis
-        [30.0, 0.06, 0.6],  # blood
+        [21.0, 0.24, 0.6],  # stroma
+        [21.0, 0.40, 0.6],  # smooth muscle
+        [20.0, 0.45, 0.8],  # adipose: only in walls
+        [11.6, 0.62, 0.8],  # colon mucosa: the lamina propria; epithelium has its own
+        [13.8, 0.97, 0.93],  # carcinoma
+        [9.4, 0.97, 0.92],  # lymphoid
+        [26.0, 0.11, 0.6],  # mucin
+        [11.0, 0.20, 0.5],  # necrosis
+        [30.0, 0.05, 0.6],  # blood
     ],
     dtype=np.float64,
 )
@@ -58,14 +60,16 @@ NUCLEI = np.array(
 
 
 @njit(cache=True, nogil=True)
+def stir(base):
+    """32 well mixed bits of a linear combination of integers with STEP_X, STEP_Y and STEP_SALT (int64, wrapping)."""
+    h = (base ^ (base >> 29)) * STEP_MIX
+    return ((h ^ (h >> 31)) >> 24) & WHOLE
+
+
+@njit(cache=True, nogil=True)
 def mix(ix, iy, salt):
     """32 well mixed bits of two integers and a salt."""
-    h = (ix * 0x1E3779B1 + iy * 0x45EBCA77 + salt * 0x22B2AE3D) & WHOLE
-    h ^= h >> 15
-    h = (h * 0x2C1B3C6D) & WHOLE
-    h ^= h >> 12
-    h = (h * 0x297A2D39) & WHOLE
-    return h ^ (h >> 15)
+    return stir(ix * STEP_X + iy * STEP_Y + salt * STEP_SALT)
 
 
 @njit(cache=True, nogil=True)
@@ -76,14 +80,22 @@ def unit(ix, iy, salt):
 
 @njit(cache=True, nogil=True)
 def noise(x, y, salt):
-    """Value noise in [0, 1], one lattice step per unit of x and y."""
+    """Gradient noise (Perlin's) in [0, 1], mean 0.5, sd 0.2; waves are about two units of x and y long."""
+    x, y = 0.8 * x, 0.8 * y
     fx, fy = math.floor(x), math.floor(y)
-    ix, iy = int(fx), int(fy)
     u, v = x - fx, y - fy
-    u, v = u * u * (3.0 - 2.0 * u), v * v * (3.0 - 2.0 * v)
-    a, b = unit(ix, iy, salt), unit(ix + 1, iy, salt)
-    c, d = unit(ix, iy + 1, salt), unit(ix + 1, iy + 1, salt)
-    return a + (b - a) * u + (c - a) * v + (a - b - c + d) * u * v
+    s = u * u * u * (u * (u * 6.0 - 15.0) + 10.0)
+    t = v * v * v * (v * (v * 6.0 - 15.0) + 10.0)
+    base = fx * STEP_X + fy * STEP_Y + salt * STEP_SALT
+    a, b = _slope(base, u, v), _slope(base + STEP_X, u - 1.0, v)
+    c, d = _slope(base + STEP_Y, u, v - 1.0), _slope(base + STEP_X + STEP_Y, u - 1.0, v - 1.0)
+    return min(1.0, max(0.0, 0.5 + 1.22 * (a + (b - a) * s + (c - a) * t + (a - b - c + d) * s * t)))
+
+
+@njit(cache=True, nogil=True)
+def _slope(base, u, v):
+    h = stir(base)
+    return ((h & 0xFFFF) / 32768.0 - 1.0) * u + ((h >> 16) / 32768.0 - 1.0) * v
 
 
 @njit(cache=True, nogil=True)
@@ -110,7 +122,7 @@ def voronoi(x, y, spacing, jitter, salt):
     Returns (distance to the nearest, distance to the border between the two, x and y of the nearest minus the
     position, hash of the nearest); distances in the unit of x.
     """
-    ix, iy = int(math.floor(x / spacing)), int(math.floor(y / spacing))
+    ix, iy = math.floor(x / spacing), math.floor(y / spacing)
     best = second = 1e18
     bx = by = sx = sy = 0.0
     key = 0
@@ -134,30 +146,40 @@ def voronoi(x, y, spacing, jitter, salt):
 
 @njit(cache=True, nogil=True)
 def kind_at(x, y, labels, pure, salt):
-    """The tissue kind at a position relative to the map's corner: the vote of the four nearest cells, with a wobbly border."""
+    """The tissue at a position relative to the map's corner, by vote of the four nearest cells, with a wobbly border.
+
+    Returns (kind, kind on the other side of the nearest border, lead of the vote in [0, 1]); away from borders the two
+    kinds are the same and the lead is 1, a lead of 0.1 is about 1.6 px from the border.
+    """
     rows, columns = labels.shape
-    ix, iy = int(math.floor(x / CELL)), int(math.floor(y / CELL))
+    ix, iy = math.floor(x / CELL), math.floor(y / CELL)
     if ix < 0 or iy < 0 or ix >= columns or iy >= rows:
-        return GLASS
+        return GLASS, GLASS, 1.0
     if pure[iy, ix] != MIXED:
-        return int(pure[iy, ix])
+        return int(pure[iy, ix]), int(pure[iy, ix]), 1.0
     wx = x + 24.0 * (noise(x / 41.0, y / 41.0, salt + 901) - 0.5) + 12.0 * (noise(x / 11.0, y / 11.0, salt + 902) - 0.5)
     wy = y + 24.0 * (noise(x / 41.0, y / 41.0, salt + 903) - 0.5) + 12.0 * (noise(x / 11.0, y / 11.0, salt + 904) - 0.5)
     fx, fy = wx / CELL - 0.5, wy / CELL - 0.5
-    ix, iy = int(math.floor(fx)), int(math.floor(fy))
+    ix, iy = math.floor(fx), math.floor(fy)
     u, v = fx - ix, fy - iy
-    best, winner = -1.0, GLASS
+    best, second = -1.0, 0.0
+    winner = loser = GLASS
     for corner in range(4):
-        a, b = corner & 1, corner >> 1
-        kind = _cell(labels, iy + b, ix + a)
+        kind = _cell(labels, iy + (corner >> 1), ix + (corner & 1))
+        if kind == winner and best >= 0.0:
+            continue
         votes = 0.0
         for other in range(4):
             c, d = other & 1, other >> 1
             if _cell(labels, iy + d, ix + c) == kind:
                 votes += (u if c else 1.0 - u) * (v if d else 1.0 - v)
         if votes > best + 1e-12:
-            best, winner = votes, kind
-    return winner
+            best, winner, second, loser = votes, kind, max(0.0, best), winner
+        elif votes > second:
+            second, loser = votes, kind
+    if second <= 0.0:
+        return winner, winner, 1.0
+    return winner, loser, best - second
 
 
 @njit(cache=True, nogil=True)
@@ -172,12 +194,12 @@ def kinds_at(xs, ys, labels, pure, salt):
     """Kind ids of many positions, uint8 (n,)."""
     out = np.empty(len(xs), np.uint8)
     for i in range(len(xs)):
-        out[i] = kind_at(xs[i], ys[i], labels, pure, salt)
+        out[i] = kind_at(xs[i], ys[i], labels, pure, salt)[0]
     return out
 
 
 # --------------------------------------------------------------------------------------------------- tissues
-# Each returns (haematoxylin, eosin, red cells, room): densities without free nuclei, and whether a nucleus may lie here.
+# Each returns (haematoxylin, eosin, red cells, room): densities without free nuclei, and whether one may lie here.
 
 
 @njit(cache=True, nogil=True)
@@ -187,53 +209,84 @@ def fibre_coordinates(x, y, angle, bend, salt):
     across = x * s + y * c
     along = x * c - y * s
     across += bend * (
-        230.0 * (noise(x / 270.0, y / 270.0, salt) - 0.5)
-        + 62.0 * (noise(x / 88.0, y / 88.0, salt + 1) - 0.5)
-        + 11.0 * (noise(x / 29.0, y / 29.0, salt + 2) - 0.5)
+        520.0 * (noise(x / 1150.0, y / 1150.0, salt + 3) - 0.5)
+        + 150.0 * (noise(x / 260.0, y / 260.0, salt) - 0.5)
+        + 38.0 * (noise(x / 84.0, y / 84.0, salt + 1) - 0.5)
+        + 9.0 * (noise(x / 26.0, y / 26.0, salt + 2) - 0.5)
     )
     return across, along
 
 
 @njit(cache=True, nogil=True)
 def stroma(x, y, angle, salt):
+    """Collagen: wavy bundles of fibrils, with clefts between them, looser in places."""
     across, along = fibre_coordinates(x, y, angle, 1.0, salt + 10)
-    fine = noise(across / 2.6, along / 42.0, salt + 14)
-    mid = noise(across / 6.5, along / 75.0, salt + 15)
-    wide = noise(across / 19.0, along / 110.0, salt + 16)
-    loose = noise(x / 420.0, y / 420.0, salt + 17)
-    cleft = ramp(0.55 * wide + 0.45 * mid + 0.28 * (loose - 0.5), 0.66, 0.78)
-    e = (0.30 + 0.20 * fine + 0.22 * mid + 0.16 * wide) * (1.0 - 0.93 * cleft)
-    h = (0.03 + 0.08 * mid * loose) * (1.0 - 0.8 * cleft)
-    return h, e, 0.0, cleft < 0.5
+    across += 2.4 * noise(x / 6.0, y / 6.0, salt + 12)
+    fibril = noise(across / 1.6, along / 17.0, salt + 14)
+    fine = noise(across / 3.6, along / 31.0, salt + 15)
+    wide = noise(across / 14.0, along / 95.0, salt + 16)
+    loose = noise(x / 330.0, y / 330.0, salt + 17)
+    crimp = noise(across / 9.0, along / 11.0, salt + 18)
+    cleft = ramp(0.5 * wide + 0.38 * fine + 0.12 * crimp + 0.42 * (loose - 0.5), 0.64, 0.74)
+    hair = ramp(noise(across / 2.6, along / 21.0, salt + 19), 0.76, 0.9) * ramp(loose, 0.35, 0.7)
+    pale = max((0.62 + 0.34 * loose) * cleft, 0.6 * hair)
+    e = (0.12 + 0.20 * fibril + 0.24 * fine + 0.20 * wide + 0.14 * crimp) * (1.0 - pale)
+    h = (0.03 + 0.10 * fine * loose) * (1.0 - 0.8 * pale)
+    return h, e, 0.0, pale < 0.6
 
 
 @njit(cache=True, nogil=True)
 def muscle(x, y, angle, salt):
+    """Smooth muscle: long fine fibres in bundles, short clefts along them."""
     across, along = fibre_coordinates(x, y, angle, 0.42, salt + 20)
-    fine = noise(across / 3.4, along / 95.0, salt + 24)
-    mid = noise(across / 9.5, along / 170.0, salt + 25)
-    bundle = noise(across / 80.0, along / 420.0, salt + 26)
-    gap = 1.0 - ramp(abs(bundle - 0.5), 0.006, 0.022)
-    split = ramp(noise(across / 5.0, along / 36.0, salt + 27), 0.86, 0.95) * ramp(bundle, 0.35, 0.6)
-    pale = max(0.9 * gap, 0.75 * split)
-    e = (0.40 + 0.17 * fine + 0.13 * mid) * (1.0 - pale)
-    h = (0.11 + 0.06 * mid + 0.03 * fine) * (1.0 - pale)
-    return h, e, 0.0, pale < 0.4
+    fine = noise(across / 2.1, along / 60.0, salt + 24)
+    mid = noise(across / 5.5, along / 90.0, salt + 25)
+    bundle = noise(across / 48.0, along / 260.0, salt + 26)
+    wave = noise(across / 11.0, along / 16.0, salt + 27)
+    torn = 0.16 * noise(x / 600.0, y / 600.0, salt + 59)
+    gap = ramp(0.8 * noise(across / 14.0, along / 180.0, salt + 28) + 0.2 * fine + torn, 0.84, 0.90)
+    split = ramp(noise(across / 3.4, along / 24.0, salt + 29), 0.74, 0.86) * ramp(bundle, 0.42, 0.62)
+    pale = max(0.90 * gap, 0.6 * split)
+    e = (0.22 + 0.16 * fine + 0.16 * mid + 0.10 * bundle + 0.08 * wave) * (1.0 - pale)
+    h = (0.07 + 0.08 * mid + 0.05 * fine + 0.05 * bundle) * (1.0 - pale)
+    return h, e, 0.0, pale < 0.5
 
 
 @njit(cache=True, nogil=True)
-def adipose(x, y, salt):
-    wx = x + 26.0 * (noise(x / 70.0, y / 70.0, salt + 30) - 0.5)
-    wy = y + 26.0 * (noise(x / 70.0, y / 70.0, salt + 31) - 0.5)
-    centre, border, _, _, key = voronoi(wx, wy, 112.0, 0.9, salt + 32)
-    sag = noise(x / 47.0, y / 47.0, salt + 33)
-    thick = 0.9 + 2.6 * max(0.0, sag - 0.35)
-    wall = 1.0 - ramp(border, thick, thick + 1.6)
+def fat_cells(x, y, salt):
+    """(distance to the centre, distance to the wall, hash) of the fat cell at a position; cells differ in size."""
+    wx = (
+        x + 190.0 * (noise(x / 260.0, y / 260.0, salt + 30) - 0.5) + 15.0 * (noise(x / 42.0, y / 42.0, salt + 36) - 0.5)
+    )
+    wy = (
+        y + 190.0 * (noise(x / 260.0, y / 260.0, salt + 31) - 0.5) + 15.0 * (noise(x / 42.0, y / 42.0, salt + 37) - 0.5)
+    )
+    centre, border, _, _, key = voronoi(wx, wy, 108.0, 0.95, salt + 32)
+    return centre, border, key
+
+
+@njit(cache=True, nogil=True)
+def adipose(x, y, angle, salt):
+    """Fat: empty cells in thin walls, now and then a fibrous septum."""
+    septum = abs(noise(x / 620.0, y / 620.0, salt + 38) - 0.5)
+    width = 0.022 * noise(x / 150.0, y / 150.0, salt + 39) * ramp(noise(x / 480.0, y / 480.0, salt + 54), 0.42, 0.60)
+    if septum < width * (0.6 + 0.8 * noise(x / 14.0, y / 14.0, salt + 29)):
+        h, e, red, room = stroma(x, y, angle, salt)
+        return h, e, red, room
+    centre, border, key = fat_cells(x, y, salt)
+    sag = noise(x / 37.0, y / 37.0, salt + 33)
+    thick = 0.25 + 2.4 * max(0.0, sag - 0.42)
+    wall = 1.0 - ramp(border, thick, thick + 1.3)
     # A wall cut obliquely shows as a pale band beside the line.
-    band = (1.0 - ramp(border, 9.0 * sag, 9.0 * sag + 1.5)) * ramp(noise(x / 90.0, y / 90.0, salt + 34), 0.5, 0.62)
-    corner = 1.0 - ramp(border + 0.22 * max(0.0, 78.0 - centre), 3.0, 7.0)
-    e = 0.012 + 0.40 * wall * (0.6 + 0.6 * noise(x / 9.0, y / 9.0, salt + 35)) + 0.10 * band + 0.18 * corner
-    return 0.008 + 0.10 * wall + 0.03 * band, e, 0.0, False
+    reach = 11.0 * sag
+    oblique = ramp(noise(x / 80.0, y / 80.0, salt + 34), 0.52, 0.6)
+    band = (1.0 - ramp(border, reach, reach + 1.2)) * oblique
+    rim = max(0.0, 1.0 - abs(border - reach) / 1.2) * oblique
+    corner = 1.0 - ramp(border + 0.3 * max(0.0, 76.0 - centre), 2.0, 6.0)
+    uneven = noise(x / 6.0, y / 6.0, salt + 35)
+    film = 0.02 * ramp(noise(x / 100.0, y / 100.0, (key & 0xFF) + salt), 0.5, 0.8)
+    e = 0.010 + film + 0.34 * wall * (0.45 + 0.9 * uneven) + 0.07 * band + 0.10 * rim + 0.16 * corner * uneven
+    return 0.006 + 0.13 * wall * uneven + 0.02 * band + 0.05 * corner, e, 0.0, border < 2.2
 
 
 @njit(cache=True, nogil=True)
@@ -245,14 +298,14 @@ def chromatin(x, y, salt):
 @njit(cache=True, nogil=True)
 def mucosa(x, y, angle, salt):
     """Crypts (capsules of columnar epithelium with goblet cells around a lumen) in a cellular lamina propria."""
-    wx = x + 60.0 * (noise(x / 190.0, y / 190.0, salt + 40) - 0.5)
-    wy = y + 60.0 * (noise(x / 190.0, y / 190.0, salt + 41) - 0.5)
+    wx = x + 70.0 * (noise(x / 170.0, y / 170.0, salt + 40) - 0.5) + 9.0 * (noise(x / 26.0, y / 26.0, salt + 51) - 0.5)
+    wy = y + 70.0 * (noise(x / 170.0, y / 170.0, salt + 41) - 0.5) + 9.0 * (noise(x / 26.0, y / 26.0, salt + 52) - 0.5)
     tilt = noise(x / 1500.0, y / 1500.0, salt + 42)
-    spacing = 158.0
-    ix, iy = int(math.floor(wx / spacing)), int(math.floor(wy / spacing))
+    spacing = 146.0
+    ix, iy = math.floor(wx / spacing), math.floor(wy / spacing)
     best = second = 1e18
     key = 0
-    qx = qy = slide = half = 0.0
+    qx = qy = slide = 0.0
     ca, sa = math.cos(angle), math.sin(angle)
     for j in range(iy - 2, iy + 3):
         for i in range(ix - 2, ix + 3):
@@ -265,26 +318,31 @@ def mucosa(x, y, angle, salt):
             d = dx * dx + dy * dy
             if d < best:
                 second = best
-                best, key, qx, qy, slide, half = d, k, dx, dy, t, length
+                best, key, qx, qy, slide = d, k, dx, dy, t
             elif d < second:
                 second = d
     d = math.sqrt(best)
     border = 0.5 * (math.sqrt(second) - d)
-    radius = 50.0 + 24.0 * ((key >> 4 & 0xFF) / 255.0)
+    radius = 52.0 + 22.0 * ((key >> 4 & 0xFF) / 255.0)
     room = border - 5.0  # the lamina propria keeps a few px between crypts
     depth = min(radius - d, room)  # px inwards from the basement membrane
     if depth < 0.0:
-        web = 1.0 - abs(2.0 * noise(x / 8.0, y / 8.0, salt + 44) - 1.0)
-        open_ = ramp(noise(x / 17.0, y / 17.0, salt + 45), 0.55, 0.75)
+        uneven = noise(x / 40.0, y / 40.0, salt + 55)
+        fibre = noise(x / 5.5 + 1.6 * noise(x / 14.0, y / 14.0, salt + 53), y / 5.5, salt + 44)
+        web = max(0.0, 1.0 - 3.2 * abs(fibre - 0.5))
+        open_ = ramp(noise(x / 15.0, y / 15.0, salt + 45), 0.50, 0.66)
         sheath = 1.0 - ramp(-depth, 1.0, 4.0)
-        e = 0.06 + 0.34 * web * web * (1.0 - 0.75 * open_) + 0.16 * sheath
-        h = 0.05 + 0.07 * web * (1.0 - open_)
+        e = 0.07 + 0.27 * web * (1.0 - 0.6 * open_) + 0.10 * (1.0 - open_) + 0.16 * sheath
+        h = 0.04 + 0.07 * web + 0.07 * (1.0 - open_)
+        if (key >> 26 & 3) == 0:  # some crypts shrink away from their bed
+            halo = (1.0 - ramp(-depth, 3.0, 5.0)) * ramp(uneven, 0.35, 0.5)
+            h, e = h * (1.0 - 0.9 * halo), e * (1.0 - 0.9 * halo)
         red = 0.0
         vessel = noise(x / 21.0, y / 21.0, salt + 46)
-        if vessel > 0.80 and -depth > 6.0:
+        if vessel > 0.77 and -depth > 6.0:
             r_h, r_e, red = red_cells(x, y, salt + 47, 0.75)
             h, e = r_h, r_e
-        return h, e, red, -depth > 3.5 and vessel <= 0.80
+        return h, e, red, -depth > 3.5 and vessel <= 0.77
     reach = max(14.0, d + depth)  # px from the axis to the basement membrane here
     turn = math.atan2(qx * -sa + qy * ca, qx * ca + qy * sa)
     side = 1 if turn >= 0.0 else 0
@@ -297,8 +355,8 @@ def mucosa(x, y, angle, salt):
     cell = math.floor(s / pitch)
     n = mix(int(cell), side, key)
     along = (s - (cell + 0.5) * pitch) * (d / rim) + 1.2 * ((n & 0xFF) / 255.0 - 0.5)
-    row = 8.0 + 6.5 * ((n >> 8 & 0xFF) / 255.0)
-    a, b = 3.7, 5.2 + 1.6 * ((n >> 16 & 0xFF) / 255.0)
+    row = 7.5 + 8.5 * ((n >> 8 & 0xFF) / 255.0)
+    a, b = 3.3 + 0.9 * ((n >> 4 & 0xFF) / 255.0), 5.0 + 2.4 * ((n >> 16 & 0xFF) / 255.0)
     inside = (along / a) ** 2 + ((depth - row) / b) ** 2
     soft = 1.0 - ramp(inside, 0.75, 1.25)
     granular = noise(x / 2.7, y / 2.7, salt + 48)
@@ -306,19 +364,23 @@ def mucosa(x, y, angle, salt):
     h = (0.20 + 0.20 * basal + 0.10 * granular) * tone
     e = 0.30 + 0.16 * granular
     # Goblets: wedges towards the lumen, most of them full of pale mucus.
-    wide = 19.0
+    wide = 16.5 + 6.0 * ((key >> 16 & 0xFF) / 255.0)
     wedge = math.floor(s / wide + 0.35)
     g = mix(int(wedge), side + 2, key)
     if d > lumen:
         across = abs(s / wide + 0.35 - wedge - 0.5) * 2.0  # 0 in the middle, 1 between two cells
         up = (d - lumen) / max(8.0, reach - lumen)  # 0 at the lumen, 1 at the basement membrane
-        middle = 0.40 + 0.12 * ((g >> 8 & 0xFF) / 255.0 - 0.5)
-        height = 0.30 + 0.10 * ((g >> 16 & 0xFF) / 255.0)
-        if (g & 0xFF) < 200:
-            full = 1.0 - ramp((across / 0.86) ** 2 + ((up - middle) / height) ** 4, 0.72, 1.12)
-            cloud = noise(x / 5.0, y / 5.0, salt + 49)
-            h += full * (0.07 + 0.07 * cloud - h)
-            e += full * (0.06 + 0.05 * cloud - e)
+        middle = 0.46 + 0.26 * ((g >> 8 & 0xFF) / 255.0 - 0.5)
+        height = 0.19 + 0.17 * ((g >> 16 & 0xFF) / 255.0)
+        if (g & 0xFF) < 205:
+            # Goblets are rounded, not wedges: their width is that of the wedge at their middle.
+            belly = (0.92 - 0.2 * ((g >> 20 & 0xFF) / 255.0)) * (lumen + middle * (reach - lumen))
+            full = (across * d / belly) ** 2 + abs((up - middle) / height) ** 2.4
+            full = (1.0 - ramp(full, 0.75, 1.08)) * (1.0 - ramp(across, 0.86, 0.98))
+            cloud = noise(x / 4.0, y / 4.0, salt + 49)
+            mucus = (key >> 2 & 0xFF) / 255.0
+            h += full * (0.03 + (0.05 + 0.10 * mucus) * (0.5 + cloud) - h)
+            e += full * (0.02 + 0.06 * mucus + 0.05 * cloud - e)
     else:
         full = 1.0 - ramp(d, lumen - 2.5, lumen)
         h += full * (0.02 - h)
@@ -336,9 +398,9 @@ def mucosa(x, y, angle, salt):
 @njit(cache=True, nogil=True)
 def nest(x, y, salt):
     """Where tumour grows: below 0 stroma between the nests, above 1 the lumen of a malignant gland."""
-    field = 0.62 * noise(x / 105.0, y / 105.0, salt + 60) + 0.27 * noise(x / 43.0, y / 43.0, salt + 61)
-    field += 0.11 * noise(x / 15.0, y / 15.0, salt + 62)
-    return (field - 0.37) / 0.29
+    field = 0.60 * noise(x / 95.0, y / 95.0, salt + 60) + 0.29 * noise(x / 38.0, y / 38.0, salt + 61)
+    field += 0.11 * noise(x / 13.0, y / 13.0, salt + 62)
+    return (field - 0.365) / 0.30
 
 
 @njit(cache=True, nogil=True)
@@ -347,20 +409,23 @@ def carcinoma(x, y, angle, salt):
     if field < 0.0:
         h, e, red, room = stroma(x, y, angle, salt + 63)
         return h + 0.08, 0.9 * e, red, room
-    granular = noise(x / 2.6, y / 2.6, salt + 64)
+    granular = 0.6 * noise(x / 1.9, y / 1.9, salt + 64) + 0.4 * noise(x / 4.5, y / 4.5, salt + 69)
     patchy = noise(x / 34.0, y / 34.0, salt + 65)
-    _, border, _, _, key = voronoi(x, y, 21.0, 0.95, salt + 66)
-    membrane = 1.0 - ramp(border, 0.6, 2.2)
+    _, border, _, _, key = voronoi(x + 6.0 * granular, y + 6.0 * patchy, 20.0, 0.95, salt + 66)
+    membrane = 1.0 - ramp(border, 0.4, 1.8)
     own = (key >> 7 & 0xFF) / 255.0
-    h = 0.22 + 0.16 * granular + 0.14 * (patchy - 0.5) + 0.10 * own
-    e = 0.34 + 0.14 * granular + 0.16 * (patchy - 0.5) + 0.08 * membrane - 0.12 * own
+    h = 0.16 + 0.22 * granular + 0.22 * (patchy - 0.5) + 0.10 * own
+    e = 0.26 + 0.22 * granular + 0.22 * (patchy - 0.5) + 0.10 * membrane - 0.10 * own
     edge = 1.0 - ramp(field, 0.0, 0.05)  # retraction from the stroma
-    gap = max(0.8 * edge * ramp(noise(x / 60.0, y / 60.0, salt + 67), 0.5, 0.6), ramp(field, 1.0, 1.03))
+    gap = max(0.8 * edge * ramp(noise(x / 60.0, y / 60.0, salt + 67), 0.52, 0.6), ramp(field, 1.0, 1.03))
+    split = ramp(noise(x / 9.0, y / 9.0, salt + 57), 0.80, 0.88) * (1.0 - ramp(border, 1.5, 5.0))
+    gap = max(gap, 0.85 * split)
     if gap > 0.0:
-        debris = ramp(noise(x / 7.0, y / 7.0, salt + 68), 0.62, 0.75) * ramp(field, 1.02, 1.2)
-        h += gap * (0.02 + 0.25 * debris - h)
-        e += gap * (0.02 + 0.40 * debris - e)
-    return h, e, 0.0, gap < 0.3
+        clump = 0.55 * noise(x / 16.0, y / 16.0, salt + 68) + 0.45 * noise(x / 3.4, y / 3.4, salt + 58)
+        debris = ramp(clump, 0.56, 0.68) * ramp(field, 1.0, 1.1)
+        h += gap * (0.02 + 0.40 * debris - h)
+        e += gap * (0.02 + 0.42 * debris - e)
+    return max(0.0, h), max(0.0, e), 0.0, gap < 0.3
 
 
 @njit(cache=True, nogil=True)
@@ -371,65 +436,96 @@ def germinal(x, y, salt):
 
 @njit(cache=True, nogil=True)
 def lymphoid(x, y, salt):
-    granular = noise(x / 3.1, y / 3.1, salt + 71)
-    web = 1.0 - abs(2.0 * noise(x / 13.0, y / 13.0, salt + 72) - 1.0)
-    sinus = ramp(noise(x / 55.0, y / 55.0, salt + 73), 0.80, 0.86)
-    h = (0.10 + 0.16 * granular) * (1.0 - 0.8 * sinus)
-    e = (0.07 + 0.14 * granular + 0.14 * web * web * web) * (1.0 - 0.75 * sinus)
-    return h, e, 0.0, sinus < 0.5 or web > 0.8
+    """What shows between lymphocytes: scant cytoplasm, reticulum, pale gaps."""
+    granular = noise(x / 2.2, y / 2.2, salt + 71)
+    fibre = noise(x / 9.0 + 1.2 * granular, y / 9.0, salt + 72)
+    web = max(0.0, 1.0 - 4.0 * abs(fibre - 0.5))
+    gaps = ramp(noise(x / 7.5, y / 7.5, salt + 74), 0.44, 0.62)
+    sinus = ramp(0.75 * noise(x / 46.0, y / 46.0, salt + 73) + 0.25 * noise(x / 12.0, y / 12.0, salt + 75), 0.74, 0.79)
+    inside = germinal(x, y, salt)
+    pale = max(0.85 * sinus, 0.75 * gaps * (1.0 - 0.7 * inside))
+    h = (0.12 + 0.16 * granular) * (1.0 - pale)
+    e = (0.10 + 0.14 * granular) * (1.0 - pale) + 0.15 * web * (1.0 - 0.8 * sinus)
+    return h, e, 0.0, sinus < 0.5
 
 
 @njit(cache=True, nogil=True)
 def mucin(x, y, angle, salt):
-    wx = x + 90.0 * (noise(x / 150.0, y / 150.0, salt + 80) - 0.5)
-    wy = y + 90.0 * (noise(x / 150.0, y / 150.0, salt + 81) - 0.5)
-    centre, border, _, _, key = voronoi(wx, wy, 330.0, 0.95, salt + 82)
-    thick = 4.0 + 16.0 * max(0.0, noise(x / 130.0, y / 130.0, salt + 83) - 0.45)
-    if border < thick and (key & 3) != 0:
-        h, e, red, room = stroma(x, y, angle, salt + 84)
-        return h + 0.05, 0.8 * e, red, room
+    """Pools of pale mucus with strands and froth, divided by thin septa."""
+    wx = (
+        x + 110.0 * (noise(x / 130.0, y / 130.0, salt + 80) - 0.5) + 22.0 * (noise(x / 30.0, y / 30.0, salt + 95) - 0.5)
+    )
+    wy = (
+        y + 110.0 * (noise(x / 130.0, y / 130.0, salt + 81) - 0.5) + 22.0 * (noise(x / 30.0, y / 30.0, salt + 96) - 0.5)
+    )
+    _, border, _, _, key = voronoi(wx, wy, 330.0, 0.95, salt + 82)
     across, along = fibre_coordinates(x, y, angle + 0.02 * (key & 0xFF), 1.3, salt + 85)
-    strand = 1.0 - abs(2.0 * noise(across / 17.0, along / 130.0, salt + 89) - 1.0)
-    thread = 1.0 - abs(2.0 * noise(across / 7.0, along / 60.0, salt + 90) - 1.0)
-    cloud = fbm(x / 60.0, y / 60.0, salt + 91)
-    strand, thread = strand**6, thread**5
-    h = 0.045 + 0.09 * cloud + 0.13 * strand * cloud + 0.07 * thread + 0.02 * noise(x / 2.5, y / 2.5, salt + 94)
-    return h, 0.015 + 0.05 * strand + 0.03 * cloud, 0.0, True
+    fine = noise(x / 2.1, y / 2.1, salt + 94)
+    strand = 1.0 - abs(2.0 * noise(across / 15.0 + 0.5 * fine, along / 75.0, salt + 89) - 1.0)
+    thread = 1.0 - abs(2.0 * noise(across / 5.5, along / 38.0, salt + 90) - 1.0)
+    cloud = fbm(x / 52.0, y / 52.0, salt + 91)
+    _, wall, _, _, _ = voronoi(x + 9.0 * (cloud - 0.5), y + 9.0 * (fine - 0.5), 19.0, 0.95, salt + 97)
+    froth = (1.0 - ramp(wall, 0.3, 2.2)) * ramp(noise(x / 120.0, y / 120.0, salt + 98), 0.50, 0.66)
+    strand, thread = strand**7, thread**6
+    h = 0.045 + 0.10 * cloud + 0.17 * strand * cloud + 0.10 * thread * cloud + 0.08 * froth + 0.05 * (fine - 0.3)
+    e = 0.012 + 0.06 * strand + 0.04 * cloud + 0.05 * froth
+    thick = 1.5 + 26.0 * max(0.0, noise(x / 115.0, y / 115.0, salt + 83) - 0.42)
+    if (key & 3) != 0 and border < thick + 3.0:
+        # The fibrils of a septum run along it.
+        fibril = noise(border / 1.8, (wx + wy) / 34.0, salt + 84)
+        ragged = noise(x / 5.0, y / 5.0, salt + 99)
+        solid = 1.0 - ramp(border, thick * (0.4 + 0.6 * ragged), thick * (0.4 + 0.6 * ragged) + 2.0)
+        h += solid * (0.10 + 0.12 * ragged - h)
+        e += solid * (0.22 + 0.26 * fibril + 0.14 * ragged - e)
+    return max(0.0, h), max(0.0, e), 0.0, True
 
 
 @njit(cache=True, nogil=True)
 def necrosis(x, y, salt):
-    coarse = fbm(x / 38.0, y / 38.0, salt + 100)
-    grain = noise(x / 3.2, y / 3.2, salt + 103)
-    clump = noise(x / 8.5, y / 8.5, salt + 104)
-    wx, wy = x + 9.0 * (clump - 0.5), y + 9.0 * (grain - 0.5)
-    _, border, _, _, key = voronoi(wx, wy, 15.0, 0.95, salt + 105)
-    ghost = 1.0 - ramp(border, 0.3, 2.4)  # what is left of cell borders
-    crack = ramp(0.55 * clump + 0.45 * noise(x / 5.0, y / 5.0, salt + 106) + 0.3 * (coarse - 0.5), 0.66, 0.76)
-    h = (0.13 + 0.13 * grain + 0.20 * (coarse - 0.4) + 0.05 * ((key & 0xFF) / 255.0)) * (1.0 - 0.8 * crack)
-    e = (0.36 + 0.24 * grain + 0.18 * (clump - 0.4) - 0.12 * ghost) * (1.0 - 0.85 * crack)
+    """Coagulated debris: granular, without living nuclei, torn by small cracks."""
+    coarse = fbm(x / 46.0, y / 46.0, salt + 100)
+    grain = noise(x / 1.9, y / 1.9, salt + 103)
+    clump = noise(x / 5.2, y / 5.2, salt + 104)
+    wx, wy = x + 8.0 * (clump - 0.5), y + 8.0 * (grain - 0.5)
+    _, border, _, _, key = voronoi(wx, wy, 13.0, 0.95, salt + 105)
+    ghost = 1.0 - ramp(border, 0.2, 2.0)  # what is left of cell borders
+    own = (key & 0xFF) / 255.0
+    crack = ramp(
+        0.40 * clump + 0.35 * noise(x / 9.0, y / 9.0, salt + 106) + 0.25 * grain + 0.5 * (coarse - 0.5), 0.60, 0.72
+    )
+    pale = max(0.85 * crack, 0.45 * ghost * (0.4 + clump))
+    h = (0.08 + 0.18 * grain + 0.34 * (coarse - 0.36) + 0.10 * own) * (1.0 - pale)
+    e = (0.26 + 0.28 * grain + 0.22 * (clump - 0.4) + 0.12 * own) * (1.0 - pale)
     return max(0.0, h), max(0.0, e), 0.0, crack < 0.6
 
 
 @njit(cache=True, nogil=True)
 def red_cells(x, y, salt, crowding):
-    """Packed erythrocytes in plasma: (haematoxylin, eosin, red cells)."""
-    centre, border, _, _, key = voronoi(x, y, 11.0, 0.85, salt)
-    if (key >> 9 & 0xFF) / 255.0 > crowding:
-        return 0.01, 0.05, 0.0
-    radius = 5.1 + 1.1 * ((key >> 17 & 0xFF) / 255.0)
-    disc = (1.0 - ramp(centre, radius - 0.9, radius + 0.9)) * ramp(border, 0.0, 1.1)
-    dent = 1.0 - ramp(centre, 0.8, 3.6)
-    return 0.01, 0.05, disc * (0.66 + 0.22 * ((key & 0xFF) / 255.0) - 0.22 * dent)
+    """Packed erythrocytes, two layers of them: (haematoxylin, eosin, red cells)."""
+    wx = x + 3.0 * (noise(x / 8.0, y / 8.0, salt + 3) - 0.5)
+    red = 0.0
+    for layer in range(2):
+        centre, border, _, _, key = voronoi(wx, y, 10.6, 0.9, salt + layer)
+        if (key >> 9 & 0xFF) / 255.0 > (crowding if layer == 0 else 0.32 * crowding):
+            continue
+        radius = 4.9 + 1.3 * ((key >> 17 & 0xFF) / 255.0)
+        disc = (1.0 - ramp(centre, radius - 0.8, radius + 0.8)) * ramp(border, -0.2, 0.8)
+        dent = (1.0 - ramp(centre, 0.6, 3.4)) * ((key >> 5 & 0xFF) / 255.0)
+        red = max(red, disc * (0.74 + 0.34 * ((key & 0xFF) / 255.0) - 0.34 * dent)) + 0.2 * layer * disc
+    return 0.01, 0.05, red
 
 
 @njit(cache=True, nogil=True)
 def blood(x, y, salt):
-    plasma = ramp(noise(x / 85.0, y / 85.0, salt + 110) * 0.7 + 0.3 * noise(x / 24.0, y / 24.0, salt + 111), 0.60, 0.66)
-    crack = ramp(fbm(x / 28.0, y / 28.0, salt + 112), 0.62, 0.68)
-    h, e, red = red_cells(x, y, salt + 115, 0.97 - 0.8 * plasma)
-    e = 0.04 + 0.16 * plasma
-    keep = 1.0 - 0.9 * crack * (1.0 - plasma)
+    """Extravasated blood: red cells, islands of plasma, shrinkage cracks."""
+    plasma = ramp(noise(x / 75.0, y / 75.0, salt + 110) * 0.7 + 0.3 * noise(x / 22.0, y / 22.0, salt + 111), 0.66, 0.70)
+    ridge = abs(fbm(x / 60.0, y / 60.0, salt + 112) - 0.5)
+    crack = (1.0 - ramp(ridge, 0.006, 0.03)) * ramp(noise(x / 90.0, y / 90.0, salt + 116), 0.54, 0.68)
+    h, e, red = red_cells(x, y, salt + 120, 0.99 - 0.8 * plasma)
+    fine = noise(x / 2.0, y / 2.0, salt + 117)
+    serum = ramp(noise(x / 130.0, y / 130.0, salt + 118), 0.40, 0.60)
+    e = 0.03 + 0.16 * serum + (0.12 + 0.08 * fine) * plasma
+    keep = 1.0 - 0.93 * crack * (1.0 - plasma)
     return h, e * keep, red * keep, True
 
 
@@ -441,7 +537,7 @@ def tissue(kind, x, y, angle, salt):
     if kind == MUSCLE:
         return muscle(x, y, angle + 0.9, salt)
     if kind == ADIPOSE:
-        return adipose(x, y, salt)
+        return adipose(x, y, angle, salt)
     if kind == MUCOSA:
         return mucosa(x, y, angle + 0.4, salt)
     if kind == CARCINOMA:
@@ -457,6 +553,27 @@ def tissue(kind, x, y, angle, salt):
     return 0.0, 0.0, 0.0, False
 
 
+@njit(cache=True, nogil=True)
+def border(h, e, red, room, kind, beyond, lead, x, y, angle, salt):
+    """Densities near a border: a dense edge towards glass, a thin fibrous rim between a focus and its surroundings."""
+    uneven = noise(x / 9.0, y / 9.0, salt + 405)
+    if beyond == GLASS:
+        thick = (1.0 - ramp(lead, 0.05, 0.25)) * (0.5 + uneven)
+        if kind in (ADIPOSE, MUCIN):
+            return h + 0.04 * thick, e + 0.16 * thick, red, room
+        return h + 0.10 * thick, e + 0.20 * thick, red, room
+    if kind < CARCINOMA and beyond < CARCINOMA:
+        return h, e, red, room
+    width = 0.13 + 0.9 * max(0.0, noise(x / 75.0, y / 75.0, salt + 406) - 0.3) + 0.12 * (uneven - 0.5)
+    if kind == LYMPHOID or beyond == LYMPHOID:
+        width *= 0.4
+    blend = 1.0 - ramp(lead, width, width + 0.08)
+    if blend <= 0.0:
+        return h, e, red, room
+    h2, e2, _, free = stroma(x, y, angle, salt)
+    return h + blend * (h2 + 0.06 - h), e + blend * (e2 - e), red * (1.0 - blend), free and blend > 0.5
+
+
 # ------------------------------------------------------------------------------------------- nuclei and vessels
 
 
@@ -464,9 +581,12 @@ def tissue(kind, x, y, angle, salt):
 def cell_type(kind, x, y, dice, salt):
     """Which cell lies at a candidate place of a kind; -1 for none."""
     if kind == STROMA:
-        return FIBROBLAST if dice < 0.86 else LYMPHOCYTE
+        infiltrate = ramp(noise(x / 240.0, y / 240.0, salt + 407), 0.62, 0.74)
+        return FIBROBLAST if dice < 0.90 - 0.7 * infiltrate else LYMPHOCYTE
     if kind == MUSCLE:
         return CIGAR if dice < 0.96 else LYMPHOCYTE
+    if kind == ADIPOSE:
+        return FAT_NUCLEUS
     if kind == MUCOSA:
         return LYMPHOCYTE if dice < 0.42 else PLASMA if dice < 0.82 else FIBROBLAST
     if kind == CARCINOMA:
@@ -511,9 +631,9 @@ def paint_nucleus(h, e, x, y, x0, y0, scale, kind, turn, key, salt):
             soft = min(1.0, max(0.0, (1.0 - r) * b / 1.3 + 0.5))
             if soft <= 0.0:
                 continue
-            mottle = noise(dx / 2.0 + ox, dy / 2.0 + oy, salt + 121)
+            mottle = noise(dx / 1.8 + ox, dy / 1.8 + oy, salt + 121)
             hollow = row[4] * (1.0 - ramp(r, 0.45, 0.95)) * (0.6 + 0.8 * (1.0 - mottle))
-            value = dark * (0.74 + 0.52 * mottle) * (1.0 - 0.62 * min(1.0, hollow))
+            value = dark * (0.66 + 0.68 * mottle) * (1.0 - 0.62 * min(1.0, hollow))
             if row[7] > 0.0:
                 spot = math.sqrt((u - nx) ** 2 + (v - ny) ** 2)
                 value += 0.55 * (1.0 - ramp(spot, 0.9, 2.3))
@@ -539,18 +659,20 @@ def paint_nuclei(kind, kinds, room, h, e, x0, y0, scale, angle, salt):
     own = salt + 200 + 7 * kind
     rows, columns = kinds.shape
     least = (apart * spacing) ** 2
-    for j in range(int(math.floor(y0 * scale / spacing)) - 1, int(math.floor((y0 + rows) * scale / spacing)) + 2):
-        for i in range(
-            int(math.floor(x0 * scale / spacing)) - 1, int(math.floor((x0 + columns) * scale / spacing)) + 2
-        ):
+    for j in range(math.floor(y0 * scale / spacing) - 1, math.floor((y0 + rows) * scale / spacing) + 2):
+        for i in range(math.floor(x0 * scale / spacing) - 1, math.floor((x0 + columns) * scale / spacing) + 2):
             x, y, key = candidate(i, j, spacing, own)
-            px, py = int(math.floor(x / scale)) - x0, int(math.floor(y / scale)) - y0
+            px, py = math.floor(x / scale) - x0, math.floor(y / scale) - y0
             if px < 0 or py < 0 or px >= columns or py >= rows:
                 continue
             if kinds[py, px] != kind or room[py, px] == 0:
                 continue
             other = mix(i, j, own + 1)
-            crowd = 1.0 if kind != STROMA and kind != NECROSIS else 2.0 * noise(x / 210.0, y / 210.0, salt + 199)
+            crowd = 1.0
+            if kind in (STROMA, NECROSIS):
+                crowd = 2.0 * noise(x / 210.0, y / 210.0, salt + 199)
+            if kind == STROMA:
+                crowd += 1.4 * ramp(noise(x / 240.0, y / 240.0, salt + 407), 0.62, 0.74)
             if (other & 0xFFFF) / 65536.0 > chance * crowd:
                 continue
             crowded = False
@@ -567,7 +689,12 @@ def paint_nuclei(kind, kinds, room, h, e, x0, y0, scale, angle, salt):
             if what < 0:
                 continue
             turn = 6.2831853 * unit(i, j, own + 2)
-            if CELL_TYPES[what, 8] > 0.0:
+            if kind == ADIPOSE:
+                _, here, _ = fat_cells(x, y, salt)
+                _, right, _ = fat_cells(x + 2.0, y, salt)
+                _, below, _ = fat_cells(x, y + 2.0, salt)
+                turn = math.atan2(below - here, right - here) + 1.5707963
+            elif CELL_TYPES[what, 8] > 0.0:
                 way, bend = (angle + 0.9, 0.42) if kind == MUSCLE else (angle, 1.0)
                 offset = salt + 20 if kind == MUSCLE else salt + 10 if kind == STROMA else salt + 73
                 here, _ = fibre_coordinates(x, y, way, bend, offset)
@@ -582,10 +709,8 @@ def paint_vessels(kinds, room, h, e, red, x0, y0, scale, salt):
     """Blood vessels of stroma, muscle and fat: endothelium and a muscular wall around red cells or an empty lumen."""
     spacing = 620.0
     rows, columns = kinds.shape
-    for j in range(int(math.floor(y0 * scale / spacing)) - 1, int(math.floor((y0 + rows) * scale / spacing)) + 2):
-        for i in range(
-            int(math.floor(x0 * scale / spacing)) - 1, int(math.floor((x0 + columns) * scale / spacing)) + 2
-        ):
+    for j in range(math.floor(y0 * scale / spacing) - 1, math.floor((y0 + rows) * scale / spacing) + 2):
+        for i in range(math.floor(x0 * scale / spacing) - 1, math.floor((x0 + columns) * scale / spacing) + 2):
             x, y, key = candidate(i, j, spacing, salt + 300)
             if (key >> 3 & 0xFF) > 110:
                 continue
@@ -657,12 +782,14 @@ def densities(x0, y0, width, height, scale, labels, pure, origin_x, origin_y, an
         y = (y0 + py + 0.5) * scale
         for px in range(width):
             x = (x0 + px + 0.5) * scale
-            kind = kind_at(x - origin_x, y - origin_y, labels, pure, salt)
+            kind, beyond, lead = kind_at(x - origin_x, y - origin_y, labels, pure, salt)
             if kind == GLASS:
                 continue
             present[kind] = True
             kinds[py, px] = kind
             a, b, c, free = tissue(kind, x, y, angle, salt)
+            if lead < 0.6 and beyond != kind:
+                a, b, c, free = border(a, b, c, free, kind, beyond, lead, x, y, angle, salt)
             h[py, px], e[py, px], red[py, px], room[py, px] = a, b, c, free
     if present[STROMA] or present[MUSCLE] or present[ADIPOSE]:
         paint_vessels(kinds, room, h, e, red, x0, y0, scale, salt)
@@ -676,7 +803,8 @@ def densities(x0, y0, width, height, scale, labels, pure, origin_x, origin_y, an
             if kinds[py, px] != GLASS:
                 x = (x0 + px + 0.5) * scale
                 thick = 0.86 + 0.28 * noise(x / 700.0, y / 700.0, salt + 400)
-                h[py, px] *= thick
+                thick *= 0.88 + 0.24 * noise(x / 1.5, y / 1.5, salt + 402)
+                h[py, px] *= thick * (0.9 + 0.2 * noise(x / 2600.0, y / 2600.0, salt + 403))
                 e[py, px] *= thick * (0.9 + 0.2 * noise(x / 1900.0, y / 1900.0, salt + 401))
     return fields
 
@@ -712,7 +840,7 @@ def transmit(fields, x0, y0, margin, vectors, white, grain, table, salt, out):
             shared = ((bits & 0xFF) + (bits >> 8 & 0xFF) + (bits >> 16 & 0xFF) + (bits >> 24) - 510) * (grain / 148.0)
             bits = mix(x0 + px, y0 + py, salt + 501)
             for c in range(3):
-                density = h * vectors[0, c] + e * vectors[1, c] + red * vectors[2, c]
+                density = max(0.0, h * vectors[0, c] + e * vectors[1, c] + red * vectors[2, c])
                 light = white[c] * table[min(LUT_SIZE - 1, int(density * steps))]
                 value = light + shared + ((bits >> (8 * c) & 0xFF) - 127.5) * (grain / 148.0)
                 out[py, px, c] = int(min(255.0, max(0.0, value + 0.5)))
