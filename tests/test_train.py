@@ -1,0 +1,157 @@
+"""Training on a tiny real LLM: the loss is what it says, stages freeze what they must, a resumed run equals another."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from sparsewsi.model import SparseWSI
+from train.config import TrainConfig
+from train.data import Example, Question, pack
+from train.mosaic import BACKGROUNDS, NEEDLES
+from train.run import StageModule, answer_loss, build, sparsity, train, train_step
+
+
+@pytest.fixture(scope="module")
+def bank_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A feature bank of well separated made-up kinds, in the format of `train.mosaic bank`."""
+    kinds = np.repeat([*BACKGROUNDS, *NEEDLES["phantom"]], 24)
+    centres = np.random.default_rng(0).normal(0, 1, (len(set(kinds)), 24))
+    order = {kind: i for i, kind in enumerate(dict.fromkeys(kinds))}
+    noise = np.random.default_rng(1).normal(0, 0.3, (len(kinds), 24))
+    features = torch.tensor(np.stack([centres[order[kind]] for kind in kinds]) + noise).half()
+    path = tmp_path_factory.mktemp("bank") / "phantom.safetensors"
+    metadata = {
+        "kinds": json.dumps(kinds.tolist()),
+        "sources": json.dumps([f"phantom-{i % 3}" for i in range(len(kinds))]),
+        "splits": json.dumps(["train"] * len(kinds)),
+        "encoder": "made-up",
+        "origin": "phantom",
+    }
+    save_file({"features": features}, path, metadata)
+    return path
+
+
+@pytest.fixture
+def settings(bank_file: Path, tiny_llm: Path, tmp_path: Path) -> TrainConfig:
+    return TrainConfig(
+        stage=1, out=str(tmp_path / "stage1"), banks=(str(bank_file),), llm=str(tiny_llm), steps=4, accumulation=2,
+        dim=16, n=20, num_tokens=6, dense=0.25, anneal=0.5, k_start=0.75, lora_rank=2, lora_alpha=4,
+        questions_per_bag=3, checkpoint_every=2,
+    )  # fmt: skip
+
+
+def test_packed_questions_cost_what_separate_ones_cost(settings: TrainConfig) -> None:
+    model, _ = build(settings, 24, "made-up")
+    model.llm.float()
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(9, 24, generator=generator)
+    indices = torch.tensor([0, 3, 4, 9, 20, 21, 22, 40, 41])
+    questions = (
+        Question("Which tissue?", "mucin", ("mucin", "blood")),
+        Question("Describe this slide.", "Mostly fat with foci of blood."),
+        Question("Does it?", "No", ("Yes", "No")),
+    )
+    visual = model.project(model.slide_encoder(features))
+
+    def loss(*asked: Question) -> torch.Tensor:
+        return answer_loss(
+            model, visual, pack(model.tokenizer, Example(features, indices, 50, asked), "original", None)
+        )
+
+    apart = sum(loss(question) for question in questions)
+    torch.testing.assert_close(loss(*questions), apart, rtol=1e-5, atol=1e-5)
+    assert loss(questions[0]) != pytest.approx(loss(Question("Which tissue?", "blood", ("mucin", "blood"))).item())
+
+
+def test_stages_train_what_the_table_says(settings: TrainConfig) -> None:
+    model, sparselearn = build(settings, 24, "made-up")
+    stage = StageModule(model, sparselearn)
+    trained = {
+        name.split(".")[1] for name, p in stage.named_parameters() if p.requires_grad and name.startswith("model.")
+    }
+    assert trained == {"slide_encoder", "scorer", "projector"}
+    assert all(p.requires_grad for p in sparselearn.parameters())
+    folder = Path(settings.out) / "start"
+    model.save_pretrained(folder)
+    model, _ = build(replace(settings, stage=2, init=str(folder)), 24, "made-up")
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"scorer", "projector", "llm"}
+    assert all("lora_" in name for name, p in model.llm.named_parameters() if p.requires_grad)
+
+
+def test_every_trained_part_gets_a_gradient(settings: TrainConfig, bank_file: Path) -> None:
+    from train.mosaic import MosaicStream, load_bank
+
+    model, sparselearn = build(settings, 24, "made-up")
+    stage = StageModule(model, sparselearn)
+    stream = MosaicStream((load_bank(bank_file, "train"),), 0, 1)
+    metrics = train_step(stage, [stream.example(0, 20)], settings, step=2)
+    assert metrics["k"] < 20
+    for name, parameter in stage.named_parameters():
+        if (
+            parameter.requires_grad and "denoiser" not in name
+        ):  # the denoiser's inner layers wait for its zero last ones
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+    assert sum(float(p.grad.abs().sum()) for p in model.scorer.parameters() if p.grad is not None) > 0
+
+
+def test_schedule_is_dense_then_anneals_then_holds(settings: TrainConfig) -> None:
+    config = replace(settings, steps=100, dense=0.4, anneal=0.4, tau_start=1.0, tau_end=0.05, k_start=0.75)
+    assert sparsity(config, 39, 64)[1] is None
+    tau, k = sparsity(config, 40, 64)
+    assert (tau, k) == (pytest.approx(1.0), pytest.approx(48))
+    ks = [sparsity(config, step, 64)[1] for step in range(40, 100)]
+    assert all(a is not None and b is not None and a >= b for a, b in zip(ks, ks[1:]))
+    assert sparsity(config, 85, 64) == (pytest.approx(0.05), pytest.approx(config.num_tokens))
+    literal = replace(settings, steps=100, dense=0.0, anneal=1.0, k_start=0.0)
+    assert sparsity(literal, 0, 64) == (pytest.approx(literal.tau_start), literal.num_tokens)
+
+
+def losses(folder: str | Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_resumed_run_equals_an_uninterrupted_one(settings: TrainConfig, tmp_path: Path, number: int) -> None:
+    config = settings
+    if number == 2:
+        config = replace(settings, stage=2, init=str(train(settings)), out=str(tmp_path / "whole"), k_start=0.75)
+    train(config)
+    broken = replace(config, out=str(tmp_path / "broken"), checkpoint_every=2)
+    with pytest.MonkeyPatch.context() as patch:
+        import train.run as run
+
+        real, calls = run.train_step, []
+
+        def fail(*arguments, **keywords):
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return real(*arguments, **keywords)
+
+        patch.setattr(run, "train_step", fail)
+        with pytest.raises(KeyboardInterrupt):
+            train(broken)
+    last = train(broken)
+    assert losses(broken.out) == losses(config.out)
+    with (
+        safe_open(last / "model" / "model.safetensors", "pt") as one,
+        safe_open(Path(config.out) / "checkpoints" / "last" / "model" / "model.safetensors", "pt") as other,
+    ):
+        assert set(one.keys()) == set(other.keys())
+        assert not any("sparselearn" in name or "denoiser" in name for name in one.keys())  # noqa: SIM118
+        assert all(torch.equal(one.get_tensor(name), other.get_tensor(name)) for name in one.keys())  # noqa: SIM118
+
+
+def test_the_trained_artefact_is_the_model_that_was_trained(settings: TrainConfig) -> None:
+    last = train(settings)
+    model = SparseWSI.from_pretrained(last / "model")
+    assert model.config.num_tokens == settings.num_tokens
+    assert losses(settings.out)[-1] > 0

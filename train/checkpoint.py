@@ -1,0 +1,56 @@
+"""Checkpoints: the artefact as it would be released, and beside it what only training needs."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from sparsewsi.model import SparseWSI
+
+
+def save_state(
+    folder: Path, step: int, model: SparseWSI, sparselearn: nn.Module, optimizer: torch.optim.Optimizer
+) -> Path:
+    """Write checkpoints/<step>/{model,state} under a temporary name, rename it, then point checkpoints/last at it.
+
+    A process killed at any moment leaves either the old `last` or the new one, never half a checkpoint.
+    """
+    final = folder / "checkpoints" / f"{step:06d}"
+    temporary = final.with_name(f".{final.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "state").mkdir(parents=True)
+    model.save_pretrained(temporary / "model")
+    save_file(
+        {name: value.contiguous() for name, value in sparselearn.state_dict().items()},
+        temporary / "state" / "sparselearn.safetensors",
+    )
+    torch.save(optimizer.state_dict(), temporary / "state" / "optimizer.pt")
+    (temporary / "state" / "step.json").write_text(json.dumps({"step": step}))
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    link = final.with_name(".last.part")
+    link.unlink(missing_ok=True)
+    link.symlink_to(final.name)
+    os.replace(link, final.with_name("last"))
+    return final
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    last = folder / "checkpoints" / "last"
+    return last.resolve() if (last / "state" / "step.json").is_file() else None
+
+
+def load_state(checkpoint: Path, sparselearn: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
+    """Load what `save_state` wrote beside the model; returns the number of steps done.
+
+    The model itself is read by SparseWSI.from_pretrained(checkpoint / "model").
+    """
+    sparselearn.load_state_dict(load_file(checkpoint / "state" / "sparselearn.safetensors"))
+    if optimizer is not None:
+        optimizer.load_state_dict(torch.load(checkpoint / "state" / "optimizer.pt", weights_only=True))
+    return json.loads((checkpoint / "state" / "step.json").read_text())["step"]

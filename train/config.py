@@ -1,0 +1,102 @@
+"""Training recipes: one dataclass of flags, and functions that return the settings of a stage."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one training stage. Unknown keys in a saved file are errors."""
+
+    stage: int = 1  # 1: captions, LLM frozen; 2: questions, slide encoder frozen, LoRA on the LLM
+    out: str = "runs/stage1"
+    banks: tuple[str, ...] = ()  # feature banks of labelled patches (train/mosaic.py)
+    init: str = ""  # stage 2: a stage-1 checkpoint folder or its model folder
+    llm: str = "smollm2-135m"
+    steps: int = 1000
+    accumulation: int = 8  # bags a step
+    questions_per_bag: int = 4
+    seed: int = 0
+    # model
+    dim: int = 512
+    slide_encoder: str = "pointwise"
+    scorer_attention: str = "local"
+    position: str = "scaled"  # the paper's original positions wherever they fit
+    max_position: int | None = None
+    num_tokens: int = 32
+    lora_rank: int = 64
+    lora_alpha: int = 128
+    # optimiser
+    lr: float = 1e-3  # slide encoder, scorer, denoiser, projector
+    lr_lora: float = 2e-4
+    warmup: float = 0.03  # share of the steps
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    # sparsification; dense steps, K annealing and the length curriculum are ours, the paper has tau only
+    kernel: str = "laplace"
+    gate: str = "vp"
+    denoiser: str = "local"
+    tau_start: float = 2.0
+    tau_end: float = 0.1
+    dense: float = 0.0  # share of the steps with alpha = 1 at the start
+    anneal: float = 1.0  # share of the steps over which tau and K then move; the rest holds their last values
+    k_start: float = 0.0  # K at the start of the annealing as a share of N; 0: K is num_tokens throughout
+    n_start: int = 0  # patches a bag at the first step; 0: n throughout
+    n: int = 1024  # patches a bag once the curriculum is over
+    n_end: int = 0  # patches a bag in the last `hold` steps; 0: n
+    curriculum: float = 0.0  # share of the steps over which bags grow from n_start to n, geometrically
+    # house-keeping
+    checkpoint_every: int = 50
+    activation_checkpointing: bool = False
+
+    def save(self, path: Path) -> None:
+        """Write as JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    def patches_at(self, step: int) -> int:
+        """Patches a bag at this step."""
+        if self.n_end and step >= (self.dense + self.anneal) * self.steps:
+            return self.n_end
+        over = self.curriculum * self.steps
+        if not self.n_start or step >= over:
+            return self.n
+        return round(math.exp(math.log(self.n_start) + (math.log(self.n) - math.log(self.n_start)) * step / over))
+
+    def phase(self, step: int) -> float | None:
+        """How far the annealing of tau and K has come, in [0, 1]; None while training is dense."""
+        begin, over = self.dense * self.steps, max(1.0, self.anneal * self.steps)
+        return None if step < begin else min(1.0, (step - begin) / over)
+
+
+def stage1() -> TrainConfig:
+    """The paper's stage 1: LLM frozen, all else trained, literal temperature schedule."""
+    return TrainConfig(stage=1, out="runs/stage1", lr=1e-3, warmup=0.1)
+
+
+def stage2() -> TrainConfig:
+    """The paper's stage 2: slide encoder frozen, LoRA on the LLM, literal temperature schedule."""
+    return TrainConfig(stage=2, out="runs/stage2", lr=2e-4, lr_lora=2e-4)
+
+
+def demo_stage1() -> TrainConfig:
+    """Our stage 1 of the embedded default: dense captions on bags that grow."""
+    return TrainConfig(
+        stage=1, out="runs/demo1", steps=300, accumulation=6, questions_per_bag=1, dim=256, lr=2e-3, warmup=0.05,
+        dense=0.75, anneal=0.25, tau_start=1.0, tau_end=0.3, k_start=0.75, n_start=8, n=128, curriculum=0.6,
+    )  # fmt: skip
+
+
+def demo_stage2() -> TrainConfig:
+    """Our stage 2 of the embedded default: dense questions first, then K from 3/4 N to 32 together with tau 1 -> 0.05."""
+    return TrainConfig(
+        stage=2, out="runs/demo2", init="runs/demo1/checkpoints/last", steps=400, accumulation=4, dim=256, lr=1e-3,
+        lr_lora=3e-4, lora_rank=8, lora_alpha=16, dense=0.4, anneal=0.4, tau_start=1.0, tau_end=0.05, k_start=0.75,
+        n_start=32, n=256, n_end=512, curriculum=0.3,
+    )  # fmt: skip
+
+
+RECIPES = {"stage1": stage1, "stage2": stage2, "demo-stage1": demo_stage1, "demo-stage2": demo_stage2}

@@ -1,0 +1,81 @@
+"""Training examples and how several questions about one slide share its visual tokens.
+
+L = length of the packed sequence: prefix, N visual tokens, then the questions one after another.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sparsewsi.prompt import build_prompt, end_of_turn, text_ids, visual_positions
+
+IGNORE = -100  # the label of a position that carries no loss
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question and its answer in words; options is empty for an open question."""
+
+    question: str
+    answer: str
+    options: tuple[str, ...] = ()
+    family: str = ""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One bag and the questions about it."""
+
+    features: Tensor  # (N, D)
+    indices: Tensor  # (N,) ascending: the patches' places among all num_patches of the slide
+    num_patches: int
+    questions: tuple[Question, ...]
+    kinds: tuple[str, ...] = ()  # ground truth of the patches, where known
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Token ids, positions, mask and labels of one bag with its questions, without the visual tokens themselves."""
+
+    text_ids: Tensor  # (T,) prefix, then the questions with their answers
+    at: int  # the visual tokens go before text_ids[at]
+    position_ids: Tensor  # (L,)
+    mask: Tensor  # (1, 1, L, L) bool: True where a query (row) may see a key (column)
+    keep: Tensor  # (A,) places in the sequence whose next token is part of an answer
+    targets: Tensor  # (A,) those next tokens
+
+
+def pack(tokenizer: PreTrainedTokenizerBase, example: Example, position: str, max_position: int | None) -> Packed:
+    """Lay all questions of a bag behind one copy of its visual tokens.
+
+    Every question sees the prefix, the visual tokens and itself, never another question, and gets the position ids it
+    would have alone; the loss is that of separate sequences at the price of one visual prefix.
+    """
+    n = len(example.indices)
+    end = end_of_turn(tokenizer)
+    segments: list[Tensor] = []
+    answers: list[int] = []  # answer length of each segment
+    at, prefix = 0, torch.empty(0, dtype=torch.long)
+    for question in example.questions:
+        prompt = build_prompt(tokenizer, [{"role": "user", "content": question.question}], question.options or None)
+        at, prefix = prompt.at, prompt.ids[: prompt.at]
+        answer = [*text_ids(tokenizer, question.answer), end]
+        segments.append(torch.cat([prompt.ids[at:], torch.tensor(answer, dtype=torch.long)]))
+        answers.append(len(answer))
+    longest = max(len(segment) for segment in segments)
+    visual, start = visual_positions(example.indices, example.num_patches, at, longest, position, max_position)
+    positions = [torch.arange(at), visual] + [start + torch.arange(len(segment)) for segment in segments]
+    owner = [torch.zeros(at + n, dtype=torch.long)] + [torch.full((len(s),), i + 1) for i, s in enumerate(segments)]
+    keep, targets, begin = [], [], at + n
+    for segment, length in zip(segments, answers):
+        begin += len(segment)
+        keep.append(torch.arange(begin - length - 1, begin - 1))
+        targets.append(segment[-length:])
+    group = torch.cat(owner)  # (L,)
+    causal = torch.ones(len(group), len(group), dtype=torch.bool).tril()
+    mask = causal & ((group[None, :] == 0) | (group[None, :] == group[:, None]))
+    return Packed(
+        torch.cat([prefix, *segments]), at, torch.cat(positions), mask[None, None], torch.cat(keep), torch.cat(targets)
+    )

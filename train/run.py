@@ -1,0 +1,254 @@
+"""Training loop of both stages.
+
+    python -m train.run demo-stage1 --banks runs/real.safetensors runs/phantom.safetensors --out runs/demo1
+    python -m train.run demo-stage2 --banks ... --init runs/demo1/checkpoints/last --out runs/demo2
+
+The recipe named first gives the settings (train/config.py); flags change them. A run that finds checkpoints in its
+folder goes on from the last one and continues as if it had not been interrupted.
+"""
+
+import json
+import math
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from sparsewsi.config import SparseWSIConfig
+from sparsewsi.llm import load_llm
+from sparsewsi.model import SparseWSI
+from train.checkpoint import latest, load_state, save_state
+from train.config import RECIPES, TrainConfig
+from train.data import Example, Packed, pack
+from train.mosaic import NEEDLES, MosaicStream, load_bank
+from train.sparselearn import SparseLearn, k_at, tau_at
+
+NEEDLE_KINDS = {kind for kinds in NEEDLES.values() for kind in kinds}
+LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class StageModule(nn.Module):
+    """One bag in, the summed loss of its answer tokens out: the training path of the paper (eq. 1)."""
+
+    def __init__(self, model: SparseWSI, sparselearn: SparseLearn):
+        super().__init__()
+        self.model, self.sparselearn = model, sparselearn
+
+    def forward(
+        self, features: Tensor, packed: Packed, tau: float, k: float | None, generator: torch.Generator
+    ) -> Tensor:
+        """features: (N, D). k = None trains densely, alpha = 1. Returns the summed NLL, a float32 scalar."""
+        model = self.model
+        x = model.slide_encoder(features.float())  # (N, D_v)
+        if k is not None:
+            x = self.sparselearn(x, model.scorer(x), tau, k=k, generator=generator)
+        return answer_loss(model, model.project(x), packed)
+
+
+def answer_loss(model: SparseWSI, visual: Tensor, packed: Packed) -> Tensor:
+    """Summed NLL of the answer tokens, given the projected visual tokens (N, H); logits only where an answer is."""
+    text = model.llm.get_input_embeddings()(packed.text_ids)  # (T, H)
+    sequence = torch.cat([text[: packed.at], visual.to(text.dtype), text[packed.at :]])[None]
+    with torch.autocast(sequence.device.type, torch.bfloat16, enabled=text.dtype == torch.bfloat16):
+        logits = model.llm(
+            inputs_embeds=sequence,
+            attention_mask=packed.mask,
+            position_ids=packed.position_ids[None],
+            logits_to_keep=packed.keep,
+            use_cache=False,
+        ).logits[0]
+    return F.cross_entropy(logits.float(), packed.targets, reduction="sum")
+
+
+def build(config: TrainConfig, feature_dim: int, encoder: str) -> tuple[SparseWSI, SparseLearn]:
+    """Model and SparseLearn at the start of a stage, with the stage's parts frozen (table in method.md)."""
+    if config.stage == 1:
+        llm, tokenizer = load_llm(config.llm)
+        settings = SparseWSIConfig(
+            llm=config.llm,
+            encoder=encoder,
+            feature_dim=feature_dim,
+            dim=config.dim,
+            slide_encoder=config.slide_encoder,
+            scorer_attention=config.scorer_attention,
+            position=config.position,
+            max_position=config.max_position,
+            num_tokens=config.num_tokens,
+        )
+        model = SparseWSI(settings, llm, tokenizer)
+    else:
+        model = SparseWSI.from_pretrained(artefact(config.init))
+    sparselearn = SparseLearn(
+        model.config.dim, model.config.num_tokens, kernel=config.kernel, gate=config.gate, denoiser=config.denoiser
+    )
+    if config.stage == 2:
+        state = Path(config.init) / "state"
+        if state.is_dir():
+            load_state(state.parent, sparselearn)
+        freeze(model, config)
+        lora = LoraConfig(
+            r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=LORA_LAYERS, task_type="CAUSAL_LM"
+        )
+        if not (artefact(config.init) / "adapter").is_dir():
+            model.llm = get_peft_model(model.llm, lora, autocast_adapter_dtype=True)  # type: ignore[assignment]
+    freeze(model, config)
+    return model, sparselearn
+
+
+def artefact(path: str) -> Path:
+    """The model folder of a checkpoint, or the folder itself if it is one."""
+    folder = Path(path)
+    return folder / "model" if (folder / "model").is_dir() else folder
+
+
+def freeze(model: SparseWSI, config: TrainConfig) -> None:
+    """Stage 1 trains all but the LLM; stage 2 all but the slide encoder, and of the LLM only LoRA."""
+    model.requires_grad_(True)
+    model.slide_encoder.requires_grad_(config.stage == 1)
+    for name, parameter in model.llm.named_parameters():
+        parameter.requires_grad_(config.stage == 2 and "lora_" in name)
+
+
+def parameter_groups(stage: StageModule, config: TrainConfig) -> list[dict]:
+    """Two learning rates; no weight decay on vectors."""
+    groups = {}
+    for name, parameter in stage.named_parameters():
+        if parameter.requires_grad:
+            rate = config.lr_lora if "lora_" in name else config.lr
+            decay = config.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+    return [
+        {"params": params, "lr": rate, "base_lr": rate, "weight_decay": decay}
+        for (rate, decay), params in groups.items()
+    ]
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Factor on the base rates: linear warm-up, then cosine down to a tenth."""
+    warm = max(1, round(config.warmup * config.steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, config.steps - warm)))
+
+
+def sparsity(config: TrainConfig, step: int, n: int) -> tuple[float, float | None]:
+    """(tau, K) of a step for bags of n patches; K is None while training is dense."""
+    phase = config.phase(step)
+    if phase is None:
+        return config.tau_start, None
+    tau = tau_at(round(phase * 1000), 1000, config.tau_start, config.tau_end)
+    if not config.k_start:
+        return tau, config.num_tokens
+    return tau, k_at(round(phase * 1000), 1000, max(config.k_start * n, config.num_tokens), config.num_tokens)
+
+
+def train_step(stage: StageModule, examples: list[Example], config: TrainConfig, step: int) -> dict[str, float]:
+    """Accumulate the gradient of one step; the loss is normalised over all answer tokens of the step."""
+    model = stage.model
+    packed = [pack(model.tokenizer, example, model.config.position, model.max_position) for example in examples]
+    total = sum(len(item.targets) for item in packed)
+    loss = 0.0
+    tau, k = sparsity(config, step, len(examples[0].indices))
+    for number, (example, item) in enumerate(zip(examples, packed)):
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step * 1009 + number)
+        part = stage(example.features, item, tau, k, generator) / total
+        part.backward()
+        loss += part.item()
+    return {
+        "loss": loss,
+        "tau": tau,
+        "k": k or len(examples[0].indices),
+        "n": len(examples[0].indices),
+        "answer_tokens": total,
+    }
+
+
+@torch.no_grad()
+def probe(stage: StageModule, example: Example, config: TrainConfig, step: int) -> dict[str, float]:
+    """What the scorer does to one bag: hardness, and needle recall of the hard top-K where the truth is known."""
+    from sparsewsi.selector import hard_topk
+    from train.sparselearn import hardness, soft_topk, zscore
+
+    n = len(example.indices)
+    tau, k = sparsity(config, step, n)
+    scores = stage.model.scorer(stage.model.slide_encoder(example.features.float()))
+    keep = hard_topk(scores, stage.model.config.num_tokens)
+    needles = [i for i, kind in enumerate(example.kinds) if kind in NEEDLE_KINDS]
+    found = len(set(keep.tolist()) & set(needles)) / len(needles) if needles else float("nan")
+    result = {"recall": found, "recall_chance": min(1.0, stage.model.config.num_tokens / n)}
+    if k is not None:
+        alpha = soft_topk(zscore(scores), k, tau, kernel=config.kernel)
+        result["hardness"] = float(hardness(alpha, scores, round(k)))
+    return result
+
+
+def train(config: TrainConfig) -> Path:
+    """Run or resume a stage; returns the last checkpoint's folder."""
+    out = Path(config.out)
+    banks = tuple(load_bank(Path(path), "train") for path in config.banks)
+    if not banks:
+        raise ValueError("no training data: pass --banks with files of python -m train.mosaic bank")
+    torch.manual_seed(config.seed)
+    checkpoint = latest(out)
+    source = TrainConfig(**{**asdict(config), "init": str(checkpoint)}) if checkpoint and config.stage == 2 else config
+    model, sparselearn = build(source, banks[0].features.shape[1], banks[0].encoder)
+    if checkpoint and config.stage == 1:
+        model = SparseWSI.from_pretrained(checkpoint / "model")
+        freeze(model, config)
+    stage = StageModule(model, sparselearn).train()
+    if config.activation_checkpointing:
+        model.llm.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(parameter_groups(stage, config), betas=(0.9, 0.98))
+    done = load_state(checkpoint, sparselearn, optimizer) if checkpoint else 0
+    config.save(out / "train_config.json")
+    stream = MosaicStream(banks, config.seed, config.stage, config.questions_per_bag)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    with (out / "metrics.jsonl").open("a") as log:
+        for step in tqdm(
+            range(done, config.steps), initial=done, total=config.steps, desc=f"stage {config.stage}", disable=None
+        ):
+            start = time.perf_counter()
+            torch.manual_seed(config.seed * 1_000_003 + step)  # dropout, if any: the same after a resume
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * learning_rate(step, config)
+            n = config.patches_at(step)
+            examples = [stream.example(step * config.accumulation + i, n) for i in range(config.accumulation)]
+            metrics = train_step(stage, examples, config, step)
+            norm = float(nn.utils.clip_grad_norm_(parameters, config.clip))
+            if math.isfinite(norm):
+                optimizer.step()
+            optimizer.zero_grad()
+            metrics |= {"step": step, "grad_norm": norm, "seconds": time.perf_counter() - start}
+            if step % 10 == 0:
+                metrics |= probe(stage, examples[0], config, step)
+            log.write(json.dumps(metrics) + "\n")
+            log.flush()
+            if not math.isfinite(norm) and not math.isfinite(metrics["loss"]):
+                raise RuntimeError(
+                    f"the loss became {metrics['loss']} at step {step}; lower --lr or resume from {latest(out)}"
+                )
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+                checkpoint = save_state(out, step + 1, model, sparselearn, optimizer)
+    assert checkpoint is not None
+    return checkpoint
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in RECIPES:
+        raise SystemExit(f"usage: python -m train.run {{{','.join(RECIPES)}}} [--flag value ...]; got {name!r}")
+    parser = HfArgumentParser(TrainConfig)  # type: ignore[arg-type]
+    parser.set_defaults(**asdict(RECIPES[name]()))
+    (config,) = parser.parse_args_into_dataclasses(sys.argv[2:])
+    print(train(config))
+
+
+if __name__ == "__main__":
+    main()
