@@ -15,10 +15,10 @@ from train.mosaic import (
     Facts,
     MosaicStream,
     ask,
+    balanced_set,
     caption,
     lay_out,
     plan,
-    balanced_set,
 )
 
 
@@ -80,7 +80,7 @@ def test_answers_are_true_and_distractors_false() -> None:
 
 
 def test_nothing_is_answerable_from_the_text() -> None:
-    """The best answer one can give from question and options alone stays near chance, and the right place is uniform."""
+    """The best answer from question and options alone stays near chance, and the right place is uniform."""
     for family in FAMILIES:
         answers, places, offered = Counter(), Counter(), Counter()
         n = 4000

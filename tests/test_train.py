@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +109,7 @@ def test_schedule_is_dense_then_anneals_then_holds(settings: TrainConfig) -> Non
     tau, k = sparsity(config, 40, 64)
     assert (tau, k) == (pytest.approx(1.0), pytest.approx(48))
     ks = [sparsity(config, step, 64)[1] for step in range(40, 100)]
-    assert all(a is not None and b is not None and a >= b for a, b in zip(ks, ks[1:]))
+    assert all(a is not None and b is not None and a >= b for a, b in pairwise(ks))
     assert sparsity(config, 85, 64) == (pytest.approx(0.05), pytest.approx(config.num_tokens))
     literal = replace(settings, steps=100, dense=0.0, anneal=1.0, k_start=0.0)
     assert sparsity(literal, 0, 64) == (pytest.approx(literal.tau_start), literal.num_tokens)

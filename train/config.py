@@ -83,19 +83,19 @@ def stage2() -> TrainConfig:
 
 
 def demo_stage1() -> TrainConfig:
-    """Our stage 1 of the embedded default: dense captions on bags that grow."""
+    """Our stage 1 of the embedded default: dense captions on bags that grow, then a first, mild annealing of K."""
     return TrainConfig(
-        stage=1, out="runs/demo1", steps=300, accumulation=6, questions_per_bag=1, dim=256, lr=2e-3, warmup=0.05,
-        dense=0.75, anneal=0.25, tau_start=1.0, tau_end=0.3, k_start=0.75, n_start=8, n=128, curriculum=0.6,
+        stage=1, out="runs/demo1", steps=200, accumulation=6, questions_per_bag=1, dim=256, lr=2e-3, warmup=0.05,
+        dense=0.75, anneal=0.25, tau_start=1.0, tau_end=0.3, k_start=0.75, n_start=8, n=96, curriculum=0.6,
     )  # fmt: skip
 
 
 def demo_stage2() -> TrainConfig:
-    """Our stage 2 of the embedded default: dense questions first, then K from 3/4 N to 32 together with tau 1 -> 0.05."""
+    """Our stage 2 of the embedded default: dense questions, then K from 3/4 N to 32 together with tau 1 -> 0.05."""
     return TrainConfig(
-        stage=2, out="runs/demo2", init="runs/demo1/checkpoints/last", steps=400, accumulation=4, dim=256, lr=1e-3,
+        stage=2, out="runs/demo2", init="runs/demo1/checkpoints/last", steps=300, accumulation=4, dim=256, lr=1e-3,
         lr_lora=3e-4, lora_rank=8, lora_alpha=16, dense=0.4, anneal=0.4, tau_start=1.0, tau_end=0.05, k_start=0.75,
-        n_start=32, n=256, n_end=512, curriculum=0.3,
+        n_start=32, n=192, n_end=384, curriculum=0.3,
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from sparsewsi.bag import Bag, extract_bag, load_bag, save_bag
 from sparsewsi.model import Selection, SparseWSI
 from sparsewsi.prompt import text_ids
 from train.data import Example, Question, pack
-from train.mosaic import BACKGROUNDS, FAMILIES, Facts, ask, load_bank, balanced_set
+from train.mosaic import BACKGROUNDS, FAMILIES, Facts, ask, balanced_set, load_bank
 
 ROWS = ("learned", "random", "all", "text-only")
 
@@ -173,9 +173,8 @@ def markdown(table: dict) -> str:
         low, high = entry.get("slide_bootstrap", entry["wilson"])
         recall = f"{100 * entry['needle_recall']:.0f} %" if "needle_recall" in entry else ""
         shares = " | ".join(f"{right}/{n}" for right, n in entry["families"].values())
-        lines.append(
-            f"| {row} | {100 * entry['accuracy']:.1f} % | {100 * low:.1f} to {100 * high:.1f} | {entry['n']} | {recall} | {shares} |"
-        )
+        accuracy = f"{100 * entry['accuracy']:.1f} % | {100 * low:.1f} to {100 * high:.1f}"
+        lines.append(f"| {row} | {accuracy} | {entry['n']} | {recall} | {shares} |")
     return "\n".join(lines)
 
 

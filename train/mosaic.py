@@ -40,7 +40,7 @@ WORDS = {
     "adipose": "fat",
     "normal_mucosa_colon": "colon mucosa",
 }
-# Needle kinds live on two sources or more, so that a slide's stain never answers a question (necrosis: on phantoms only).
+# Needle kinds live on two sources or more, so that a slide's stain never answers a question.
 NEEDLES = {
     "real": (
         "carcinoma",
@@ -112,8 +112,7 @@ def ask(facts: Facts, family: str, rng: np.random.Generator) -> Question | None:
     """One question of a family about the facts, or None where the family does not apply.
 
     Options are drawn and shuffled so that no option is likelier than another without the slide:
-    the answer is uniform over what is true, the distractors uniform over what is false, yes and no come up equally often
-    when the asker balances them (see `balanced`).
+    the answer is uniform over what is true, the distractors uniform over what is false, and `plan` balances yes and no.
     """
     absent = [kind for kind in NEEDLES[facts.origin] if kind not in facts.present]
     if family == "present" and facts.present:
@@ -249,7 +248,7 @@ class MosaicStream:
         if self.stage == 1:
             questions = [caption(facts)]
         else:
-            # Only a plan for the diagnosis family has carcinoma in half of its slides; elsewhere "no" would be the safe bet.
+            # Carcinoma is in half of the slides only where diagnosis was planned; elsewhere "no" would be the safe bet.
             families = [family for family in FAMILIES if family != "diagnosis" or planned == "diagnosis"]
             drawn = [ask(facts, str(family), rng) for family in rng.permutation(families * 2)]
             questions = [_vary(question, rng) for question in drawn if question is not None][
@@ -287,7 +286,7 @@ def labelled_tiles(folder: Path) -> list[tuple[Path, str, str, str]]:
 
 
 def augment(image: Image.Image, rng: np.random.Generator, size: int = 224) -> np.ndarray:
-    """A random square of the tile (60 to 100 % of its side: magnification differs), turned, flipped, blurred, restained.
+    """A random square of the tile (60 to 100 % of its side: magnification differs), turned, blurred, restained.
 
     Restaining scales and shifts the optical densities of the red, green and blue channels (Beer-Lambert); now and then
     the hue goes altogether, so that a kind is not known by its slide's colour.
