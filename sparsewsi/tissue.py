@@ -250,8 +250,10 @@ def _classify(image: Image.Image, glass: tuple[float, float, float]) -> tuple[np
         """A function of green, rounded down, for every px."""
         return np.asarray(bands[1].point(np.clip(np.floor(values), 0, 255).astype(int).tolist()))
 
-    # OD_green - OD_blue above both thresholds, OD_red not above OD_green
-    stained = blue > limit(blue0 * np.exp(np.maximum(LEAST_STAIN, LEAST_SHARE * density) - density) - OFFSET)
+    # OD_green - OD_blue above both thresholds, OD_red not above OD_green. OD_green alone must pass the first as well:
+    # white padding beside yellowish glass, and JPEG's colour fringes, only look as if something absorbed green.
+    least_blue = blue0 * np.exp(np.maximum(LEAST_STAIN, LEAST_SHARE * density) - density) - OFFSET
+    stained = blue > limit(np.where(density > LEAST_STAIN, least_blue, 255))
     stained &= red >= limit(red0 * np.exp(-(1.08 * density + 0.05)) - OFFSET)
     dark_green, dark_red = (math.ceil(c * math.exp(-0.3) - OFFSET) for c in (green0, red0))
     foreign = (green < dark_green) | (red < dark_red)
@@ -285,12 +287,14 @@ def _marks(foreign_share: np.ndarray, density: np.ndarray, cell_um: float) -> np
 def _fat(image: Image.Image, stain: np.ndarray, cell: int, tissue: np.ndarray, cell_um: float) -> np.ndarray:
     """Cells of fat: a net of thin membranes, so pale that only the mean over 0.16 mm shows that they are pink.
 
-    Scratches and dust make sparser lines, and grey ones. Cells beside tissue do not count: its rim would pass for fat.
+    Scratches and dust make sparser lines, and grey ones. Cells beside tissue do not count, as its rim would pass for
+    fat, but what is less than 3 cells wide may itself be a membrane.
     """
     band = image.getchannel(1)
     mean = np.asarray(band.reduce(cell).point([max(0, v - 6) for v in range(256)]))
     lines = _share(np.asarray(band) < _spread(mean, cell, (image.height, image.width)), cell)
-    counted = 1 - ndimage.binary_dilation(tissue).astype(np.float32)
+    wide = ndimage.binary_opening(tissue, np.ones((3, 3)))
+    counted = 1 - ndimage.binary_dilation(wide).astype(np.float32)
     span = max(1, round(160 / cell_um))
     weight = ndimage.uniform_filter(counted, span)
     safe = np.maximum(weight, 1e-6)

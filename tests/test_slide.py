@@ -17,6 +17,7 @@ from PIL import Image
 import sparsewsi
 from sparsewsi import slide as slide_module
 from sparsewsi.slide import SlideError, open_slide
+from sparsewsi.tissue import patch_coords, tissue_mask
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (200, 320, 3), dtype=np.uint8)
@@ -46,7 +47,7 @@ def write_tiff(
 
 
 def write_scn(path: Path, rgb: np.ndarray, collection: tuple[int, int], corner: tuple[int, int], nm: int = 500) -> Path:
-    """A Leica SCN of a scan smaller than the slide, with bounds and px that hold nothing; (w, h), px of nm nanometres."""
+    """A Leica SCN of a scan smaller than the slide, with bounds and px that hold nothing; (w, h), px of nm nm."""
     (height, width), (x, y) = rgb.shape[:2], corner
     scan = (
         "<scanSettings><objectiveSettings><objective>20</objective></objectiveSettings><illuminationSettings>"
@@ -200,6 +201,25 @@ def test_bounds_and_empty_px_of_a_scan_smaller_than_the_slide(tmp_path):
     assert (region[:10] == 255).all()
     assert (region[:, :10] == 255).all()
     assert np.abs(region[10:, 10:].astype(int) - 100).max() <= 2
+
+
+def test_tissue_is_searched_within_the_bounds_on_the_grid_of_the_slide(tmp_path):
+    rgb = np.full((512, 768, 3), (190, 120, 170), np.uint8)
+    with open_slide(write_scn(tmp_path / "a.scn", rgb, (3000, 2000), (1010, 715), nm=2000)) as slide:
+        assert slide.mpp == 2.0
+        coords = patch_coords(slide, 2.0, 56)
+        everything = patch_coords(slide, 2.0, 56, min_tissue=0)
+        mask, scale = tissue_mask(slide)
+    y, x = np.nonzero(mask)
+    assert abs(x.min() * scale - 1010) <= 2 * scale
+    assert abs((x.max() + 1) * scale - 1778) <= 2 * scale
+    assert abs(y.min() * scale - 715) <= 2 * scale
+    for c in (coords, everything):
+        assert (c % 56 == 0).all()
+        assert (c > np.array([1010, 715]) - 56).all()
+        assert (c < np.array([1778, 1227])).all()
+    assert len(coords) >= 13 * 9
+    assert len(everything) == 14 * 10
 
 
 def test_threads_may_share_a_slide(tmp_path):
