@@ -178,12 +178,11 @@ def _tissue(cells: int, rng: np.random.Generator) -> np.ndarray:
     rim = (u**8 + v**8) ** (1 / 8) + 0.04 * _field((cells, cells), rng, 5, 3)
     best -= 12 * np.clip(rim - 0.74, 0, None) ** 2 + 9 * np.clip(rim - 0.90, 0, None)  # glass all round
     mask = best > 0
-    parts, number = ndimage.label(mask)  # pyright: ignore[reportGeneralTypeIssues]
-    if number > 1:
-        areas = np.bincount(parts.ravel())
-        areas[0] = 0
-        mask = (areas > 0.04 * areas.sum())[parts]
-    return mask
+    parts = np.zeros(mask.shape, np.int32)
+    ndimage.label(mask, output=parts)
+    areas = np.bincount(parts.ravel())
+    areas[0] = 0
+    return (areas > 0.04 * areas.sum())[parts]  # no crumbs
 
 
 def _depth(mask: np.ndarray) -> np.ndarray:
@@ -195,14 +194,20 @@ def _focus(free: np.ndarray, inner: np.ndarray, cells: int, rng: np.random.Gener
     """A compact blob of `cells` cells within `free`, centred where `inner`: bool, same shape."""
     rows, columns = np.nonzero(inner)
     pick = int(rng.integers(len(rows)))
-    y, x = np.indices(free.shape, dtype=np.float32)
-    dy, dx = y - rows[pick], x - columns[pick]
+    reach = int(3 * np.sqrt(cells / np.pi)) + 3
+    row, column = int(rows[pick]), int(columns[pick])
+    window = np.s_[max(0, row - reach) : row + reach + 1, max(0, column - reach) : column + reach + 1]
+    dy = np.arange(free.shape[0], dtype=np.float32)[window[0], None] - row
+    dx = np.arange(free.shape[1], dtype=np.float32)[None, window[1]] - column
     turn, stretch = rng.uniform(0, np.pi), rng.uniform(1.0, 1.5)
     a, b = dx * np.cos(turn) + dy * np.sin(turn), dy * np.cos(turn) - dx * np.sin(turn)
-    ragged = 1 + 0.35 * _field(free.shape, rng, max(2, free.shape[0] // 10), 2)
-    distance = np.where(free, np.hypot(a / stretch, b * stretch) * np.clip(ragged, 0.3, None), np.inf)
+    ragged = 1 + 0.35 * _field((2 * reach + 1, 2 * reach + 1), rng, 6, 2)[: a.shape[0], : a.shape[1]]
+    distance = np.hypot(a / np.sqrt(stretch), b * np.sqrt(stretch)) * np.clip(ragged, 0.3, None)
+    distance = np.where(free[window], distance, np.inf)
+    part = np.zeros(a.shape, bool)
+    part.flat[np.argsort(distance, axis=None, kind="stable")[: min(cells, int(free[window].sum()))]] = True
     focus = np.zeros(free.shape, bool)
-    focus.flat[np.argsort(distance, axis=None, kind="stable")[: min(cells, int(free.sum()))]] = True
+    focus[window] = part
     return focus
 
 
@@ -377,7 +382,7 @@ def _border(labels: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarr
     turn, curve = rng.uniform(0, 2 * np.pi), rng.normal(0, 0.06)
     a, b = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
     height = a + curve * b * b
-    cut = np.quantile(height[2:-2, 2:-2], rng.uniform(low, 0.9))
+    cut = np.quantile(height[2:-3, 2:-3], rng.uniform(low, 0.9))  # the patch itself: 7 x 7 cells at 224 px
     return np.where(height > cut, KIND_IDS[other], labels).astype(np.uint8)
 
 
@@ -538,7 +543,9 @@ def _encode_row(rows: np.ndarray, pool: ThreadPoolExecutor) -> Iterator[bytes]:
         tile = rows[:, left : left + TILE]
         gap = (0, TILE - tile.shape[0]), (0, TILE - tile.shape[1]), (0, 0)
         tile = np.ascontiguousarray(np.pad(tile, gap, mode="edge"))
-        return imagecodecs.jpeg8_encode(tile, level=82, colorspace="rgb", outcolorspace="ycbcr", subsampling="420")
+        return bytes(
+            imagecodecs.jpeg8_encode(tile, level=82, colorspace="rgb", outcolorspace="ycbcr", subsampling="420")
+        )
 
     return pool.map(encode, range(0, rows.shape[1], TILE))
 
@@ -632,17 +639,10 @@ def _write_tiff(path: Path, phantom: PhantomMap, progress: Callable[[int, int], 
             software="sparsewsi phantom",
             **settings,
         )
-        for number, level in enumerate(levels):
+        for level in levels:
             per_cm /= DOWNSAMPLE
-            shape = (len_rows(phantom.size, number + 1), level.size, 3)
+            shape = (level.size, level.size, 3)
             file.write(iter(level.tiles), shape=shape, resolution=(per_cm, per_cm), subfiletype=1, **settings)
-
-
-def len_rows(size: int, level: int) -> int:
-    """Rows of a pyramid level: whole groups of DOWNSAMPLE rows of the level above."""
-    for _ in range(level):
-        size //= DOWNSAMPLE
-    return size
 
 
 def example_slide(cache_dir: str | Path | None = None) -> Path:
@@ -651,7 +651,7 @@ def example_slide(cache_dir: str | Path | None = None) -> Path:
     cache_dir: default $SPARSEWSI_CACHE, else ~/.cache/sparsewsi
     """
     folder = Path(cache_dir or os.environ.get("SPARSEWSI_CACHE") or Path.home() / ".cache" / "sparsewsi")
-    path = folder / f"phantom-{EXAMPLE_SEED}-v{VERSION}.tiff"
+    path = folder / f"phantom-{EXAMPLE_SEED}-{EXAMPLE_SIZE}-v{VERSION}.tiff"
     if not (path.is_file() and truth_path(path).is_file()):
-        write_phantom(path)
+        write_phantom(path, EXAMPLE_SEED, EXAMPLE_SIZE)
     return path
