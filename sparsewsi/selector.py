@@ -3,6 +3,7 @@
 Shapes: ... any leading axes, N patches, D width of a token, K kept.
 """
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -106,11 +107,12 @@ def uniform(features: Tensor, coords: Tensor, k: int, seed: int = 0) -> Tensor:
     width, height = (coords.amax(0) - coords.amin(0)).clamp(min=1).tolist()
     bands = max(1, min(k, round((k * height / width) ** 0.5)))  # so that the grid's cells are about square
     by_row = coords[:, 1].sort(stable=True).indices
+    shares = [k * number // bands for number in range(bands + 1)]  # how many are kept above the band's lower edge
     kept = []
-    for number, band in enumerate(torch.tensor_split(by_row, bands)):
-        share = k * (number + 1) // bands - k * number // bands
+    for above, below in itertools.pairwise(shares):
+        band = by_row[n * above // k : n * below // k]
         band = band[coords[band, 0].sort(stable=True).indices]
-        places = (torch.arange(share, dtype=torch.float64) + 0.5) * len(band) / max(share, 1)
+        places = (torch.arange(below - above, dtype=torch.float64) + 0.5) * len(band) / (below - above)
         kept.append(band[places.long()])
     return torch.cat(kept).sort().values
 

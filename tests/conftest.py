@@ -13,3 +13,56 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the development data (../shared/data) are not on this machine")
     return SHARED
+
+
+TINY_CORPUS = [
+    "Which tissue is this? It is liver, colon mucosa, fat or a lymph node.",
+    "The slide shows a carcinoma with necrosis and mucin beside normal glands.",
+    "A. yes\nB. no\nC. there is no tumour in this slide\nD. cannot be said",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random Llama (2 layers, hidden 64, grouped-query attention) with a small ChatML tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        TINY_CORPUS,
+        trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        llm = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=4096,
+                tie_word_embeddings=True,
+                initializer_range=0.2,  # large, so that positions and context show in the logits
+                bos_token_id=1,
+                eos_token_id=2,
+                pad_token_id=0,
+            )
+        )
+    folder = tmp_path_factory.mktemp("tiny-llm")
+    llm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
