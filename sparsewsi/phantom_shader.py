@@ -244,7 +244,7 @@ def muscle(x, y, angle, salt):
     bundle = noise(across / 48.0, along / 260.0, salt + 26)
     wave = noise(across / 11.0, along / 16.0, salt + 27)
     torn = 0.16 * noise(x / 600.0, y / 600.0, salt + 59)
-    gap = ramp(0.8 * noise(across / 14.0, along / 180.0, salt + 28) + 0.2 * fine + torn, 0.84, 0.90)
+    gap = ramp(0.8 * noise(across / 14.0, along / 180.0, salt + 28) + 0.2 * fine + torn, 0.86, 0.92)
     split = ramp(noise(across / 3.4, along / 24.0, salt + 29), 0.74, 0.86) * ramp(bundle, 0.42, 0.62)
     pale = max(0.90 * gap, 0.6 * split)
     e = (0.22 + 0.16 * fine + 0.16 * mid + 0.10 * bundle + 0.08 * wave) * (1.0 - pale)
