@@ -63,6 +63,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise ValueError(f"--max-patches must be at least 1, got {options.max_patches}.")
     if options.out is not None and options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out names a folder, but {options.out} is a file; name another.")
+    if not Path(options.model).is_dir() and options.model.count("/") != 1:
+        raise ValueError(f"There is no model folder {options.model}; pass --model a folder or a hub id (owner/name).")
     return options
 
 
@@ -143,8 +145,14 @@ def view(options: argparse.Namespace, slide: Path, bag: Bag, selection: Selectio
 
 def run(options: argparse.Namespace) -> None:
     """Do what the command line says. Raises ValueError or OSError for input at fault."""
+    from sparsewsi.selector import SELECTORS
+
+    if options.selector not in ("learned", *SELECTORS):
+        raise ValueError(f"--selector is learned, {' or '.join(SELECTORS)}, got {options.selector}.")
     if options.slide != "phantom":
         check_slide(options, Path(options.slide))
+    if options.out is not None:  # a folder that cannot be made is found now, not after an hour of encoding
+        options.out.mkdir(parents=True, exist_ok=True)
     model = load_model(options.model)
     slide = phantom() if options.slide == "phantom" else Path(options.slide)
     bag = read_bag(options, slide, model.config)
@@ -208,6 +216,14 @@ def _notes() -> Iterator[None]:
         yield
 
 
+def _sentence(error: Exception) -> str:
+    """What went wrong, on one line, in the words of the command line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}." if error.filename else f"{error.strerror}."
+    text = " ".join(str(error).split()).replace("slide_mpp=", "--slide-mpp")
+    return text[:1].upper() + text[1:]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     try:
@@ -215,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _notes():
             run(options)
     except (ValueError, OSError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
+        print(_sentence(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)

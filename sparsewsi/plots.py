@@ -268,7 +268,7 @@ def umap_coords(features: Tensor, selection: Selection, seed: int = 0, max_point
             # Exact neighbours by matrix products: umap's own search for N < 4,096 is a Python loop over all pairs.
             precomputed_knn=_neighbours(x, neighbours),
             force_approximation_algorithm=True,
-            init=_start(x, seed),
+            init=_start(x, seed),  # type: ignore[arg-type]  # an array is allowed
             random_state=seed,
             n_jobs=1,
             n_epochs=200,
@@ -316,7 +316,7 @@ def _start(x: np.ndarray, seed: int) -> np.ndarray:
 
 
 def umap_plot(points: FeatureMap, selection: Selection) -> Image.Image:
-    """The map as a picture: discarded patches small and grey, selected ones large and numbered by rank, with a legend."""
+    """The map as a picture with a legend: discarded patches small and grey, selected ones numbered by rank."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -328,10 +328,9 @@ def umap_plot(points: FeatureMap, selection: Selection) -> Image.Image:
     dot = float(np.clip(9000 / max(len(kept), 1), 3, 30))
     axes.scatter(*points.xy[~kept].T, s=dot, c="#8a8f98", alpha=0.55, linewidths=0)
     axes.scatter(*points.xy[kept].T, s=42, c="#e69f00", marker="D", edgecolors="black", linewidths=0.8, zorder=3)
-    dots = {"linestyle": "", "markeredgecolor": "black"}
     legend = [
-        axes.plot([], [], marker="D", markersize=7, color="#e69f00", **dots)[0],
-        axes.plot([], [], marker="o", markersize=5, color="#8a8f98", linestyle="")[0],
+        axes.plot([], [], linestyle="", marker="D", markersize=7, color="#e69f00", markeredgecolor="black")[0],
+        axes.plot([], [], linestyle="", marker="o", markersize=5, color="#8a8f98")[0],
     ]
     words = [f"{len(rank_of):,} selected (number: rank)", f"{points.total - len(rank_of):,} discarded"]
     axes.legend(legend, words, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=2, frameon=False)
@@ -358,7 +357,7 @@ def _number_points(axes: Axes, xy: np.ndarray, numbers: list[int]) -> None:
     for i, place in zip(order, places):
         axes.annotate(
             f"{numbers[i]}",
-            xy=xy[i],
+            xy=(float(xy[i, 0]), float(xy[i, 1])),
             xytext=place,
             textcoords="figure pixels",
             ha="center",
