@@ -194,7 +194,7 @@ def _tissue_of(rgb: np.ndarray, um: float) -> tuple[np.ndarray, str]:
 
     # Whole cells inside, single px along the rim: the outline is as fine as the mask.
     inside = ndimage.binary_erosion(tissue, border_value=1)
-    rim = ndimage.binary_dilation(tissue) & ~marks
+    rim = _dilated(tissue, 1) & ~marks
     mask = _spread(inside, cell, stained.shape) | (stained & _spread(rim, cell, stained.shape))
     if mask.any():
         return mask, ""
@@ -277,11 +277,11 @@ def _marks(foreign_share: np.ndarray, density: np.ndarray, cell_um: float) -> np
     red, green, blue = np.moveaxis(density, 2, 0)
     # Ink over tissue mixes with its colours; only beside a core is a greyish or reddish tissue taken for ink.
     tinted = (green > 0.3) & ((red > 0.85 * green) | (blue > 0.72 * green))
-    beside = ndimage.binary_dilation(cores, iterations=max(1, round(250 / cell_um)))
+    beside = _dilated(cores, 250 / cell_um)
     labels = _label((foreign_share > MARK_SHARE / 2) | (tinted & beside) | cores)
     with_core = np.zeros(int(labels.max()) + 1, bool)
     with_core[labels[cores]] = True
-    return ndimage.binary_dilation(with_core[labels], iterations=max(1, round(64 / cell_um))).astype(bool)
+    return _dilated(with_core[labels], 64 / cell_um)
 
 
 def _fat(image: Image.Image, stain: np.ndarray, cell: int, tissue: np.ndarray, cell_um: float) -> np.ndarray:
@@ -293,15 +293,15 @@ def _fat(image: Image.Image, stain: np.ndarray, cell: int, tissue: np.ndarray, c
     band = image.getchannel(1)
     mean = np.asarray(band.reduce(cell).point([max(0, v - 6) for v in range(256)]))
     lines = _share(np.asarray(band) < _spread(mean, cell, (image.height, image.width)), cell)
-    wide = ndimage.binary_opening(tissue, np.ones((3, 3)))
-    counted = 1 - ndimage.binary_dilation(wide).astype(np.float32)
+    counted = 1 - _dilated(_opened(tissue, 3), 1).astype(np.float32)
     span = max(1, round(160 / cell_um))
     weight = ndimage.uniform_filter(counted, span)
     safe = np.maximum(weight, 1e-6)
     mean_stain = ndimage.uniform_filter(np.clip(stain, -0.05, 0.05) * counted, span) / safe
     mean_lines = ndimage.uniform_filter(lines * counted, span) / safe
     fat = (counted > 0) & (weight > 0.1) & (mean_stain > 0.002) & (mean_lines > 0.05)
-    return _drop_small(fat, FAT_MM2, cell_um)
+    # A strand of tissue has such surroundings too, but they are narrow; nets of fat are not.
+    return _drop_small(fat & _opened(fat | tissue, 288 / cell_um), FAT_MM2, cell_um)
 
 
 def _share(mask: np.ndarray, cell: int) -> np.ndarray:
@@ -318,6 +318,19 @@ def _label(cells: np.ndarray, diagonal: bool = True) -> np.ndarray:
     labels = np.zeros(cells.shape, np.int32)
     ndimage.label(cells, np.ones((3, 3)) if diagonal else None, output=labels)
     return labels
+
+
+def _dilated(cells: np.ndarray, reach: float) -> np.ndarray:
+    """Grown by reach cells (at least 1) to every side, corners included."""
+    return ndimage.maximum_filter(cells.view(np.uint8), 2 * max(1, round(reach)) + 1, mode="constant").view(bool)
+
+
+def _opened(cells: np.ndarray, width: float) -> np.ndarray:
+    """Only what a square of width cells fits into; squares may stick out over the border."""
+    side = max(2, round(width))
+    eroded = ndimage.minimum_filter(cells.view(np.uint8), side, mode="constant", cval=1)
+    # An even filter has no middle cell: the mirrored offset undoes the shift.
+    return ndimage.maximum_filter(eroded, side, mode="constant", origin=side % 2 - 1).view(bool) & cells
 
 
 def _drop_small(cells: np.ndarray, mm2: float, cell_um: float) -> np.ndarray:

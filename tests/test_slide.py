@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import openslide
 import pytest
 import tifffile
+from openslide import lowlevel
 from PIL import Image
 
 import sparsewsi
@@ -27,7 +27,7 @@ def write_tiff(
     path: Path, levels, mpp: float | tuple[float, float] | None = 0.5, description: str | None = None, **extra
 ) -> Path:
     """A tiled, lossless pyramidal TIFF of the arrays in levels, as OpenSlide's generic-tiff reads it."""
-    across, down = (mpp, mpp) if isinstance(mpp, float) else (mpp or (None, None))
+    across, down = mpp if isinstance(mpp, tuple) else (mpp, mpp)
     with tifffile.TiffWriter(path) as tiff:
         for i, level in enumerate(levels):
             if across and down:
@@ -452,8 +452,8 @@ def test_label_and_macro_images_are_never_opened(tmp_path, monkeypatch):
     def opened(*args):
         raise AssertionError("an associated image was opened")
 
-    monkeypatch.setattr(openslide.lowlevel, "read_associated_image", opened)
-    monkeypatch.setattr(openslide.lowlevel, "get_associated_image_names", opened)
+    monkeypatch.setattr(lowlevel, "read_associated_image", opened)
+    monkeypatch.setattr(lowlevel, "get_associated_image_names", opened)
     path = write_scn(tmp_path / "a.scn", np.full((256, 384, 3), 100, np.uint8), (1000, 800), (300, 400))
     with open_slide(path) as slide:
         slide.thumbnail(100)

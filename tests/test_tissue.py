@@ -64,7 +64,7 @@ class Painted:
         seeds = np.zeros(shape, np.int32)
         points = rng.uniform((0, 0), shape, (2200, 2)).astype(int)
         seeds[points[:, 0], points[:, 1]] = np.arange(1, len(points) + 1)
-        nearest = ndimage.distance_transform_edt(seeds == 0, return_distances=False, return_indices=True)
+        nearest = np.asarray(ndimage.distance_transform_edt(seeds == 0, return_distances=False, return_indices=True))
         cells = seeds[nearest[0], nearest[1]]
         walls = (cells != np.roll(cells, 2, 0)) | (cells != np.roll(cells, 2, 1))
         rgb[self.fat & walls] = (222, 180, 208)
@@ -85,7 +85,7 @@ class Painted:
         self.rgb = np.asarray(image)
         self.tissue = (self.dense & ~self.hole) | self.pale | self.fat
         anything = self.dense | self.pale | self.fat | self.pens | self.dust
-        self.empty = ndimage.distance_transform_edt(~anything) > 80
+        self.empty = np.asarray(ndimage.distance_transform_edt(~anything)) > 80
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_dense_pale_and_fatty_tissue_is_kept(painted, painted_slide):
         mask, scale = tissue_mask(slide)
     assert scale * MPP == pytest.approx(8.0, rel=0.5)
     full = mask.repeat(round(scale), 0).repeat(round(scale), 1)[: painted.tissue.shape[0], : painted.tissue.shape[1]]
-    inner = ndimage.binary_erosion(painted.fat, iterations=40)
+    inner = np.asarray(ndimage.binary_erosion(painted.fat, iterations=40), bool)
     assert full[painted.dense & ~painted.hole].mean() > 0.99
     assert full[painted.pale].mean() > 0.97
     assert full[inner].mean() > 0.95
