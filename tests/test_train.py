@@ -21,7 +21,7 @@ from train.run import StageModule, answer_loss, build, sparsity, train, train_st
 @pytest.fixture(scope="module")
 def bank_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A feature bank of well separated made-up kinds, in the format of `train.mosaic bank`."""
-    kinds = np.repeat([*BACKGROUNDS, *NEEDLES["phantom"]], 24)
+    kinds = np.repeat([*BACKGROUNDS["phantom"], *NEEDLES["phantom"]], 24)
     centres = np.random.default_rng(0).normal(0, 1, (len(set(kinds)), 24))
     order = {kind: i for i, kind in enumerate(dict.fromkeys(kinds))}
     noise = np.random.default_rng(1).normal(0, 0.3, (len(kinds), 24))
@@ -41,7 +41,7 @@ def bank_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def settings(bank_file: Path, tiny_llm: Path, tmp_path: Path) -> TrainConfig:
     return TrainConfig(
-        stage=1, out=str(tmp_path / "stage1"), banks=(str(bank_file),), llm=str(tiny_llm), steps=4, accumulation=2,
+        stage=1, out=str(tmp_path / "stage1"), banks=[str(bank_file)], llm=str(tiny_llm), steps=4, accumulation=2,
         dim=16, n=20, num_tokens=6, dense=0.25, anneal=0.5, k_start=0.75, lora_rank=2, lora_alpha=4,
         questions_per_bag=3, checkpoint_every=2,
     )  # fmt: skip
@@ -67,7 +67,8 @@ def test_packed_questions_cost_what_separate_ones_cost(settings: TrainConfig) ->
 
     apart = sum(loss(question) for question in questions)
     torch.testing.assert_close(loss(*questions), apart, rtol=1e-5, atol=1e-5)
-    assert loss(questions[0]) != pytest.approx(loss(Question("Which tissue?", "blood", ("mucin", "blood"))).item())
+    other = Question("Which tissue?", "blood", ("mucin", "blood"))
+    assert abs((loss(questions[0]) - loss(other)).item()) > 1e-3
 
 
 def test_stages_train_what_the_table_says(settings: TrainConfig) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -13,7 +13,7 @@ class TrainConfig:
 
     stage: int = 1  # 1: captions, LLM frozen; 2: questions, slide encoder frozen, LoRA on the LLM
     out: str = "runs/stage1"
-    banks: tuple[str, ...] = ()  # feature banks of labelled patches (train/mosaic.py)
+    banks: list[str] = field(default_factory=list)  # feature banks of labelled patches (train/mosaic.py)
     init: str = ""  # stage 2: a stage-1 checkpoint folder or its model folder
     llm: str = "smollm2-135m"
     steps: int = 1000

@@ -27,7 +27,7 @@ from sparsewsi.bag import Bag, extract_bag, load_bag, save_bag
 from sparsewsi.model import Selection, SparseWSI
 from sparsewsi.prompt import text_ids
 from train.data import Example, Question, pack
-from train.mosaic import BACKGROUNDS, FAMILIES, Facts, ask, balanced_set, load_bank
+from train.mosaic import FAMILIES, NEEDLE_KINDS, Facts, ask, balanced_set, load_bank
 
 ROWS = ("learned", "random", "all", "text-only")
 
@@ -99,7 +99,7 @@ def evaluate(
                 "answer": item.question.answer,
                 "n": len(item.bag.features),
             }
-            needles = np.flatnonzero(~np.isin(item.kinds, (*BACKGROUNDS, "background")))
+            needles = np.flatnonzero(np.isin(item.kinds, NEEDLE_KINDS))
             for row in rows:
                 selection = selection_of(model, item.bag, row, k, seed=number)
                 likelihoods = option_log_likelihoods(

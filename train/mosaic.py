@@ -54,9 +54,12 @@ NEEDLES = {
     ),
     "phantom": ("carcinoma", "lymphoid", "mucin", "necrosis", "blood"),
 }
-BACKGROUNDS = ("stroma_fibrous", "smooth_muscle", "adipose", "normal_mucosa_colon")
-# Kinds of one slide each: seen around the needles in training, never asked for.
-BYSTANDERS = ("adrenal_cortex", "brunner_glands", "endometrium", "kidney_tubules", "spleen_red_pulp", "fat_necrosis")
+NEEDLE_KINDS = sorted({kind for kinds in NEEDLES.values() for kind in kinds})
+# Real colon mucosa is neither: among the kinds asked for it has look-alikes, as background it would hide them.
+BACKGROUNDS = {
+    "real": ("stroma_fibrous", "smooth_muscle", "adipose"),
+    "phantom": ("stroma_fibrous", "smooth_muscle", "adipose", "normal_mucosa_colon"),
+}
 CRC_LABELS = {
     "TUM": "carcinoma",
     "STR": "stroma_fibrous",
@@ -124,7 +127,7 @@ def ask(facts: Facts, family: str, rng: np.random.Generator) -> Question | None:
         options = [answer, *rng.permutation(facts.present)[:3]]
         text = "Which of these tissues is absent from this slide?"
     elif family == "dominant":
-        answer, options = facts.dominant, list(BACKGROUNDS)
+        answer, options = facts.dominant, list(BACKGROUNDS[facts.origin])
         text = "Which tissue makes up most of this slide?"
     elif family in ("contains", "diagnosis"):
         pool = facts.present if rng.integers(2) else absent
@@ -149,15 +152,13 @@ def plan(origin: str, family: str, rng: np.random.Generator) -> Facts:
         present = ["carcinoma"] * yes + list(rng.choice(others, count - yes, replace=False))
     else:
         present = list(rng.choice(needles, count, replace=False))
-    return Facts(origin, str(rng.choice(BACKGROUNDS)), tuple(sorted(str(kind) for kind in present)))
+    return Facts(origin, str(rng.choice(BACKGROUNDS[origin])), tuple(sorted(str(kind) for kind in present)))
 
 
 # ----------------------------------------------------------------------------------------------------- mosaics
 
 
-def lay_out(
-    facts: Facts, n: int, per_needle: tuple[int, int], rng: np.random.Generator, extra: tuple[str, ...] = ()
-) -> np.ndarray:
+def lay_out(facts: Facts, n: int, per_needle: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """Kinds of n patches on a near-square raster: regions of background tissue, then one compact focus per needle kind.
 
     The dominant kind covers more than half of the patches. per_needle: least and most patches of a focus.
@@ -165,7 +166,7 @@ def lay_out(
     """
     side = int(np.ceil(np.sqrt(n)))
     yx = np.stack(np.divmod(np.arange(n), side), 1).astype(np.float32)  # (n, 2)
-    others = [kind for kind in (*BACKGROUNDS, *extra) if kind != facts.dominant]
+    others = [kind for kind in BACKGROUNDS[facts.origin] if kind != facts.dominant]
     kinds = np.full(n, facts.dominant, dtype="<U24")
     left = int(n * rng.uniform(0.1, 0.45))  # what other background kinds may cover together
     for kind in rng.permutation(others)[: rng.integers(1, 3)]:
@@ -241,8 +242,7 @@ class MosaicStream:
         planned = str(rng.choice(FAMILIES))
         facts = plan(bank.origin, planned, rng)
         most = max(1, min(12, n // 12))
-        extra = tuple(kind for kind in BYSTANDERS if len(bank.rows(kind)))
-        kinds = lay_out(facts, n, (max(1, most // 3), most), rng, extra)
+        kinds = lay_out(facts, n, (max(1, most // 3), most), rng)
         num_patches = int(np.exp(rng.uniform(np.log(n), np.log(max(max_index, n)))))
         indices = np.sort(rng.choice(num_patches, n, replace=False))
         if self.stage == 1:

@@ -27,10 +27,9 @@ from sparsewsi.model import SparseWSI
 from train.checkpoint import latest, load_state, save_state
 from train.config import RECIPES, TrainConfig
 from train.data import Example, Packed, pack
-from train.mosaic import NEEDLES, MosaicStream, load_bank
+from train.mosaic import NEEDLE_KINDS, MosaicStream, load_bank
 from train.sparselearn import SparseLearn, k_at, tau_at
 
-NEEDLE_KINDS = {kind for kinds in NEEDLES.values() for kind in kinds}
 LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
