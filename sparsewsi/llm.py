@@ -70,7 +70,7 @@ def load_llm(
         eos_token_id=given.eos_token_id,
         pad_token_id=tokenizer.pad_token_id if given.pad_token_id is None else given.pad_token_id,
     )
-    llm.config.name_or_path = name  # what an adapter records as its base; never the path of a cache
+    llm.name_or_path = llm.config.name_or_path = name  # what an adapter records as its base; never a cache's path
     return llm.requires_grad_(False).eval(), tokenizer
 
 
@@ -109,14 +109,19 @@ def embedded_folder() -> Path:
     try:
         unpacked = work / "model"
         _dequantise(_gguf_file(cache, work), unpacked)
-        try:
-            unpacked.rename(final)
-        except OSError:
-            if not (final / "config.json").is_file():  # else another process was faster; its files are as good
-                raise
+        _publish(unpacked, final)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return final
+
+
+def _publish(unpacked: Path, final: Path) -> None:
+    """Rename into place, unless another process was faster: its files are as good."""
+    try:
+        unpacked.rename(final)
+    except OSError:
+        if not (final / "config.json").is_file():
+            raise
 
 
 def _gguf_file(cache: Path, work: Path) -> Path:
@@ -175,8 +180,11 @@ def _dequantise(gguf: Path, folder: Path) -> None:
 
 
 def _checked_name(name: str) -> str:
-    if Path(name).expanduser().is_dir():
-        return str(Path(name).expanduser())
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"the folder {name} holds no LLM (config.json is missing). Pass one that does.")
+        return str(folder)
     if name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name:
         raise ValueError(f"the LLM folder {name} does not exist. Pass a folder, a hub id, or {EMBEDDED}.")
     return name
