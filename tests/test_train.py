@@ -1,6 +1,9 @@
 """Training on a tiny real LLM: the loss is what it says, stages freeze what they must, a resumed run equals another."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -42,7 +45,7 @@ def bank_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(bank_file: Path, tiny_llm: Path, tmp_path: Path) -> TrainConfig:
     return TrainConfig(
         stage=1, out=str(tmp_path / "stage1"), banks=[str(bank_file)], llm=str(tiny_llm), steps=4, accumulation=2,
-        dim=16, n=20, num_tokens=6, dense=0.25, anneal=0.5, k_start=0.75, lora_rank=2, lora_alpha=4,
+        dim=16, patches=20, num_tokens=6, dense=0.25, anneal=0.5, k_start=0.75, lora_rank=2, lora_alpha=4,
         questions_per_bag=3, checkpoint_every=2,
     )  # fmt: skip
 
@@ -157,3 +160,24 @@ def test_the_trained_artefact_is_the_model_that_was_trained(settings: TrainConfi
     model = SparseWSI.from_pretrained(last / "model")
     assert model.config.num_tokens == settings.num_tokens
     assert losses(settings.out)[-1] > 0
+
+
+def test_two_processes_equal_one_with_twice_the_accumulation(settings: TrainConfig, tmp_path: Path) -> None:
+    one = replace(settings, out=str(tmp_path / "one"), accumulation=4)
+    train(one)
+    flags = {
+        "out": tmp_path / "two",
+        "accumulation": 2,
+        "steps": one.steps,
+        "llm": one.llm,
+        "dim": one.dim,
+        "patches": one.patches,
+    }
+    flags |= {"num_tokens": one.num_tokens, "dense": one.dense, "anneal": one.anneal, "k_start": one.k_start}
+    flags |= {"questions_per_bag": one.questions_per_bag, "warmup": one.warmup, "lr": one.lr, "banks": one.banks[0]}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "train.run"]
+    command += ["stage1", *(text for name, value in flags.items() for text in (f"--{name}", str(value)))]
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)

@@ -44,10 +44,10 @@ class TrainConfig:
     dense: float = 0.0  # share of the steps with alpha = 1 at the start
     anneal: float = 1.0  # share of the steps over which tau and K then move; the rest holds their last values
     k_start: float = 0.0  # K at the start of the annealing as a share of N; 0: K is num_tokens throughout
-    n_start: int = 0  # patches a bag at the first step; 0: n throughout
-    n: int = 1024  # patches a bag once the curriculum is over
-    n_end: int = 0  # patches a bag in the last `hold` steps; 0: n
-    curriculum: float = 0.0  # share of the steps over which bags grow from n_start to n, geometrically
+    patches_start: int = 0  # patches a bag at the first step; 0: `patches` throughout
+    patches: int = 1024  # patches a bag once the curriculum is over
+    patches_end: int = 0  # patches a bag in the last `hold` steps; 0: `patches`
+    curriculum: float = 0.0  # share of the steps over which bags grow from patches_start to patches, geometrically
     # house-keeping
     checkpoint_every: int = 50
     activation_checkpointing: bool = False
@@ -59,12 +59,16 @@ class TrainConfig:
 
     def patches_at(self, step: int) -> int:
         """Patches a bag at this step."""
-        if self.n_end and step >= (self.dense + self.anneal) * self.steps:
-            return self.n_end
+        if self.patches_end and step >= (self.dense + self.anneal) * self.steps:
+            return self.patches_end
         over = self.curriculum * self.steps
-        if not self.n_start or step >= over:
-            return self.n
-        return round(math.exp(math.log(self.n_start) + (math.log(self.n) - math.log(self.n_start)) * step / over))
+        if not self.patches_start or step >= over:
+            return self.patches
+        return round(
+            math.exp(
+                math.log(self.patches_start) + (math.log(self.patches) - math.log(self.patches_start)) * step / over
+            )
+        )
 
     def phase(self, step: int) -> float | None:
         """How far the annealing of tau and K has come, in [0, 1]; None while training is dense."""
@@ -86,7 +90,7 @@ def demo_stage1() -> TrainConfig:
     """Our stage 1 of the embedded default: dense captions on bags that grow, then a first, mild annealing of K."""
     return TrainConfig(
         stage=1, out="runs/demo1", steps=200, accumulation=6, questions_per_bag=1, dim=256, lr=2e-3, warmup=0.05,
-        dense=0.75, anneal=0.25, tau_start=1.0, tau_end=0.3, k_start=0.75, n_start=8, n=96, curriculum=0.6,
+        dense=0.75, anneal=0.25, tau_start=1.0, tau_end=0.3, k_start=0.75, patches_start=8, patches=96, curriculum=0.6,
     )  # fmt: skip
 
 
@@ -95,7 +99,7 @@ def demo_stage2() -> TrainConfig:
     return TrainConfig(
         stage=2, out="runs/demo2", init="runs/demo1/checkpoints/last", steps=300, accumulation=4, dim=256, lr=1e-3,
         lr_lora=3e-4, lora_rank=8, lora_alpha=16, dense=0.4, anneal=0.4, tau_start=1.0, tau_end=0.05, k_start=0.75,
-        n_start=32, n=192, n_end=384, curriculum=0.3,
+        patches_start=32, patches=192, patches_end=384, curriculum=0.3,
     )  # fmt: skip
 
 

@@ -334,7 +334,7 @@ def phantom_patches(
     for split in splits:
         for seed in range(ranges[split][0], ranges[split][0] + (seeds if split == "train" else max(4, seeds // 5))):
             for kind in KINDS:
-                for pixels in patches(seed, kind, per_kind):
+                for pixels in patches(seed, kind, per_kind, mixed=0.4):
                     yield pixels, kind, f"phantom-{seed}", split
 
 

@@ -4,17 +4,21 @@
     python -m train.run demo-stage2 --banks ... --init runs/demo1/checkpoints/last --out runs/demo2
 
 The recipe named first gives the settings (train/config.py); flags change them. A run that finds checkpoints in its
-folder goes on from the last one and continues as if it had not been interrupted.
+folder goes on from the last one and continues as if it had not been interrupted. Under `torchrun --nproc_per_node=P -m
+train.run ...` each of P processes takes --accumulation bags a step, and gradients are summed over all bags of all
+processes: two processes equal one with twice the accumulation.
 """
 
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -149,24 +153,55 @@ def sparsity(config: TrainConfig, step: int, n: int) -> tuple[float, float | Non
 
 
 def train_step(stage: StageModule, examples: list[Example], config: TrainConfig, step: int) -> dict[str, float]:
-    """Accumulate the gradient of one step; the loss is normalised over all answer tokens of the step."""
+    """Accumulate the gradient of one step; the loss is normalised over all answer tokens of all processes.
+
+    examples: this process's bags. The noise of a bag is seeded by its number among all bags of the step.
+    """
     model = stage.model
     packed = [pack(model.tokenizer, example, model.config.position, model.max_position) for example in examples]
-    total = sum(len(item.targets) for item in packed)
+    total = summed(sum(len(item.targets) for item in packed))
     loss = 0.0
-    tau, k = sparsity(config, step, len(examples[0].indices))
-    for number, (example, item) in enumerate(zip(examples, packed)):
+    n = len(examples[0].indices)
+    tau, k = sparsity(config, step, n)
+    for number, (example, item) in enumerate(zip(examples, packed), start=rank() * len(examples)):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step * 1009 + number)
         part = stage(example.features, item, tau, k, generator) / total
         part.backward()
         loss += part.item()
-    return {
-        "loss": loss,
-        "tau": tau,
-        "k": k or len(examples[0].indices),
-        "n": len(examples[0].indices),
-        "answer_tokens": total,
-    }
+    sum_gradients(stage)
+    return {"loss": summed(loss), "tau": tau, "k": k or n, "n": n, "answer_tokens": total}
+
+
+def rank() -> int:
+    """Number of this process among those of the run."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes of the run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def summed(value: float) -> float:
+    """Sum of a number over all processes."""
+    if not dist.is_initialized():
+        return value
+    total = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.item()
+
+
+def sum_gradients(stage: nn.Module) -> None:
+    """Sum the gradients over all processes in one message.
+
+    DistributedDataParallel would average and would want every parameter used; in dense steps the scorer is not.
+    """
+    gradients = [parameter.grad for parameter in stage.parameters() if parameter.grad is not None]
+    if dist.is_initialized() and gradients:
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+            gradient.copy_(part.view_as(gradient))
 
 
 @torch.no_grad()
@@ -184,7 +219,7 @@ def probe(stage: StageModule, example: Example, config: TrainConfig, step: int) 
     result = {"recall": found, "recall_chance": min(1.0, stage.model.config.num_tokens / n)}
     if k is not None:
         alpha = soft_topk(zscore(scores), k, tau, kernel=config.kernel)
-        result["hardness"] = float(hardness(alpha, scores, round(k)))
+        result["hardness"] = float(hardness(alpha, scores, stage.model.config.num_tokens))
     return result
 
 
@@ -206,37 +241,39 @@ def train(config: TrainConfig) -> Path:
         model.llm.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(parameter_groups(stage, config), betas=(0.9, 0.98))
     done = load_state(checkpoint, sparselearn, optimizer) if checkpoint else 0
-    config.save(out / "train_config.json")
     stream = MosaicStream(banks, config.seed, config.stage, config.questions_per_bag)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    with (out / "metrics.jsonl").open("a") as log:
-        for step in tqdm(
-            range(done, config.steps), initial=done, total=config.steps, desc=f"stage {config.stage}", disable=None
-        ):
-            start = time.perf_counter()
-            torch.manual_seed(config.seed * 1_000_003 + step)  # dropout, if any: the same after a resume
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * learning_rate(step, config)
-            n = config.patches_at(step)
-            examples = [stream.example(step * config.accumulation + i, n) for i in range(config.accumulation)]
-            metrics = train_step(stage, examples, config, step)
-            norm = float(nn.utils.clip_grad_norm_(parameters, config.clip))
-            if math.isfinite(norm):
-                optimizer.step()
-            optimizer.zero_grad()
-            metrics |= {"step": step, "grad_norm": norm, "seconds": time.perf_counter() - start}
-            if step % 10 == 0:
-                metrics |= probe(stage, examples[0], config, step)
-            log.write(json.dumps(metrics) + "\n")
-            log.flush()
-            if not math.isfinite(norm) and not math.isfinite(metrics["loss"]):
-                raise RuntimeError(
-                    f"the loss became {metrics['loss']} at step {step}; lower --lr or resume from {latest(out)}"
-                )
+    if rank() == 0:
+        config.save(out / "train_config.json")
+    steps = range(done, config.steps)
+    for step in tqdm(steps, initial=done, total=config.steps, desc=f"stage {config.stage}", disable=rank() > 0 or None):
+        start = time.perf_counter()
+        torch.manual_seed(config.seed * 1_000_003 + step)  # dropout, if any: the same after a resume
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * learning_rate(step, config)
+        first = (step * world_size() + rank()) * config.accumulation
+        n = config.patches_at(step)
+        examples = [stream.example(first + i, n) for i in range(config.accumulation)]
+        metrics = train_step(stage, examples, config, step)
+        norm = float(nn.utils.clip_grad_norm_(parameters, config.clip))
+        if not math.isfinite(norm) or not math.isfinite(metrics["loss"]):
+            state = f"step {step} has loss {metrics['loss']} and gradient norm {norm}"
+            raise RuntimeError(f"{state}. Lower --lr; the run resumes from {latest(out)}.")
+        optimizer.step()
+        optimizer.zero_grad()
+        metrics |= {"step": step, "grad_norm": norm, "seconds": time.perf_counter() - start}
+        if step % 10 == 0:
+            metrics |= probe(stage, examples[0], config, step)
+        if rank() == 0:
+            with (out / "metrics.jsonl").open("a") as log:
+                log.write(json.dumps(metrics) + "\n")
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-                checkpoint = save_state(out, step + 1, model, sparselearn, optimizer)
-    assert checkpoint is not None
-    return checkpoint
+                save_state(out, step + 1, model, sparselearn, optimizer)
+    if dist.is_initialized():
+        dist.barrier()
+    last = latest(out)
+    assert last is not None
+    return last
 
 
 def main() -> None:
@@ -246,7 +283,13 @@ def main() -> None:
     parser = HfArgumentParser(TrainConfig)  # type: ignore[arg-type]
     parser.set_defaults(**asdict(RECIPES[name]()))
     (config,) = parser.parse_args_into_dataclasses(sys.argv[2:])
-    print(train(config))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("gloo")
+    last = train(config)
+    if rank() == 0:
+        print(last)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
