@@ -92,9 +92,9 @@ def demo_stage1() -> TrainConfig:
 def demo_stage2() -> TrainConfig:
     """Our stage 2 of the embedded default: dense questions, then K from 3/4 N to 32 together with tau 1 -> 0.05."""
     return TrainConfig(
-        stage=2, out="runs/demo2", init="runs/demo1/checkpoints/last", steps=300, accumulation=6, dim=256, lr=1e-3,
-        lr_lora=3e-4, lora_rank=8, lora_alpha=16, dense=0.4, anneal=0.4, tau_start=1.0, tau_end=0.05, k_start=0.75,
-        patches_start=32, patches=192, patches_end=384, curriculum=0.3,
+        stage=2, out="runs/demo2", init="runs/demo1/checkpoints/last", steps=300, accumulation=6, questions_per_bag=6,
+        dim=256, lr=2e-3, lr_lora=3e-4, lora_rank=8, lora_alpha=16, dense=0.4, anneal=0.4, tau_start=1.0, tau_end=0.05,
+        k_start=0.75, patches_start=32, patches=192, patches_end=384, curriculum=0.3, checkpoint_every=25,
     )  # fmt: skip
 
 
