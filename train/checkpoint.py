@@ -1,8 +1,15 @@
-"""Checkpoints: the artefact as it would be released, and beside it what only training needs."""
+"""Checkpoints: the artefact as it would be released, and beside it what only training needs.
 
+    python -m train.checkpoint runs/demo2/checkpoints/last assets/demo-model --demo --note "..." --card card.md
+
+writes a checkpoint's model as a release: weights in fp16, no SparseLearn, with its model card.
+"""
+
+import argparse
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -54,3 +61,26 @@ def load_state(checkpoint: Path, sparselearn: nn.Module, optimizer: torch.optim.
     if optimizer is not None:
         optimizer.load_state_dict(torch.load(checkpoint / "state" / "optimizer.pt", weights_only=True))
     return json.loads((checkpoint / "state" / "step.json").read_text())["step"]
+
+
+def release(checkpoint: Path, folder: Path, *, demo: bool, note: str, card: str | None) -> None:
+    """Write the model of a checkpoint to a folder of its own, in fp16, with its card."""
+    model = SparseWSI.from_pretrained(checkpoint / "model")
+    model.config = replace(model.config, demo=demo, note=note)
+    model.save_pretrained(folder, dtype=torch.float16, card=card)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write a checkpoint's model as a release.")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--demo", action="store_true", help="say wherever answers are shown that this is a demo model")
+    parser.add_argument("--note", default="", help="one sentence that is shown with the model")
+    parser.add_argument("--card", type=Path, help="the model card, Markdown; default: keep the folder's")
+    given = parser.parse_args()
+    card = given.card.read_text(encoding="utf-8") if given.card else None
+    release(given.checkpoint, given.folder, demo=given.demo, note=given.note, card=card)
+
+
+if __name__ == "__main__":
+    main()

@@ -120,11 +120,11 @@ def freeze(model: SparseWSI, config: TrainConfig) -> None:
 
 
 def parameter_groups(stage: StageModule, config: TrainConfig) -> list[dict]:
-    """Two learning rates; no weight decay on vectors."""
+    """A learning rate each for LoRA, the slide encoder and the rest; no weight decay on vectors."""
     groups = {}
     for name, parameter in stage.named_parameters():
         if parameter.requires_grad:
-            rate = config.lr_lora if "lora_" in name else config.lr
+            rate = config.lr_lora if "lora_" in name else config.lr_encoder if "slide_encoder" in name else config.lr
             decay = config.weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     return [
