@@ -183,7 +183,7 @@ def sentences() -> Iterator[None]:
         yield
     except (ValueError, OSError, RuntimeError) as error:
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        text = " ".join(text.split()).replace("Pass slide_mpp=", 'Fill in "Scan resolution"')
+        text = " ".join(text.split()).replace("Pass slide_mpp=", 'Fill in "Scan µm/px" and press Enter')
         raise gr.Error(text[:1].upper() + text[1:], duration=None, print_exception=False) from error
 
 
@@ -238,6 +238,16 @@ def questions_for(truth: phantom.GroundTruth | None) -> list[tuple[str, tuple[st
     return [*QUESTIONS, (PRESENT_QUESTION, tuple(sorted(words(kind) for kind in (truth.present[0], *absent))))]
 
 
+def read_mpp(text: str) -> float | None:
+    """um/px from the field; None when it is empty. Raises ValueError for what is no resolution."""
+    if not text.strip():
+        return None
+    try:
+        return float(text.strip().replace(",", "."))
+    except ValueError:
+        raise ValueError(f"The scan resolution is a number of µm/px such as 0.25, got {text.strip()!r}.") from None
+
+
 def read_turn(text: str) -> tuple[str, list[str]]:
     """The question and the options of a user's turn as format_question wrote it."""
     options = re.findall(r"^[A-Z]\. (.+)$", text, re.MULTILINE)
@@ -255,13 +265,13 @@ def text_of(message: dict[str, Any]) -> str:
 
 
 def open_phantom(progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
-    progress(0, desc="Opening the phantom (generated on first use)")
+    progress(None, desc="Opening the phantom (generated on first use)")
     with sentences():
         return str(phantom.example_slide())
 
 
 def open_sample(progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
-    progress(0, desc="Fetching OpenSlide's CMU-1-Small-Region (CC0)")
+    progress(None, desc="Fetching OpenSlide's CMU-1-Small-Region (CC0)")
     with sentences():
         return str(fetch_sample(cache_folder()))
 
@@ -283,12 +293,13 @@ def forget(request: gr.Request) -> None:
 
 
 @gpu
-def look(path: str, slide_mpp: float | None, progress: gr.Progress = gr.Progress()) -> tuple:  # noqa: B008
+def look(path: str, resolution: str, progress: gr.Progress = gr.Progress()) -> tuple:  # noqa: B008
     """Encode the slide and select; returns what the page shows of it and an empty chat."""
     with sentences():
-        opened = encode(path, slide_mpp or None, progress)
+        slide_mpp = read_mpp(resolution)
+        opened = encode(path, slide_mpp, progress)
         progress(1, desc="Drawing")
-        overview, heat, patches = pictures(path, slide_mpp or None, opened)
+        overview, heat, patches = pictures(path, slide_mpp, opened)
         truth = truth_of(path)
     asked = questions_for(truth)
     samples = gr.Dataset(samples=[[text] for text, _ in asked], sample_labels=[text for text, _ in asked])
@@ -313,9 +324,9 @@ def encode(path: str, slide_mpp: float | None, progress: gr.Progress) -> Opened:
     """Slide -> bag -> selection, saying what it is doing."""
     if not path:
         raise ValueError("Open a slide first.")
-    progress(0, desc="Loading the model")
+    progress(None, desc="Loading the model")
     model, encoder = loaded()
-    progress(0, desc="Finding tissue")
+    progress(None, desc="Finding tissue")
 
     def encoded(done: int, total: int) -> None:
         progress((done, total), desc="Encoding patches", unit="patches")
@@ -341,7 +352,7 @@ def pictures(
         thumbnail, scale = slide.thumbnail(THUMBNAIL)
         patches = plots.patch_pictures(slide, bag, selection)
     scores = selection.scores[export.by_rank(selection)].tolist()
-    captions = [f"#{rank} · score {score:.2f}" for rank, score in enumerate(scores, 1)]
+    captions = [f"#{rank} · {score:.2f}" for rank, score in enumerate(scores, 1)]
     overview = plots.overlay(thumbnail, scale, bag, selection)
     return overview, plots.heat_map(thumbnail, scale, bag, selection), list(zip(patches, captions))
 
@@ -408,15 +419,35 @@ def edit(chat: list, change: gr.EditData) -> list:
 # ---- layout
 
 CSS = """
-#facts { border-left: 3px solid var(--primary-500); padding: 2px 12px; }
-#facts p { font-size: 0.9rem; margin: 0; }
 #title h1 { margin-bottom: 0; }
 #title p { color: var(--body-text-color-subdued); margin-top: 2px; }
-#overview img, #heat img { object-fit: contain; }
+#sources { align-items: flex-end; gap: 10px; }
+#sources button { min-height: 44px; white-space: nowrap; }
+#sources .block { padding: 0; }
+#facts { border-left: 3px solid var(--primary-500); padding: 2px 12px; }
+#facts p { font-size: 0.9rem; margin: 0; }
 #map img { background: white; }
-#chat .bot .message-content > *:last-child:not(:first-child) { font-size: 0.8rem; opacity: 0.75; font-style: italic; }
-footer { opacity: 0.6; }
+#patches .grid-wrap { max-height: none; height: auto; overflow: visible; padding-top: 34px; }
+#patches .grid-container { grid-template-columns: repeat(auto-fill, minmax(88px, 1fr)); gap: 6px; }
+#patches .grid-container .thumbnail-item { height: auto; aspect-ratio: auto; }
+#patches .caption-label { position: static; display: block; max-width: none; text-align: center; padding: 2px; }
+#chat .bot .thought:not(:first-child) { font-size: 0.8rem; font-style: italic; opacity: 0.8; }
+.toast-wrap { top: auto !important; bottom: 16px; } /* never over the field that it asks to fill in */
+[data-testid="status-tracker"]:has(.error) { display: none; } /* the message says what is wrong; nothing is covered */
 """
+
+
+def picture(words_for_it: str, name: str, height: int | None) -> gr.Image:
+    """A picture without a label on top of it; what it shows is said by its tab or title, and to screen readers."""
+    return gr.Image(
+        label=words_for_it,
+        alt_text=words_for_it,
+        show_label=False,
+        height=height,
+        interactive=False,
+        buttons=["fullscreen"],
+        elem_id=name,
+    )
 
 
 def layout(allow_paths: bool) -> tuple[gr.Blocks, SimpleNamespace]:
@@ -425,49 +456,39 @@ def layout(allow_paths: bool) -> tuple[gr.Blocks, SimpleNamespace]:
     with gr.Blocks(title="SparseWSI", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as demo:
         ui.path, ui.opened, ui.asked = gr.State(""), gr.State(None), gr.State(list(QUESTIONS))
         gr.Markdown("# SparseWSI\nAsk a whole-slide image, from the patches that matter.", elem_id="title")
-        with gr.Row(equal_height=True, elem_id="sources"):
-            ui.phantom = gr.Button("Example: phantom slide", variant="primary", min_width=170, elem_id="phantom")
-            ui.upload = gr.UploadButton("Upload a slide", min_width=140, elem_id="upload")
-            ui.sample = gr.Button("Fetch OpenSlide's CMU-1 (CC0)", min_width=170, elem_id="sample")
+        with gr.Row(elem_id="sources"):
+            ui.phantom = gr.Button(
+                "Example: phantom slide", variant="primary", size="md", min_width=200, elem_id="phantom"
+            )
+            ui.upload = gr.UploadButton("Upload a slide", size="md", min_width=140, elem_id="upload")
+            ui.sample = gr.Button("Fetch CMU-1 (OpenSlide)", size="md", min_width=200, elem_id="sample")
             ui.typed = gr.Textbox(
                 label="Path on this machine",
                 placeholder="/slides/case.svs, then Enter",
                 visible=allow_paths,
-                min_width=220,
+                min_width=240,
                 scale=2,
                 elem_id="path",
             )
-            ui.mpp = gr.Number(
-                label="Scan resolution, µm/px",
-                placeholder="as the slide states",
-                value=None,
-                minimum=0,
-                min_width=190,
+            ui.mpp = gr.Textbox(
+                label="Scan µm/px",
+                placeholder="as stated",
+                max_length=12,
+                min_width=130,
                 elem_id="mpp",
             )
         ui.facts = gr.Markdown(facts(None), elem_id="facts")
         with gr.Row():
-            with gr.Column(scale=3, min_width=340), gr.Tabs():
+            with gr.Column(scale=3, min_width=320), gr.Tabs():
                 with gr.Tab("Selected patches"):
-                    ui.overview = gr.Image(
-                        label="Selected patches, numbered by rank",
-                        height=560,
-                        interactive=False,
-                        buttons=["fullscreen"],
-                        elem_id="overview",
-                    )
+                    ui.overview = picture("The slide with its selected patches, numbered by rank", "overview", 590)
                 with gr.Tab("All scores"):
-                    ui.heat = gr.Image(
-                        label="Score of every patch",
-                        height=560,
-                        interactive=False,
-                        buttons=["fullscreen"],
-                        elem_id="heat",
-                    )
-            with gr.Column(scale=2, min_width=340):
+                    ui.heat = picture("The slide with every patch coloured by its score", "heat", 590)
+            with gr.Column(scale=2, min_width=320):
                 ui.chat = gr.Chatbot(
                     label="Answers",
-                    height=380,
+                    height=340,
+                    show_label=False,
                     render_markdown=False,  # what a model writes is shown as text, never run as HTML or images
                     buttons=["copy"],
                     feedback_options=None,
@@ -494,7 +515,7 @@ def layout(allow_paths: bool) -> tuple[gr.Blocks, SimpleNamespace]:
                 )
                 ui.options = gr.Textbox(
                     label="Answer options, one per line (multiple choice)",
-                    lines=2,
+                    lines=1,
                     max_lines=6,
                     max_length=2000,
                     elem_id="options",
@@ -505,26 +526,19 @@ def layout(allow_paths: bool) -> tuple[gr.Blocks, SimpleNamespace]:
                 with gr.Accordion("What the generator planted", open=False, visible=False) as ui.secret:
                     ui.planted = gr.Markdown(elem_id="planted")
         with gr.Row():
-            with gr.Column(scale=3, min_width=340):
+            with gr.Column(scale=3, min_width=320):
                 ui.patches = gr.Gallery(
-                    label="Selected patches, best first (click to enlarge)",
+                    label="Selected patches: rank · score (click to enlarge)",
                     columns=8,
-                    height="auto",
                     object_fit="contain",
                     format="png",
                     buttons=["fullscreen"],
                     interactive=False,
                     elem_id="patches",
                 )
-            with gr.Column(scale=2, min_width=340):
-                ui.map = gr.Image(
-                    label="Selected against discarded patches",
-                    interactive=False,
-                    format="png",
-                    buttons=["fullscreen"],
-                    elem_id="map",
-                )
-        gr.Markdown("Research use only, not for diagnosis. Uploads are deleted when the tab is closed.")
+            with gr.Column(scale=2, min_width=320):
+                ui.map = picture("Map of the features: selected against discarded patches", "map", None)
+        gr.Markdown("Research use only, not for diagnosis. Uploads are deleted when the tab is closed.", elem_id="foot")
     return demo, ui
 
 
@@ -578,9 +592,34 @@ def build(allow_paths: bool) -> gr.Blocks:
     return demo.queue(default_concurrency_limit=2)
 
 
+def theme() -> gradio.themes.Base:
+    """Quiet colours, labels without a ground, and fonts of the visitor's machine: no request to a font server."""
+    soft = gradio.themes.Soft(
+        primary_hue="teal", secondary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["monospace"]
+    )
+    return soft.set(
+        body_background_fill="*neutral_50",
+        block_border_width="1px",
+        block_border_color="*neutral_200",
+        input_border_width="1px",
+        input_border_color="*neutral_300",
+        button_secondary_border_color="*neutral_300",
+        block_title_background_fill="transparent",
+        block_title_background_fill_dark="transparent",
+        block_title_padding="0 0 2px 0",
+        block_title_text_color="*body_text_color_subdued",
+        block_title_text_color_dark="*body_text_color_subdued",
+        block_title_text_weight="500",
+        block_label_text_color="*body_text_color_subdued",
+        block_label_text_color_dark="*body_text_color_subdued",
+        block_label_background_fill="*block_background_fill",
+        block_label_background_fill_dark="*block_background_fill",
+        body_text_color_subdued="*neutral_600",
+    )
+
+
 def launch_settings(host: str, port: int | None) -> dict[str, Any]:
     """How the page is served: to this machine only, without sharing, monitoring or a record of runs."""
-    fonts = ["system-ui", "sans-serif"]  # no request to a font server
     return {
         "server_name": host,
         "server_port": port,
@@ -594,7 +633,7 @@ def launch_settings(host: str, port: int | None) -> dict[str, Any]:
         "allowed_paths": [],
         "max_file_size": "8gb",
         "footer_links": [],
-        "theme": gradio.themes.Soft(primary_hue="teal", secondary_hue="teal", font=fonts, font_mono=["monospace"]),
+        "theme": theme(),
         "css": CSS,
     }
 
@@ -610,9 +649,12 @@ def main() -> int:
     if options.model:
         os.environ["SPARSEWSI_MODEL"] = options.model
     try:
+        os.environ.setdefault("GRADIO_TEMP_DIR", str(private_root() / "gradio"))  # pictures of slides are private too
         demo = build(allow_paths=options.host in LOOPBACK and not on_space)
         threading.Thread(target=warm_up, name="warm-up", daemon=True).start()
-        demo.launch(**launch_settings(options.host, options.port))
+        _, address, _ = demo.launch(**launch_settings(options.host, options.port), quiet=True, prevent_thread_lock=True)
+        print(f"SparseWSI is served at {address}", flush=True)
+        demo.block_thread()
     except (ValueError, OSError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2

@@ -57,8 +57,8 @@ def overlay(thumbnail: np.ndarray, scale: float, bag: Bag, selection: Selection)
     picture, scale = _at_least(thumbnail, scale)
     draw = ImageDraw.Draw(picture)
     unit = max(picture.size) / LEAST_SIDE
-    font = _font(17 * unit)
-    boxes = [_box(bag, int(index), scale, 16 * unit) for index in by_rank(selection)]
+    font = _font(23 * unit)
+    boxes = [_box(bag, int(index), scale, 20 * unit) for index in by_rank(selection)]
     for left, top, right, bottom in reversed(boxes):  # the best is drawn last, on top
         draw.rectangle((left, top, right, bottom), outline=CASING, width=round(5 * unit))
         inset = round(1.5 * unit)
@@ -86,7 +86,7 @@ def heat_map(thumbnail: np.ndarray, scale: float, bag: Bag, selection: Selection
         paint.rectangle((x, y, x + side - 0.5, y + side - 0.5), fill=(*colour, 165))
     picture = Image.alpha_composite(picture.convert("L").convert("RGBA"), colours).convert("RGB")
     draw, unit = ImageDraw.Draw(picture), max(picture.size) / LEAST_SIDE
-    font = _font(15 * unit)
+    font = _font(19 * unit)
     _colour_bar(picture, draw, font, unit)
     if bag.slide_mpp:
         _scale_bar(draw, picture.size, bag.slide_mpp * scale, font, unit)
