@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from sparsewsi.model import SparseWSI
 from sparsewsi.prompt import build_prompt, end_of_turn, text_ids, visual_positions
 
 IGNORE = -100  # the label of a position that carries no loss
@@ -79,3 +80,18 @@ def pack(tokenizer: PreTrainedTokenizerBase, example: Example, position: str, ma
     return Packed(
         torch.cat([prefix, *segments]), at, torch.cat(positions), mask[None, None], torch.cat(keep), torch.cat(targets)
     )
+
+
+def answer_logits(model: SparseWSI, visual: Tensor, packed: Packed) -> Tensor:
+    """Logits (A, V) float32 of the answers' tokens, given the projected visual tokens (N, H)."""
+    text = model.llm.get_input_embeddings()(packed.text_ids)  # (T, H)
+    sequence = torch.cat([text[: packed.at], visual.to(text.dtype), text[packed.at :]])[None]
+    with torch.autocast(sequence.device.type, torch.bfloat16, enabled=text.dtype == torch.bfloat16):
+        output = model.llm(
+            inputs_embeds=sequence,
+            attention_mask=packed.mask,
+            position_ids=packed.position_ids[None],
+            logits_to_keep=packed.keep,
+            use_cache=False,
+        )
+    return output.logits[0].float()

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from sparsewsi.bag import Bag, extract_bag, load_bag, save_bag
 from sparsewsi.model import Selection, SparseWSI
 from sparsewsi.prompt import text_ids
-from train.data import Example, Question, pack
+from train.data import Example, Question, answer_logits, pack
 from train.mosaic import FAMILIES, NEEDLE_KINDS, Facts, ask, balanced_set, load_bank
 
 ROWS = ("learned", "random", "all", "text-only")
@@ -61,17 +61,8 @@ def option_log_likelihoods(
     variants = tuple(Question(question.question, option, question.options) for option in question.options)
     example = Example(tokens, indices, num_patches, variants)
     packed = pack(model.tokenizer, example, model.config.position, model.max_position)
-    text = model.llm.get_input_embeddings()(packed.text_ids)
-    visual = model.project(tokens).to(text.dtype) if len(tokens) else text[:0]
-    sequence = torch.cat([text[: packed.at], visual, text[packed.at :]])[None]
-    logits = model.llm(
-        inputs_embeds=sequence,
-        attention_mask=packed.mask,
-        position_ids=packed.position_ids[None],
-        logits_to_keep=packed.keep,
-        use_cache=False,
-    ).logits[0]
-    nll = F.cross_entropy(logits.float(), packed.targets, reduction="none")  # (A,)
+    logits = answer_logits(model, model.project(tokens), packed)
+    nll = F.cross_entropy(logits, packed.targets, reduction="none")  # (A,)
     ends = torch.cumsum(torch.tensor([len(text_ids(model.tokenizer, option)) + 1 for option in question.options]), 0)
     return -torch.stack([part.mean() for part in torch.tensor_split(nll, ends[:-1])])
 

@@ -30,7 +30,7 @@ from sparsewsi.llm import load_llm
 from sparsewsi.model import SparseWSI
 from train.checkpoint import latest, load_state, save_state
 from train.config import RECIPES, TrainConfig
-from train.data import Example, Packed, pack
+from train.data import Example, Packed, answer_logits, pack
 from train.mosaic import NEEDLE_KINDS, MosaicStream, load_bank
 from train.sparselearn import SparseLearn, k_at, tau_at
 
@@ -57,17 +57,7 @@ class StageModule(nn.Module):
 
 def answer_loss(model: SparseWSI, visual: Tensor, packed: Packed) -> Tensor:
     """Summed NLL of the answer tokens, given the projected visual tokens (N, H); logits only where an answer is."""
-    text = model.llm.get_input_embeddings()(packed.text_ids)  # (T, H)
-    sequence = torch.cat([text[: packed.at], visual.to(text.dtype), text[packed.at :]])[None]
-    with torch.autocast(sequence.device.type, torch.bfloat16, enabled=text.dtype == torch.bfloat16):
-        logits = model.llm(
-            inputs_embeds=sequence,
-            attention_mask=packed.mask,
-            position_ids=packed.position_ids[None],
-            logits_to_keep=packed.keep,
-            use_cache=False,
-        ).logits[0]
-    return F.cross_entropy(logits.float(), packed.targets, reduction="sum")
+    return F.cross_entropy(answer_logits(model, visual, packed), packed.targets, reduction="sum")
 
 
 def build(config: TrainConfig, feature_dim: int, encoder: str) -> tuple[SparseWSI, SparseLearn]:
