@@ -58,8 +58,9 @@ def test_a_stopped_evaluation_goes_on_and_counts_once(model: SparseWSI, items: l
     rows = ("learned", "random", "all", "text-only")
     whole = evaluate(model, iter(items), 6, rows, None, tmp_path / "whole.jsonl")
     evaluate(model, iter(items[:2]), 6, rows, None, tmp_path / "broken.jsonl")
+    evaluate(model, iter(items), 6, ("learned",), None, tmp_path / "broken.jsonl")
     assert evaluate(model, iter(items), 6, rows, None, tmp_path / "broken.jsonl") == whole
-    assert len((tmp_path / "broken.jsonl").read_text().splitlines()) == 6
+    assert len((tmp_path / "broken.jsonl").read_text().splitlines()) == 2 + 4 + 4  # whole, learned only, the rest
     table = summary(majority_of(whole), rows)
     assert table["majority"]["right"] == 6
     assert table["learned"]["right"] == sum(record["learned"] == "mucin" for record in whole)

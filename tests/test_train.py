@@ -119,8 +119,12 @@ def test_schedule_is_dense_then_anneals_then_holds(settings: TrainConfig) -> Non
     assert sparsity(literal, 0, 64) == (pytest.approx(literal.tau_start), literal.num_tokens)
 
 
+def metrics(folder: str | Path) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(folder: str | Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [step["loss"] for step in metrics(folder)]
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -180,4 +184,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(settings: TrainConf
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    for name in ("loss", "grad_norm"):  # the gradient itself: AdamW would forgive a wrong scale
+        assert metrics(tmp_path / "two")[0][name] == pytest.approx(metrics(tmp_path / "one")[0][name], rel=1e-5)
+    # Sums in another order differ in the last bit, which AdamW's first steps turn into signs of near-zero gradients.
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-3)

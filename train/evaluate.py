@@ -78,31 +78,57 @@ def selection_of(model: SparseWSI, bag: Bag, row: str, k: int | None, seed: int)
 def evaluate(
     model: SparseWSI, items: Iterator[Item], total: int, rows: tuple[str, ...], k: int | None, log: Path
 ) -> list[dict]:
-    """Answer every item once per row; one JSON line each, so that a killed run goes on where it stopped."""
-    done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    """Answer every item once per row and return one record per item.
+
+    The log gets a JSON line for every item as it is answered; what it holds already is not asked again, so that a
+    killed run goes on where it stopped and rows can be added later.
+    """
+    records = read_records(log)
     with log.open("a") as file:
         for number, item in enumerate(tqdm(items, total=total, desc=log.stem, disable=None)):
-            if number < len(done):
-                continue
-            record: dict = {
-                "slide": item.bag.slide,
-                "family": item.question.family,
-                "answer": item.question.answer,
-                "n": len(item.bag.features),
-            }
-            needles = np.flatnonzero(np.isin(item.kinds, NEEDLE_KINDS))
-            for row in rows:
-                selection = selection_of(model, item.bag, row, k, seed=number)
-                likelihoods = option_log_likelihoods(
-                    model, selection.tokens, selection.indices, selection.num_patches, item.question
-                )
-                record[row] = item.question.options[int(likelihoods.argmax())]
-                if row not in ("all", "text-only") and len(needles):
-                    record[f"{row} recall"] = len(np.intersect1d(selection.indices.numpy(), needles)) / len(needles)
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            done.append(record)
-    return done
+            record = records.setdefault(number, {})
+            missing = [row for row in rows if row not in record]
+            if missing:
+                new = {"number": number, **facts_of(item), **answers(model, item, missing, k, seed=number)}
+                record |= new
+                file.write(json.dumps(new) + "\n")
+                file.flush()
+    return [records[number] for number in sorted(records)]
+
+
+def read_records(log: Path) -> dict[int, dict]:
+    """Records by item number; lines about the same item are merged."""
+    records: dict[int, dict] = {}
+    for line in log.read_text().splitlines() if log.exists() else []:
+        record = json.loads(line)
+        records.setdefault(record["number"], {}).update(record)
+    return records
+
+
+def facts_of(item: Item) -> dict:
+    """What a record says of an item whatever the row."""
+    question = item.question
+    return {
+        "slide": item.bag.slide,
+        "family": question.family,
+        "answer": question.answer,
+        "n": len(item.bag.features),
+    }
+
+
+def answers(model: SparseWSI, item: Item, rows: list[str], k: int | None, seed: int) -> dict:
+    """The likeliest option per row, and the share of needle patches among the patches kept."""
+    needles = np.flatnonzero(np.isin(item.kinds, NEEDLE_KINDS))
+    found: dict = {}
+    for row in rows:
+        selection = selection_of(model, item.bag, row, k, seed)
+        likelihoods = option_log_likelihoods(
+            model, selection.tokens, selection.indices, selection.num_patches, item.question
+        )
+        found[row] = item.question.options[int(likelihoods.argmax())]
+        if row not in ("all", "text-only") and len(needles):
+            found[f"{row} recall"] = len(np.intersect1d(selection.indices.numpy(), needles)) / len(needles)
+    return found
 
 
 def majority(records: list[dict]) -> None:
