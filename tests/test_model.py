@@ -150,6 +150,14 @@ def test_inputs_hold_text_and_visual_tokens_in_their_places(model: SparseWSI) ->
     assert torch.equal(embeds[0, at : at + 8], model.project(selection.tokens))
 
 
+def test_without_any_visual_token_the_text_is_asked_alone(model: SparseWSI) -> None:
+    """The text-only row of an evaluation."""
+    nothing = Selection(torch.empty(0, dtype=torch.long), torch.zeros(300), torch.empty(0, 32), 300)
+    assert text_of(model, nothing)
+    found = model.option_probs(nothing, "Which tissue?", OPTIONS)
+    assert torch.allclose(found, one_by_one(model, nothing, "Which tissue?", OPTIONS), atol=1e-5)
+
+
 def test_visual_tokens_are_spread_like_text_embeddings(tiny_llm: Path) -> None:
     llm, tokenizer = load_llm(str(tiny_llm), device="cpu", dtype=torch.float32)
     model = SparseWSI(CONFIG, llm, tokenizer)
