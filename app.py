@@ -423,7 +423,8 @@ CSS = """
 #title p { color: var(--body-text-color-subdued); margin-top: 2px; }
 #sources { align-items: flex-end; gap: 10px; }
 #sources button { min-height: 44px; white-space: nowrap; }
-#sources .block { padding: 0; }
+#sources .form { border: none; background: transparent; box-shadow: none; gap: 10px; }
+#sources .block { padding: 0; border: none; background: transparent; }
 #facts { border-left: 3px solid var(--primary-500); padding: 2px 12px; }
 #facts p { font-size: 0.9rem; margin: 0; }
 #map img { background: white; }
@@ -432,6 +433,10 @@ CSS = """
 #patches .grid-container .thumbnail-item { height: auto; aspect-ratio: auto; }
 #patches .caption-label { position: static; display: block; max-width: none; text-align: center; padding: 2px; }
 #chat .bot .thought:not(:first-child) { font-size: 0.8rem; font-style: italic; opacity: 0.8; }
+@media (max-width: 720px) { /* on a telephone: slide, answers, map, then the patches */
+  #left { display: contents; }
+  #left > *:last-child { order: 5; }
+}
 .toast-wrap { top: auto !important; bottom: 16px; } /* never over the field that it asks to fill in */
 [data-testid="status-tracker"]:has(.error) { display: none; } /* the message says what is wrong; nothing is covered */
 """
@@ -479,11 +484,21 @@ def layout(allow_paths: bool) -> tuple[gr.Blocks, SimpleNamespace]:
             )
         ui.facts = gr.Markdown(facts(None), elem_id="facts")
         with gr.Row():
-            with gr.Column(scale=3, min_width=320), gr.Tabs():
-                with gr.Tab("Selected patches"):
-                    ui.overview = picture("The slide with its selected patches, numbered by rank", "overview", 590)
-                with gr.Tab("All scores"):
-                    ui.heat = picture("The slide with every patch coloured by its score", "heat", 590)
+            with gr.Column(scale=3, min_width=320, elem_id="left"):
+                with gr.Tabs():
+                    with gr.Tab("Selected patches"):
+                        ui.overview = picture("The slide with its selected patches, numbered by rank", "overview", 590)
+                    with gr.Tab("All scores"):
+                        ui.heat = picture("The slide with every patch coloured by its score", "heat", 590)
+                ui.patches = gr.Gallery(
+                    label="Selected patches: rank · score (click to enlarge)",
+                    columns=8,
+                    object_fit="contain",
+                    format="png",
+                    buttons=["fullscreen"],
+                    interactive=False,
+                    elem_id="patches",
+                )
             with gr.Column(scale=2, min_width=320):
                 ui.chat = gr.Chatbot(
                     label="Answers",
@@ -525,18 +540,6 @@ def layout(allow_paths: bool) -> tuple[gr.Blocks, SimpleNamespace]:
                 )
                 with gr.Accordion("What the generator planted", open=False, visible=False) as ui.secret:
                     ui.planted = gr.Markdown(elem_id="planted")
-        with gr.Row():
-            with gr.Column(scale=3, min_width=320):
-                ui.patches = gr.Gallery(
-                    label="Selected patches: rank · score (click to enlarge)",
-                    columns=8,
-                    object_fit="contain",
-                    format="png",
-                    buttons=["fullscreen"],
-                    interactive=False,
-                    elem_id="patches",
-                )
-            with gr.Column(scale=2, min_width=320):
                 ui.map = picture("Map of the features: selected against discarded patches", "map", None)
         gr.Markdown("Research use only, not for diagnosis. Uploads are deleted when the tab is closed.", elem_id="foot")
     return demo, ui
