@@ -68,7 +68,7 @@ def test_packed_questions_cost_what_separate_ones_cost(settings: TrainConfig) ->
             model, visual, pack(model.tokenizer, Example(features, indices, 50, asked), "original", None)
         )
 
-    apart = sum(loss(question) for question in questions)
+    apart = torch.stack([loss(question) for question in questions]).sum()
     torch.testing.assert_close(loss(*questions), apart, rtol=1e-5, atol=1e-5)
     other = Question("Which tissue?", "blood", ("mucin", "blood"))
     assert abs((loss(questions[0]) - loss(other)).item()) > 1e-3

@@ -53,6 +53,7 @@ class TrainConfig:
     # house-keeping
     checkpoint_every: int = 50
     activation_checkpointing: bool = False
+    tokens_per_pass: int = 768  # bags share a pass of the LLM up to this length
 
     def save(self, path: Path) -> None:
         """Write as JSON."""
@@ -85,20 +86,35 @@ def stage2() -> TrainConfig:
 
 
 def demo_stage1() -> TrainConfig:
-    """Our stage 1 of the embedded default: dense captions on bags that grow, then a first, mild annealing of K."""
+    """Our stage 1 of the embedded default: names of tissues first (bags of one kind), then captions of small bags."""
     return TrainConfig(
-        stage=1, out="runs/demo1", steps=120, accumulation=6, questions_per_bag=1, dim=256, lr=2e-3, warmup=0.05,
-        dense=0.75, anneal=0.25, tau_start=1.0, tau_end=0.3, k_start=0.75, patches_start=8, patches=96, curriculum=0.6,
+        stage=1, out="runs/demo1", steps=120, accumulation=32, questions_per_bag=1, dim=256, lr=2e-3, lr_encoder=5e-4,
+        warmup=0.05, dense=1.0, patches_start=1, patches=16, curriculum=1.0,
+    )  # fmt: skip
+
+
+def demo_names() -> TrainConfig:
+    """Between the stages: names of tissues with LoRA; a frozen LLM learns them slowly."""
+    return TrainConfig(
+        stage=2, out="runs/demo-names", init="runs/demo1/checkpoints/last", steps=100, accumulation=32,
+        questions_per_bag=1, dim=256, lr=2e-3, lr_lora=5e-4, lora_rank=8, lora_alpha=16, dense=1.0, patches_start=1,
+        patches=7, curriculum=1.0,
     )  # fmt: skip
 
 
 def demo_stage2() -> TrainConfig:
     """Our stage 2 of the embedded default: dense questions, then K from 3/4 N to 32 together with tau 1 -> 0.05."""
     return TrainConfig(
-        stage=2, out="runs/demo2", init="runs/demo1/checkpoints/last", steps=300, accumulation=6, questions_per_bag=6,
-        dim=256, lr=2e-3, lr_lora=3e-4, lora_rank=8, lora_alpha=16, dense=0.4, anneal=0.4, tau_start=1.0, tau_end=0.05,
-        k_start=0.75, patches_start=32, patches=192, patches_end=384, curriculum=0.3, checkpoint_every=25,
+        stage=2, out="runs/demo2", init="runs/demo-names/checkpoints/last", steps=160, accumulation=8, questions_per_bag=6,
+        dim=256, lr=2e-3, lr_lora=5e-4, lora_rank=8, lora_alpha=16, dense=0.45, anneal=0.42, tau_start=1.0,
+        tau_end=0.05, k_start=0.75, patches_start=8, patches=128, patches_end=384, curriculum=0.5, checkpoint_every=20,
     )  # fmt: skip
 
 
-RECIPES = {"stage1": stage1, "stage2": stage2, "demo-stage1": demo_stage1, "demo-stage2": demo_stage2}
+RECIPES = {
+    "stage1": stage1,
+    "stage2": stage2,
+    "demo-stage1": demo_stage1,
+    "demo-names": demo_names,
+    "demo-stage2": demo_stage2,
+}

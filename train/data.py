@@ -1,8 +1,9 @@
 """Training examples and how several questions about one slide share its visual tokens.
 
-L = length of the packed sequence: prefix, N visual tokens, then the questions one after another.
+L = length of the packed sequence: of each bag the prefix, N visual tokens, then the questions one after another.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,12 +39,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Packed:
-    """Token ids, positions, mask and labels of one bag with its questions, without the visual tokens themselves."""
+    """Token ids, positions, mask and targets of bags with their questions, without the visual tokens themselves."""
 
-    text_ids: Tensor  # (T,) prefix, then the questions with their answers
-    at: int  # the visual tokens go before text_ids[at]
+    text_ids: Tensor  # (T,) of each bag the prefix, then the questions with their answers
+    order: Tensor  # (L,) where each place of the sequence comes from: text i is i, visual token j is T + j
     position_ids: Tensor  # (L,)
-    mask: Tensor  # (1, 1, L, L) bool: True where a query (row) may see a key (column)
+    mask: Tensor  # (L, L) bool: True where a query (row) may see a key (column)
     keep: Tensor  # (A,) places in the sequence whose next token is part of an answer
     targets: Tensor  # (A,) those next tokens
 
@@ -74,22 +75,59 @@ def pack(tokenizer: PreTrainedTokenizerBase, example: Example, position: str, ma
         begin += len(segment)
         keep.append(torch.arange(begin - length - 1, begin - 1))
         targets.append(segment[-length:])
+    text = torch.cat([prefix, *segments])
+    order = torch.cat([torch.arange(at), len(text) + torch.arange(n), torch.arange(at, len(text))])
     group = torch.cat(owner)  # (L,)
     causal = torch.ones(len(group), len(group), dtype=torch.bool).tril()
     mask = causal & ((group[None, :] == 0) | (group[None, :] == group[:, None]))
+    return Packed(text, order, torch.cat(positions), mask, torch.cat(keep), torch.cat(targets))
+
+
+def join(parts: Sequence[Packed]) -> Packed:
+    """Several bags as one sequence in which no bag sees another: small bags then cost one pass of the LLM together.
+
+    The visual tokens of the bags follow one another in the same order.
+    """
+    texts = [len(part.text_ids) for part in parts]
+    visuals = [len(part.order) - text for part, text in zip(parts, texts)]
+    total, text, visual, place = sum(texts), 0, 0, 0
+    orders, keeps = [], []
+    for part, n_text, n_visual in zip(parts, texts, visuals):
+        is_text = part.order < n_text
+        orders.append(torch.where(is_text, part.order + text, part.order - n_text + total + visual))
+        keeps.append(part.keep + place)
+        text, visual, place = text + n_text, visual + n_visual, place + len(part.order)
     return Packed(
-        torch.cat([prefix, *segments]), at, torch.cat(positions), mask[None, None], torch.cat(keep), torch.cat(targets)
+        torch.cat([part.text_ids for part in parts]),
+        torch.cat(orders),
+        torch.cat([part.position_ids for part in parts]),
+        torch.block_diag(*(part.mask for part in parts)).bool(),
+        torch.cat(keeps),
+        torch.cat([part.targets for part in parts]),
     )
 
 
+def passes(packed: Sequence[Packed], most: int) -> list[list[int]]:
+    """Numbers of the bags that share a pass: consecutive ones of `most` tokens together; a longer one goes alone."""
+    groups: list[list[int]] = []
+    length = most + 1
+    for number, part in enumerate(packed):
+        if length + len(part.order) > most:
+            groups.append([])
+            length = 0
+        groups[-1].append(number)
+        length += len(part.order)
+    return groups
+
+
 def answer_logits(model: SparseWSI, visual: Tensor, packed: Packed) -> Tensor:
-    """Logits (A, V) float32 of the answers' tokens, given the projected visual tokens (N, H)."""
+    """Logits (A, V) float32 of the answers' tokens, given the projected visual tokens (N, H) of all bags."""
     text = model.llm.get_input_embeddings()(packed.text_ids)  # (T, H)
-    sequence = torch.cat([text[: packed.at], visual.to(text.dtype), text[packed.at :]])[None]
+    sequence = torch.cat([text, visual.to(text.dtype)])[packed.order][None]
     with torch.autocast(sequence.device.type, torch.bfloat16, enabled=text.dtype == torch.bfloat16):
         output = model.llm(
             inputs_embeds=sequence,
-            attention_mask=packed.mask,
+            attention_mask=packed.mask[None, None],
             position_ids=packed.position_ids[None],
             logits_to_keep=packed.keep,
             use_cache=False,

@@ -239,6 +239,10 @@ class MosaicStream:
         """
         rng = np.random.default_rng((self.seed, index))
         bank = self.banks[index % len(self.banks)]
+        if n < 8 or (self.stage == 1 and rng.random() < 0.5):
+            kind = str(rng.choice((*BACKGROUNDS[bank.origin], *NEEDLES[bank.origin])))
+            question = Question("Which tissue is this?", WORDS[kind], (), "name")
+            return Example(fill(bank, np.full(n, kind), rng), torch.arange(n), n, (question,), (kind,) * n)
         planned = str(rng.choice(FAMILIES))
         facts = plan(bank.origin, planned, rng)
         most = max(1, min(12, n // 12))

@@ -30,7 +30,7 @@ from sparsewsi.llm import load_llm
 from sparsewsi.model import SparseWSI
 from train.checkpoint import latest, load_state, save_state
 from train.config import RECIPES, TrainConfig
-from train.data import Example, Packed, answer_logits, pack
+from train.data import Example, Packed, answer_logits, join, pack, passes
 from train.mosaic import NEEDLE_KINDS, MosaicStream, load_bank
 from train.sparselearn import SparseLearn, k_at, tau_at
 
@@ -38,25 +38,28 @@ LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 class StageModule(nn.Module):
-    """One bag in, the summed loss of its answer tokens out: the training path of the paper (eq. 1)."""
+    """Bags in, the summed loss of their answer tokens out: the training path of the paper (eq. 1)."""
 
     def __init__(self, model: SparseWSI, sparselearn: SparseLearn):
         super().__init__()
         self.model, self.sparselearn = model, sparselearn
 
     def forward(
-        self, features: Tensor, packed: Packed, tau: float, k: float | None, generator: torch.Generator
+        self, bags: list[Tensor], packed: Packed, tau: float, k: float | None, generators: list[torch.Generator]
     ) -> Tensor:
-        """features: (N, D). k = None trains densely, alpha = 1. Returns the summed NLL, a float32 scalar."""
+        """bags: (N, D) features each. k = None trains densely, alpha = 1. Returns the summed NLL, a float32 scalar."""
         model = self.model
-        x = model.slide_encoder(features.float())  # (N, D_v)
-        if k is not None:
-            x = self.sparselearn(x, model.scorer(x), tau, k=k, generator=generator)
-        return answer_loss(model, model.project(x), packed)
+        visual = []
+        for features, generator in zip(bags, generators):
+            x = model.slide_encoder(features.float())  # (N, D_v)
+            if k is not None:
+                x = self.sparselearn(x, model.scorer(x), tau, k=k, generator=generator)
+            visual.append(model.project(x))
+        return answer_loss(model, torch.cat(visual), packed)
 
 
 def answer_loss(model: SparseWSI, visual: Tensor, packed: Packed) -> Tensor:
-    """Summed NLL of the answer tokens, given the projected visual tokens (N, H); logits only where an answer is."""
+    """Summed NLL of the answer tokens, given the projected visual tokens; logits only where an answer is."""
     return F.cross_entropy(answer_logits(model, visual, packed), packed.targets, reduction="sum")
 
 
@@ -153,9 +156,11 @@ def train_step(stage: StageModule, examples: list[Example], config: TrainConfig,
     loss = 0.0
     n = len(examples[0].indices)
     tau, k = sparsity(config, step, n)
-    for number, (example, item) in enumerate(zip(examples, packed), start=rank() * len(examples)):
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step * 1009 + number)
-        part = stage(example.features, item, tau, k, generator) / total
+    first = config.seed * 1_000_003 + step * 1009 + rank() * len(examples)
+    for group in passes(packed, config.tokens_per_pass):
+        generators = [torch.Generator().manual_seed(first + number) for number in group]
+        bags = [examples[number].features for number in group]
+        part = stage(bags, join([packed[number] for number in group]), tau, k, generators) / total
         part.backward()
         loss += part.item()
     sum_gradients(stage)
