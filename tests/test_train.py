@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from sparsewsi.model import SparseWSI
 from train.config import TrainConfig
-from train.data import Example, Question, pack
+from train.data import Example, Question, join, pack, passes
 from train.mosaic import BACKGROUNDS, NEEDLES
 from train.run import StageModule, answer_loss, build, sparsity, train, train_step
 
@@ -72,6 +72,23 @@ def test_packed_questions_cost_what_separate_ones_cost(settings: TrainConfig) ->
     torch.testing.assert_close(loss(*questions), apart, rtol=1e-5, atol=1e-5)
     other = Question("Which tissue?", "blood", ("mucin", "blood"))
     assert abs((loss(questions[0]) - loss(other)).item()) > 1e-3
+
+
+def test_bags_that_share_a_pass_do_not_see_each_other(settings: TrainConfig) -> None:
+    model, _ = build(settings, 24, "made-up")
+    model.llm.float()
+    parts, visuals = [], []
+    for n, answer in ((3, "mucin"), (1, "fat"), (5, "blood")):
+        generator = torch.Generator().manual_seed(n)
+        questions = (Question("Which tissue?", answer), Question("Describe this slide.", f"Mostly {answer}."))
+        example = Example(torch.randn(n, 24, generator=generator), torch.arange(n), n, questions)
+        parts.append(pack(model.tokenizer, example, "original", None))
+        visuals.append(model.project(model.slide_encoder(example.features)))
+    apart = torch.stack([answer_loss(model, visual, part) for visual, part in zip(visuals, parts)]).sum()
+    torch.testing.assert_close(answer_loss(model, torch.cat(visuals), join(parts)), apart, rtol=1e-5, atol=1e-5)
+    lengths = [len(part.order) for part in parts]
+    assert passes(parts, sum(lengths[:2])) == [[0, 1], [2]]
+    assert passes(parts, 1) == [[0], [1], [2]]
 
 
 def test_stages_train_what_the_table_says(settings: TrainConfig) -> None:
