@@ -10,7 +10,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_requirements_pin_what_pyproject_asks_for() -> None:
-    asked = [Requirement(text) for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]]
+    asked = [
+        Requirement(text) for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    ]
     lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
     pinned = {canonicalize_name(r.name): r for r in map(Requirement, filter(None, lines))}
     assert {canonicalize_name(r.name) for r in asked} == set(pinned)
