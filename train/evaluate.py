@@ -153,27 +153,24 @@ def slide_interval(records: list[dict], row: str, draws: int = 2000) -> tuple[fl
 
 
 def summary(records: list[dict], rows: tuple[str, ...]) -> dict:
-    """Accuracy with its interval per row, overall and per family, and mean needle recall."""
+    """Accuracy with its interval per row, overall and per family, and mean needle recall.
+
+    A row counts the items that it was asked: n tells where a slow row was asked fewer.
+    """
     table = {}
     for row in (*rows, "majority"):
-        right = sum(r[row] == r["answer"] for r in records)
-        entry: dict = {
-            "right": right,
-            "n": len(records),
-            "accuracy": right / len(records),
-            "wilson": wilson(right, len(records)),
-        }
-        if len({r["slide"] for r in records}) < len(records):
-            entry["slides"] = len({r["slide"] for r in records})
-            entry["slide_bootstrap"] = slide_interval(records, row)
-        recall = [r[f"{row} recall"] for r in records if f"{row} recall" in r]
+        asked = [record for record in records if row in record]
+        right = [record for record in asked if record[row] == record["answer"]]
+        entry: dict = {"right": len(right), "n": len(asked), "wilson": wilson(len(right), len(asked))}
+        entry["accuracy"] = len(right) / max(1, len(asked))
+        slides = {record["slide"] for record in asked}
+        if len(slides) < len(asked):
+            entry |= {"slides": len(slides), "slide_bootstrap": slide_interval(asked, row)}
+        recall = [record[f"{row} recall"] for record in asked if f"{row} recall" in record]
         if recall:
             entry["needle_recall"] = float(np.mean(recall))
         entry["families"] = {
-            family: [
-                sum(r[row] == r["answer"] for r in records if r["family"] == family),
-                sum(r["family"] == family for r in records),
-            ]
+            family: [sum(r["family"] == family for r in right), sum(r["family"] == family for r in asked)]
             for family in FAMILIES
         }
         table[row] = entry
