@@ -184,7 +184,8 @@ def sentences() -> Iterator[None]:
     except (ValueError, OSError, RuntimeError) as error:
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         text = " ".join(text.split()).replace("Pass slide_mpp=", 'Fill in "Scan µm/px" and press Enter')
-        raise gr.Error(text[:1].upper() + text[1:], duration=None, print_exception=False) from error
+        text = text[:1].upper() + text[1:] if text.split(" ")[0].isalpha() else text  # a file's name stays as it is
+        raise gr.Error(text, duration=None, print_exception=False) from error
 
 
 def notice() -> str:
@@ -201,7 +202,8 @@ def facts(opened: Opened | None) -> str:
     if not Path(model_name()).is_dir():
         return f"No slide open · model {name}"
     config = SparseWSIConfig.load(model_name())
-    return f"No slide open · model {name} ({config.llm}) · encoder {config.encoder} · keeps {config.num_tokens} patches"
+    model = f"model {name} ({export.llm_name(config)})"
+    return f"No slide open · {model} · encoder {config.encoder} · keeps {config.num_tokens} patches"
 
 
 def words(kind: str) -> str:

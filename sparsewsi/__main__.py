@@ -221,7 +221,7 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}." if error.filename else f"{error.strerror}."
     text = " ".join(str(error).split()).replace("slide_mpp=", "--slide-mpp")
-    return text[:1].upper() + text[1:]
+    return text[:1].upper() + text[1:] if text.split(" ")[0].isalpha() else text  # a file's name stays as it is
 
 
 def main(argv: Sequence[str] | None = None) -> int:

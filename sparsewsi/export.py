@@ -65,13 +65,18 @@ def by_rank(selection: Selection) -> np.ndarray:
     return selection.indices.numpy()[np.argsort(ranks(selection))]
 
 
+def llm_name(config: SparseWSIConfig) -> str:
+    """The base LLM as people are told: a hub id, or the last part of a folder's path."""
+    return Path(config.llm).name if Path(config.llm).is_dir() else config.llm
+
+
 def summary(bag: Bag, selection: Selection, config: SparseWSIConfig, model: str) -> str:
     """One line for people: model, encoder, K of N, share of the tissue, resolution and where it is known from."""
     kept, total = len(selection.indices), selection.num_patches
     at = f"{bag.mpp:.4g} µm/px" if bag.mpp else "an unknown resolution"
     scan = f"scan {bag.slide_mpp:.4g} µm/px ({bag.mpp_source})" if bag.slide_mpp else "scan resolution unknown"
     return (
-        f"{bag.slide} · model {model} ({config.llm}) · encoder {bag.encoder} · {kept:,} of {total:,} patches "
+        f"{bag.slide} · model {model} ({llm_name(config)}) · encoder {bag.encoder} · {kept:,} of {total:,} patches "
         f"({100 * kept / max(total, 1):.2g} % of the tissue) read at {at} · {scan}"
     )
 

@@ -1,0 +1,145 @@
+"""python -m sparsewsi: the whole path on a tiny real slide, and one sentence for everything it must refuse."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sparsewsi.__main__ import main
+from sparsewsi.bag import extract_bag, save_bag
+from sparsewsi.config import SparseWSIConfig
+from sparsewsi.llm import load_llm
+from sparsewsi.model import SparseWSI
+from sparsewsi.phantom import write_phantom
+
+FILES = {"overlay.png", "umap.png", "patches.csv", "patches.geojson", "selection.json"}
+ASK = ["--question", "Which tissue is this?", "--option", "fat", "--option", "liver"]
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tiny_llm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained artefact on the tiny LLM and the default patch encoder."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-model"
+    llm, tokenizer = load_llm(str(tiny_llm))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = SparseWSIConfig(llm=str(tiny_llm), dim=32, heads=4, num_tokens=6, demo=True, note="Untrained.")
+        SparseWSI(config, llm, tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A phantom of 1,024 px: a real pyramidal TIFF with mpp."""
+    path = tmp_path_factory.mktemp("slides") / "tiny.tiff"
+    write_phantom(path, seed=3, size=1024)
+    return path
+
+
+def test_a_slide_becomes_an_answer_and_five_files_twice_the_same(tiny_model, tiny_slide, tmp_path, capsys):
+    records = []
+    for name in ("one", "two"):
+        out = tmp_path / name
+        assert main([str(tiny_slide), "--model", str(tiny_model), "--out", str(out), *ASK]) == 0
+        said = capsys.readouterr()
+        assert {path.name for path in out.iterdir()} == FILES
+        for part in (
+            "phantom 3",
+            "efficientnet-lite0",
+            "6 of",
+            "Untrained.",
+            "Demo model, research use only",
+            "%  fat",
+        ):
+            assert part in said.out
+        records.append((out / "selection.json").read_text())
+    assert records[0] == records[1]
+    record = json.loads(records[0])
+    assert len(record["selection"]["indices"]) == 6
+    assert len(record["selection"]["scores"]) == record["patches"]["count"]
+    assert sum(record["answers"][0]["probs"]) == pytest.approx(1, abs=1e-5)
+    assert str(tmp_path) not in records[0], "a record names no folder of this machine"
+    rows = list(csv.DictReader((tmp_path / "one" / "patches.csv").open()))
+    assert [int(row["rank"]) for row in rows] == list(range(1, 7))
+    assert Image.open(tmp_path / "one" / "overlay.png").size[0] >= 1000
+
+
+def test_a_saved_bag_gives_the_patches_of_its_slide_without_the_slide(tiny_model, tiny_slide, tmp_path, capsys):
+    save_bag(extract_bag(tiny_slide, "efficientnet-lite0"), tmp_path / "bag.safetensors")
+    for source, name in ((tiny_slide, "slide"), (tmp_path / "bag.safetensors", "bag")):
+        assert main([str(source), "--model", str(tiny_model), "--k", "3", "--out", str(tmp_path / name)]) == 0
+    slide, bag = (json.loads((tmp_path / name / "selection.json").read_text()) for name in ("slide", "bag"))
+    assert bag["selection"] == slide["selection"]
+    assert bag["answers"] == slide["answers"]
+    assert Image.open(tmp_path / "bag" / "overlay.png").size[0] >= 1000
+    capsys.readouterr()
+
+
+def test_options_belong_to_the_question_before_them(tiny_model, tiny_slide, tmp_path, capsys):
+    asked = [*ASK, "--question", "Is it open?", "--max-patches", "4", "--selector", "uniform", "--k", "2"]
+    assert main([str(tiny_slide), "--model", str(tiny_model), "--out", str(tmp_path / "o"), *asked]) == 0
+    record = json.loads((tmp_path / "o" / "selection.json").read_text())
+    assert [answer["options"] for answer in record["answers"]] == [["fat", "liver"], []]
+    assert record["patches"]["count"] == record["patches"]["max_patches"] == 4
+    assert record["selection"]["selector"] == "uniform"
+    capsys.readouterr()
+
+
+@pytest.fixture
+def bad(tmp_path: Path) -> Path:
+    """A folder with files that are no slides."""
+    (tmp_path / "junk.svs").write_bytes(bytes(range(256)) * 20)
+    (tmp_path / "empty.tiff").write_bytes(b"")
+    (tmp_path / "junk.safetensors").write_bytes(b"junk")
+    Image.fromarray(np.full((900, 900, 3), 250, np.uint8)).save(tmp_path / "blank.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["missing.svs"], "no file"),
+        (["junk.svs"], "slide"),
+        (["empty.tiff"], "empty"),
+        (["junk.safetensors"], "junk.safetensors"),
+        (["missing.safetensors"], "no file"),
+        (["blank.png"], "--slide-mpp"),
+        (["blank.png", "--slide-mpp", "0.5"], "no tissue"),
+        (["blank.png", "--slide-mpp", "-1"], "positive"),
+        (["blank.png", "--slide-mpp", "wide"], "--slide-mpp"),
+        (["SLIDE", "--k", "0"], "--k"),
+        (["SLIDE", "--max-patches", "0"], "--max-patches"),
+        (["SLIDE", "--selector", "best"], "learned"),
+        (["SLIDE", "--option", "fat"], "--question"),
+        (["SLIDE", "--out", "junk.svs"], "--out"),
+        (["SLIDE", "--model", "no-such-model"], "no-such-model"),
+        (["SLIDE", "--model", "."], "config.json"),
+        ([], "SLIDE"),
+        (["SLIDE", "--wrong"], "--wrong"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(words, said, bad, tiny_model, tiny_slide, monkeypatch, capsys):
+    monkeypatch.chdir(bad)
+    model = [] if "--model" in words else ["--model", str(tiny_model)]
+    assert main([str(tiny_slide) if word == "SLIDE" else word for word in words] + model) == 2
+    error = capsys.readouterr().err.strip()
+    assert said in error
+    assert "\n" not in error
+    assert error.endswith((".", ")"))
+    assert not (bad / "out").exists()
+
+
+def test_from_a_shell_there_is_no_traceback(tmp_path):
+    command = [sys.executable, "-m", "sparsewsi", "missing.svs", "--model", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1
