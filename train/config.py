@@ -105,10 +105,9 @@ def demo_names() -> TrainConfig:
 def demo_stage2() -> TrainConfig:
     """Our stage 2 of the embedded default: dense questions, then K from 3/4 N to 32 together with tau 1 -> 0.05."""
     return TrainConfig(
-        stage=2, out="runs/demo2", init="runs/demo-names/checkpoints/last", steps=160, accumulation=8,
-        questions_per_bag=6, dim=256, lr=2e-3, lr_lora=5e-4, lora_rank=8, lora_alpha=16, dense=0.45, anneal=0.42,
-        tau_start=1.0, tau_end=0.05, k_start=0.75, patches_start=8, patches=128, patches_end=384, curriculum=0.5,
-        checkpoint_every=20,
+        stage=2, out="runs/demo2", init="runs/demo-names/checkpoints/last", steps=90, accumulation=16,
+        questions_per_bag=3, dim=256, lr=2e-3, lr_lora=5e-4, lora_rank=8, lora_alpha=16, dense=0.55, anneal=0.4,
+        tau_start=1.0, tau_end=0.05, k_start=0.75, patches_start=24, patches=96, curriculum=1.0, checkpoint_every=10,
     )  # fmt: skip
 
 

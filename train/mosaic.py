@@ -239,14 +239,14 @@ class MosaicStream:
         """
         rng = np.random.default_rng((self.seed, index))
         bank = self.banks[index % len(self.banks)]
-        if n < 8 or (self.stage == 1 and rng.random() < 0.5):
+        if n < 8 or rng.random() < 0.25:
             kind = str(rng.choice((*BACKGROUNDS[bank.origin], *NEEDLES[bank.origin])))
             question = Question("Which tissue is this?", WORDS[kind], (), "name")
             return Example(fill(bank, np.full(n, kind), rng), torch.arange(n), n, (question,), (kind,) * n)
         planned = str(rng.choice(FAMILIES))
         facts = plan(bank.origin, planned, rng)
-        most = max(1, min(12, n // 12))
-        kinds = lay_out(facts, n, (max(1, most // 3), most), rng)
+        # As many needles as a long slide has, so that a short bag looks like what a good selection of one would keep.
+        kinds = lay_out(facts, n, (max(1, min(4, n // 8)), max(1, min(12, n // 4))), rng)
         num_patches = int(np.exp(rng.uniform(np.log(n), np.log(max(max_index, n)))))
         indices = np.sort(rng.choice(num_patches, n, replace=False))
         if self.stage == 1:
