@@ -89,7 +89,7 @@ def demo_stage1() -> TrainConfig:
     """Our stage 1 of the embedded default: names of tissues first (bags of one kind), then captions of small bags."""
     return TrainConfig(
         stage=1, out="runs/demo1", steps=120, accumulation=32, questions_per_bag=1, dim=256, lr=2e-3, lr_encoder=5e-4,
-        warmup=0.05, dense=1.0, patches_start=1, patches=16, curriculum=1.0,
+        warmup=0.05, dense=1.0, patches_start=1, patches=16, curriculum=1.0, position="compact",
     )  # fmt: skip
 
 
