@@ -58,7 +58,7 @@ def outcome(result: Run, folder: Path) -> tuple[str, str]:
     if result.status == 0:
         selection = json.loads(next(folder.glob("**/selection.json")).read_text())
         answers = [line[3:] for line in result.out.splitlines() if line.startswith("A: ")]
-        return str(selection["num_patches"]), " / ".join(answers)
+        return str(selection["patches"]["count"]), " / ".join(answers)
     return "", f"exit {result.status}: " + " ".join(result.err.split())
 
 
