@@ -185,7 +185,7 @@ def sentences() -> Iterator[None]:
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         text = " ".join(text.split()).replace("Pass slide_mpp=", 'Fill in "Scan µm/px" and press Enter')
         text = text[:1].upper() + text[1:] if text.split(" ")[0].isalpha() else text  # a file's name stays as it is
-        raise gr.Error(text, duration=None, print_exception=False) from error
+        raise gr.Error(text, duration=30, print_exception=False) from error
 
 
 def notice() -> str:
@@ -296,7 +296,10 @@ def forget(request: gr.Request) -> None:
 
 @gpu
 def look(path: str, resolution: str, progress: gr.Progress = gr.Progress()) -> tuple:  # noqa: B008
-    """Encode the slide and select; returns what the page shows of it and an empty chat."""
+    """Encode the slide and select; returns what the page shows of it, an empty chat and an empty resolution.
+
+    The resolution was this slide's: left in its field it would be taken for the next one's.
+    """
     with sentences():
         slide_mpp = read_mpp(resolution)
         opened = encode(path, slide_mpp, progress)
@@ -317,8 +320,9 @@ def look(path: str, resolution: str, progress: gr.Progress = gr.Progress()) -> t
         planted(truth, opened),
         samples,
         asked,
-        [],
+        [],  # the chat: old answers are another slide's
         None,
+        "",
     )
 
 
@@ -377,8 +381,7 @@ def add_turn(question: str, options: str, opened: Opened | None, chat: list) -> 
         raise gr.Error("Write a question first.", print_exception=False)
     with sentences():
         text = format_question(question.strip(), [line.strip() for line in options.splitlines() if line.strip()])
-    busy = gr.Textbox(value="", submit_btn=False, stop_btn="Stop")
-    return busy, "", [*chat, {"role": "user", "content": text}], None
+    return busy(value=""), "", [*chat, {"role": "user", "content": text}], None
 
 
 @gpu
@@ -395,6 +398,10 @@ def reply(opened: Opened, chat: list) -> Iterator[tuple[Any, Any]]:
             yield gr.skip(), dict(zip(options, model.option_probs(opened.selection, question, options).tolist()))
 
 
+def busy(**changes: Any) -> Any:
+    return gr.Textbox(submit_btn=False, stop_btn="Stop", **changes)
+
+
 def idle() -> Any:
     return gr.Textbox(submit_btn=True, stop_btn=False)
 
@@ -405,6 +412,11 @@ def back_to_question(chat: list) -> list:
     return chat[: last + 1]
 
 
+def retry(chat: list) -> tuple[list, Any]:
+    """Ask the last question again."""
+    return back_to_question(chat), busy()
+
+
 def undo(chat: list) -> tuple[list, str, str]:
     """Take back the last question; its words return to the boxes."""
     kept = back_to_question(chat)
@@ -412,10 +424,10 @@ def undo(chat: list) -> tuple[list, str, str]:
     return kept[:-1], question, "\n".join(options)
 
 
-def edit(chat: list, change: gr.EditData) -> list:
+def edit(chat: list, change: gr.EditData) -> tuple[list, Any]:
     """Ask an edited question in place of the old one and of what came after it."""
     place = change.index[0] if isinstance(change.index, (list, tuple)) else change.index
-    return [*chat[:place], {"role": "user", "content": change.value}]
+    return [*chat[:place], {"role": "user", "content": change.value}], busy()
 
 
 # ---- layout
@@ -555,7 +567,7 @@ def wire(demo: gr.Blocks, ui: SimpleNamespace, allow_paths: bool) -> None:
     alone: dict[str, Any] = {"concurrency_id": "gpu", "concurrency_limit": 1, "api_visibility": "private"}
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     seen = [ui.opened, ui.overview, ui.heat, ui.patches, ui.map, ui.facts, ui.secret, ui.planted, ui.examples, ui.asked]
-    seen += [ui.chat, ui.probs]
+    seen += [ui.chat, ui.probs, ui.mpp]
 
     sources = [
         ui.phantom.click(open_phantom, None, ui.path, show_progress_on=ui.overview, **alone),
@@ -578,8 +590,8 @@ def wire(demo: gr.Blocks, ui: SimpleNamespace, allow_paths: bool) -> None:
             [ui.question, ui.options, ui.chat, ui.probs],
             **quiet,
         ),
-        ui.chat.retry(back_to_question, ui.chat, ui.chat, **quiet),
-        ui.chat.edit(edit, ui.chat, ui.chat, **quiet),
+        ui.chat.retry(retry, ui.chat, [ui.chat, ui.question], **quiet),
+        ui.chat.edit(edit, ui.chat, [ui.chat, ui.question], **quiet),
     ]
     answers = [event.success(reply, [ui.opened, ui.chat], [ui.chat, ui.probs], **alone) for event in asked]
     for answer in answers:

@@ -276,7 +276,8 @@ def test_undo_gives_the_words_back_and_edit_drops_what_came_after():
     assert app.undo(chat) == (chat[:2], "Why?", "")
     assert app.undo(chat[:2]) == ([], "Which?", "fat\nmucin")
     assert app.back_to_question(chat) == chat[:3]
-    assert app.edit(chat, SimpleNamespace(index=2, value="How?")) == [*chat[:2], {"role": "user", "content": "How?"}]  # type: ignore[arg-type]
+    edited, _ = app.edit(chat, SimpleNamespace(index=2, value="How?"))  # type: ignore[arg-type]
+    assert edited == [*chat[:2], {"role": "user", "content": "How?"}]
     assert app.text_of(chat[1]) == "fat", "the notice is not said to the model"
 
 
