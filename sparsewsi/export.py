@@ -47,8 +47,9 @@ class Answer:
 
 
 def notice(config: SparseWSIConfig) -> str:
-    """The sentence that stands wherever answers of this model are shown."""
-    return f"{'Demo model, research' if config.demo else 'Research'} use only, not for diagnosis."
+    """What stands wherever answers of this model are shown: the use it is for, and the model's own note."""
+    use = f"{'Demo model, research' if config.demo else 'Research'} use only, not for diagnosis."
+    return f"{use} {config.note}".strip()
 
 
 def ranks(selection: Selection) -> np.ndarray:
