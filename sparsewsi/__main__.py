@@ -175,9 +175,8 @@ def report(options: argparse.Namespace, slide: Path, model: SparseWSI, bag: Bag,
 
     name = Path(options.model).resolve().name if Path(options.model).is_dir() else options.model
     print(export.summary(bag, selection, model.config, name))
-    for note in (bag.note, model.config.note):
-        if note:
-            print(note)
+    if bag.note:
+        print(bag.note)
     questions = options.questions or [(DEFAULT_QUESTION, [])]
     answers = [ask(model, selection, question, given) for question, given in questions]
     print(f"\n{export.notice(model.config)}")
