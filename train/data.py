@@ -1,15 +1,21 @@
-"""Training examples and how several questions about one slide share its visual tokens.
+"""Training examples, where they come from, and how several questions about one slide share its visual tokens.
 
-L = length of the packed sequence: of each bag the prefix, N visual tokens, then the questions one after another.
+N patches, D feature dim. L = length of the packed sequence: of each bag the prefix, N visual tokens, then the questions
+one after another.
 """
 
+import functools
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from sparsewsi.bag import UNKNOWN_ENCODER, Bag, check_bag, load_bag
 from sparsewsi.model import SparseWSI
 from sparsewsi.prompt import build_prompt, end_of_turn, text_ids, visual_positions
 
@@ -24,6 +30,17 @@ class Question:
     answer: str
     options: tuple[str, ...] = ()
     family: str = ""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A question as a file of questions states it, about one slide or several (train/benchmarks.py reads them)."""
+
+    slides: tuple[str, ...]  # as the file names them, without folder and ending
+    question: Question
+    file: str = ""
+    row: int = 0  # from 1; the header of a CSV is not counted
+    detail: str = ""  # a narrower category than question.family, where the file has one
 
 
 @dataclass(frozen=True)
@@ -122,14 +139,146 @@ def passes(packed: Sequence[Packed], most: int) -> list[list[int]]:
 
 def answer_logits(model: SparseWSI, visual: Tensor, packed: Packed) -> Tensor:
     """Logits (A, V) float32 of the answers' tokens, given the projected visual tokens (N, H) of all bags."""
-    text = model.llm.get_input_embeddings()(packed.text_ids)  # (T, H)
-    sequence = torch.cat([text, visual.to(text.dtype)])[packed.order][None]
+    device = model.device
+    text = model.llm.get_input_embeddings()(packed.text_ids.to(device))  # (T, H)
+    sequence = torch.cat([text, visual.to(text.dtype)])[packed.order.to(device)][None]
     with torch.autocast(sequence.device.type, torch.bfloat16, enabled=text.dtype == torch.bfloat16):
         output = model.llm(
             inputs_embeds=sequence,
-            attention_mask=packed.mask[None, None],
-            position_ids=packed.position_ids[None],
-            logits_to_keep=packed.keep,
+            attention_mask=packed.mask[None, None].to(device),
+            position_ids=packed.position_ids[None].to(device),
+            logits_to_keep=packed.keep.to(device),
             use_cache=False,
         )
     return output.logits[0].float()
+
+
+# ---- questions about slides whose features lie in files
+
+ENDINGS = (".safetensors", ".h5", ".hdf5", ".pt", ".npy", ".csv")  # of feature files; the first there is, is read
+_TCGA = re.compile(r"(TCGA-\w{2}-\w{4})(-\w+)*")  # a case, and a slide of it; a UUID may follow after a dot
+
+
+class FeatureFolder:
+    """The feature files under a folder, found by the names that files of questions give to slides.
+
+    A name is that of the file without its ending. TCGA slides are found with and without the UUID after their barcode,
+    and a TCGA case (TCGA-AR-A1AI) stands for all its slides.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise ValueError(f"{folder} is not a folder. Pass the folder that holds the slides' feature files.")
+        self._files: dict[str, dict[str, list[Path]]] = {}  # name, barcode or case -> name -> files
+        for path in sorted(self.folder.rglob("*")):
+            if path.suffix.lower() in ENDINGS and not path.name.startswith("."):
+                barcode = _TCGA.match(path.stem)
+                for key in {path.stem, *((barcode[0], barcode[1]) if barcode else ())}:
+                    self._files.setdefault(key, {}).setdefault(path.stem, []).append(path)
+
+    def find(self, slide: str) -> list[Path]:
+        """The feature file of a slide; of a case, one file for each of its slides; empty where there is none.
+
+        Raises ValueError where two files could be meant.
+        """
+        barcode = _TCGA.match(slide)
+        found = self._files.get(slide) or self._files.get(barcode[0] if barcode else slide, {})
+        if slide in found:
+            found = {slide: found[slide]}
+        files = []
+        for paths in found.values():
+            best = min(ENDINGS.index(path.suffix.lower()) for path in paths)
+            files += [path for path in paths if ENDINGS.index(path.suffix.lower()) == best]
+        is_case = barcode is not None and barcode[1] == slide
+        if len(files) > len(found) or (len(files) > 1 and not is_case):
+            names = ", ".join(str(path.relative_to(self.folder)) for path in files[:3])
+            raise ValueError(f"several feature files could be slide {slide}: {names}. Pass a folder that holds one.")
+        return files
+
+    def load(self, slides: Sequence[str]) -> Bag:
+        """The bag of a slide, or of several as one, in any format of load_bag.
+
+        Raises ValueError for a slide without features, and for a file that cannot be read.
+        """
+        bags = []
+        for slide in slides:
+            files = self.find(slide)
+            if not files:
+                raise ValueError(f"no feature file for slide {slide} under {self.folder}. Extract its features.")
+            bags += [load_bag(file) for file in files]
+        return stack(bags)
+
+
+def stack(bags: Sequence[Bag]) -> Bag:
+    """Several slides as one bag, each below the one before it, so that rows stay in raster order.
+
+    Raises ValueError where their features do not belong together.
+    """
+    first, *others = bags
+    if not others:
+        return first
+    coords, below = [], 0
+    for bag in bags:
+        check_like(bag, first.encoder, first.features.shape[1])
+        shifted = bag.coords + torch.tensor([0, below], dtype=torch.int32)
+        coords.append(shifted)
+        below = int(shifted[:, 1].max()) + bag.patch_size if len(shifted) else below
+    features = torch.cat([bag.features for bag in bags])
+    return replace(first, features=features, coords=torch.cat(coords), slide_size=None)
+
+
+def check_like(bag: Bag, encoder: str, feature_dim: int) -> None:
+    """check_bag where the encoder may be unknown on either side: then only the dimension can differ."""
+    check_bag(bag, bag.encoder if encoder == UNKNOWN_ENCODER else encoder, feature_dim)
+
+
+def evenly(n: int, most: int | None) -> Tensor:
+    """Rows of n that are kept when at most `most` may be: evenly spaced, first and last among them (as SlideChat)."""
+    if most is None or n <= most:
+        return torch.arange(n)
+    return torch.from_numpy(np.linspace(0, n - 1, most).astype(np.int64))
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The order (n,) in which an epoch visits n examples; depends on its arguments alone."""
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+class SlideVQADataset:
+    """Epoch after epoch of questions about slides; only the bag that is asked for is read.
+
+    Consecutive questions about the same slides share an example, `questions_per_bag` at most. All bags must be of the
+    encoder and dimension of the first one. Raises ValueError for no records, and for bags that cannot be trained on.
+    """
+
+    def __init__(self, records: Sequence[Record], features: FeatureFolder, seed: int = 0, questions_per_bag: int = 4):
+        if not records:
+            raise ValueError("there is no question to train on. python -m train.benchmarks check FILE says why.")
+        by_slides: dict[tuple[str, ...], list[Question]] = {}
+        for record in records:
+            by_slides.setdefault(record.slides, []).append(record.question)
+        self.groups = [
+            (slides, tuple(questions[start : start + questions_per_bag]))
+            for slides, questions in by_slides.items()
+            for start in range(0, len(questions), questions_per_bag)
+        ]
+        self.features, self.seed = features, seed
+        first = features.load(self.groups[0][0])
+        self.encoder, self.feature_dim = first.encoder, first.features.shape[1]
+
+    def __len__(self) -> int:
+        """Examples of one epoch."""
+        return len(self.groups)
+
+    def example(self, index: int, n: int) -> Example:
+        """Example number `index` of the endless sequence, with at most n patches, evenly spaced over the slide's."""
+        epoch, place = divmod(index, len(self))
+        slides, questions = self.groups[epoch_order(len(self), self.seed, epoch)[place]]
+        bag = self.features.load(slides)
+        if not len(bag.features):
+            raise ValueError(f"slide {', '.join(slides)} has no patches. Leave its questions out.")
+        check_like(bag, self.encoder, self.feature_dim)
+        rows = evenly(len(bag.features), n)
+        return Example(bag.features[rows], rows, len(bag.features), questions)
