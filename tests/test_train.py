@@ -207,3 +207,48 @@ def test_two_processes_equal_one_with_twice_the_accumulation(settings: TrainConf
         assert metrics(tmp_path / "two")[0][name] == pytest.approx(metrics(tmp_path / "one")[0][name], rel=1e-4)
     # Sums in another order differ in the last bit, which AdamW's first steps turn into signs of near-zero gradients.
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=5e-3)
+
+
+def test_alignment_turns_patches_towards_their_tissues_words(settings: TrainConfig, bank_file: Path) -> None:
+    from train.align import _words, align
+    from train.mosaic import load_bank
+
+    bank = load_bank(bank_file, "train")
+    model, _ = build(settings, 24, "made-up")
+    words = torch.nn.functional.normalize(torch.stack(list(_words(model).values())), dim=1)
+    names = list(_words(model))
+
+    def right() -> float:
+        seen = torch.nn.functional.normalize(model.project(model.encode(bank.features)), dim=1) @ words.T
+        found = np.array(names)[seen.argmax(1).numpy()]
+        return float((found == bank.kinds).mean())
+
+    before = right()
+    distance = align(model, [bank], 200)
+    assert before < 0.3
+    assert right() > 0.95
+    assert distance < 0.3
+
+
+def test_the_last_steps_see_what_inference_keeps(settings: TrainConfig, bank_file: Path) -> None:
+    from sparsewsi.bag import Bag
+    from train.mosaic import MosaicStream, load_bank
+    from train.run import kept
+
+    config = replace(settings, steps=8, dense=0.25, anneal=0.5, hard=0.25, patches_hard=50)
+    assert [config.is_hard(step) for step in range(8)] == [False] * 6 + [True] * 2
+    assert [config.patches_at(step) for step in (5, 6)] == [20, 50]
+    assert sparsity(config, 5, 20)[1] is not None
+    assert sparsity(config, 6, 50)[1] is None
+    model, sparselearn = build(config, 24, "made-up")
+    torch.nn.init.normal_(model.scorer.head.weight)
+    example = MosaicStream((load_bank(bank_file, "train"),), 0, 1).example(0, 50)
+    short = kept(model, example)
+    coords = torch.arange(100, dtype=torch.int32).reshape(50, 2)
+    selection = model.select(Bag(example.features, coords, 224, 0.5, "made-up", "mosaic"))
+    assert torch.equal(short.features, example.features[selection.indices])
+    assert torch.equal(short.indices, example.indices[selection.indices])
+    assert short.kinds == tuple(example.kinds[i] for i in selection.indices)
+    stage = StageModule(model, sparselearn)
+    assert train_step(stage, [example], config, step=7)["n"] == config.num_tokens
+    assert all(p.grad is None for p in model.scorer.parameters())

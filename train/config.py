@@ -48,8 +48,12 @@ class TrainConfig:
     k_start: float = 0.0  # K at the start of the annealing as a share of N; 0: K is num_tokens throughout
     patches_start: int = 0  # patches a bag at the first step; 0: `patches` throughout
     patches: int = 1024  # patches a bag once the curriculum is over
-    patches_end: int = 0  # patches a bag in the last `hold` steps; 0: `patches`
     curriculum: float = 0.0  # share of the steps over which bags grow from patches_start to patches, geometrically
+    # ours too: before stage 1, teach slide encoder and projector the LLM's own words for the tissues (train/align.py)
+    align: int = 0  # steps
+    # ours too: the last steps show the LLM what inference will, the hard top-K without gate and denoiser
+    hard: float = 0.0  # share of the steps
+    patches_hard: int = 1024  # patches a bag in these steps
     # house-keeping
     checkpoint_every: int = 50
     activation_checkpointing: bool = False
@@ -62,17 +66,21 @@ class TrainConfig:
 
     def patches_at(self, step: int) -> int:
         """Patches a bag at this step."""
-        if self.patches_end and step >= (self.dense + self.anneal) * self.steps:
-            return self.patches_end
+        if self.is_hard(step):
+            return self.patches_hard
         over = self.curriculum * self.steps
         if not self.patches_start or step >= over:
             return self.patches
         return round(self.patches_start * (self.patches / self.patches_start) ** (step / over))
 
+    def is_hard(self, step: int) -> bool:
+        """Whether this step trains on the hard top-K."""
+        return step >= (1 - self.hard) * self.steps
+
     def phase(self, step: int) -> float | None:
-        """How far the annealing of tau and K has come, in [0, 1]; None while training is dense."""
+        """How far the annealing of tau and K has come, in [0, 1]; None while training is dense or hard."""
         begin, over = self.dense * self.steps, max(1.0, self.anneal * self.steps)
-        return None if step < begin else min(1.0, (step - begin) / over)
+        return None if step < begin or self.is_hard(step) else min(1.0, (step - begin) / over)
 
 
 def stage1() -> TrainConfig:
@@ -86,28 +94,19 @@ def stage2() -> TrainConfig:
 
 
 def demo_stage1() -> TrainConfig:
-    """Our stage 1 of the embedded default: names of tissues first (bags of one kind), then captions of small bags."""
+    """Our stage 1 of the embedded default: words of the tissues without the LLM, then through it on tiny bags."""
     return TrainConfig(
-        stage=1, out="runs/demo1", steps=120, accumulation=32, questions_per_bag=1, dim=256, lr=2e-3, lr_encoder=5e-4,
-        warmup=0.05, dense=1.0, patches_start=1, patches=16, curriculum=1.0, position="compact",
-    )  # fmt: skip
-
-
-def demo_names() -> TrainConfig:
-    """Between the stages: names of tissues with LoRA; a frozen LLM learns them slowly."""
-    return TrainConfig(
-        stage=2, out="runs/demo-names", init="runs/demo1/checkpoints/last", steps=100, accumulation=32,
-        questions_per_bag=1, dim=256, lr=2e-3, lr_lora=5e-4, lora_rank=8, lora_alpha=16, dense=1.0, patches_start=1,
-        patches=7, curriculum=1.0,
+        stage=1, out="runs/demo1", steps=40, accumulation=32, questions_per_bag=1, dim=256, lr=1e-3, lr_encoder=2e-4,
+        warmup=0.1, align=200, dense=1.0, patches_start=1, patches=8, curriculum=1.0, position="compact",
     )  # fmt: skip
 
 
 def demo_stage2() -> TrainConfig:
-    """Our stage 2 of the embedded default: dense questions, then K from 3/4 N to 32 together with tau 1 -> 0.05."""
+    """Our stage 2 of the embedded default: dense, then K from 3/4 N to 32 together with tau 1 -> 0.05, then hard."""
     return TrainConfig(
-        stage=2, out="runs/demo2", init="runs/demo-names/checkpoints/last", steps=90, accumulation=16,
-        questions_per_bag=3, dim=256, lr=2e-3, lr_lora=5e-4, lora_rank=8, lora_alpha=16, dense=0.55, anneal=0.4,
-        tau_start=1.0, tau_end=0.05, k_start=0.75, patches_start=24, patches=96, curriculum=1.0, checkpoint_every=10,
+        stage=2, out="runs/demo2", init="runs/demo1/checkpoints/last", steps=400, accumulation=12, questions_per_bag=3,
+        dim=256, lr=1e-3, lr_lora=1e-3, lora_rank=16, lora_alpha=32, dense=0.5, anneal=0.25, hard=0.25, tau_start=1.0,
+        tau_end=0.05, k_start=0.75, patches_start=12, patches=192, curriculum=0.75, checkpoint_every=10,
     )  # fmt: skip
 
 
@@ -115,6 +114,5 @@ RECIPES = {
     "stage1": stage1,
     "stage2": stage2,
     "demo-stage1": demo_stage1,
-    "demo-names": demo_names,
     "demo-stage2": demo_stage2,
 }

@@ -239,7 +239,7 @@ class MosaicStream:
         """
         rng = np.random.default_rng((self.seed, index))
         bank = self.banks[index % len(self.banks)]
-        if n < 8 or rng.random() < 0.25:
+        if n < 8 or rng.random() < 0.1:
             kind = str(rng.choice((*BACKGROUNDS[bank.origin], *NEEDLES[bank.origin])))
             question = Question("Which tissue is this?", WORDS[kind], (), "name")
             return Example(fill(bank, np.full(n, kind), rng), torch.arange(n), n, (question,), (kind,) * n)

@@ -14,7 +14,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +28,8 @@ from transformers import HfArgumentParser
 from sparsewsi.config import SparseWSIConfig
 from sparsewsi.llm import load_llm
 from sparsewsi.model import SparseWSI
+from sparsewsi.selector import hard_topk
+from train.align import align
 from train.checkpoint import latest, load_state, save_state
 from train.config import RECIPES, TrainConfig
 from train.data import Example, Packed, answer_logits, join, pack, passes
@@ -151,6 +153,8 @@ def train_step(stage: StageModule, examples: list[Example], config: TrainConfig,
     examples: this process's bags. The noise of a bag is seeded by its number among all bags of the step.
     """
     model = stage.model
+    if config.is_hard(step):
+        examples = [kept(model, example) for example in examples]
     packed = [pack(model.tokenizer, example, model.config.position, model.max_position) for example in examples]
     total = summed(sum(len(item.targets) for item in packed))
     loss = 0.0
@@ -165,6 +169,15 @@ def train_step(stage: StageModule, examples: list[Example], config: TrainConfig,
         loss += part.item()
     sum_gradients(stage)
     return {"loss": summed(loss), "tau": tau, "k": k or n, "n": n, "answer_tokens": total}
+
+
+@torch.no_grad()
+def kept(model: SparseWSI, example: Example) -> Example:
+    """The example with the patches that inference would keep."""
+    x = model.encode(example.features)
+    keep = hard_topk(model.score(x), model.config.num_tokens)
+    kinds = tuple(example.kinds[i] for i in keep.tolist()) if example.kinds else ()
+    return replace(example, features=example.features[keep], indices=example.indices[keep], kinds=kinds)
 
 
 def rank() -> int:
@@ -202,7 +215,6 @@ def sum_gradients(stage: nn.Module) -> None:
 @torch.no_grad()
 def probe(stage: StageModule, example: Example, config: TrainConfig, step: int) -> dict[str, float]:
     """What the scorer does to one bag: hardness, and needle recall of the hard top-K where the truth is known."""
-    from sparsewsi.selector import hard_topk
     from train.sparselearn import hardness, soft_topk, zscore
 
     n = len(example.indices)
@@ -231,6 +243,8 @@ def train(config: TrainConfig) -> Path:
     if checkpoint and config.stage == 1:
         model = SparseWSI.from_pretrained(checkpoint / "model")
         freeze(model, config)
+    if config.align and not checkpoint:
+        align(model, banks, config.align, config.seed)
     stage = StageModule(model, sparselearn).train()
     if config.activation_checkpointing:
         model.llm.gradient_checkpointing_enable({"use_reentrant": False})
