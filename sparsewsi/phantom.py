@@ -29,6 +29,17 @@ from sparsewsi import phantom_shader as shader
 BACKGROUNDS = ("stroma_fibrous", "smooth_muscle", "adipose", "normal_mucosa_colon")
 NEEDLES = ("carcinoma", "lymphoid", "mucin", "necrosis", "blood")
 KINDS = (*BACKGROUNDS, *NEEDLES, "background")
+WORDS = {  # what a question or an answer calls them; the demonstration model was trained on these words
+    "stroma_fibrous": "fibrous stroma",
+    "smooth_muscle": "smooth muscle",
+    "adipose": "fat",
+    "normal_mucosa_colon": "colon mucosa",
+    "carcinoma": "carcinoma",
+    "lymphoid": "lymphoid tissue",
+    "mucin": "mucin",
+    "necrosis": "necrosis",
+    "blood": "blood",
+}
 KIND_IDS = {
     "background": shader.GLASS,
     "stroma_fibrous": shader.STROMA,
@@ -447,8 +458,8 @@ class GroundTruth:
     def questions(self, n: int, seed: int = 0) -> list[dict[str, object]]:
         """n questions with options and answers, families in turn: present, absent, dominant, diagnosis.
 
-        Options are kinds (or yes and no) in random order. "absent" needs two needle kinds or more and is left out
-        otherwise.
+        Options are the kinds' WORDS (or Yes and No) in random order. "absent" needs two needle kinds or more and is
+        left out otherwise.
         """
         rng = np.random.default_rng((self.map.seed, seed, 6))
         absent = [kind for kind in NEEDLES if kind not in self.present]
@@ -460,7 +471,7 @@ class GroundTruth:
                 answer = str(rng.choice(self.present))
                 options, text = (
                     [answer, *rng.permutation(absent)[:3]],
-                    "Which of these tissues is hidden in this slide?",
+                    "Which of these tissues is present in this slide?",
                 )
             elif family == "absent":
                 answer = str(rng.choice(absent))
@@ -469,10 +480,10 @@ class GroundTruth:
                 answer, options = self.dominant, list(BACKGROUNDS)
                 text = "Which tissue makes up most of this slide?"
             else:
-                answer, options = ("yes" if "carcinoma" in self.present else "no"), ["yes", "no"]
-                text = "Does this slide contain tumour?"
-            shuffled = [str(option) for option in rng.permutation(options)]
-            asked.append({"question": text, "options": shuffled, "answer": answer, "family": family})
+                answer, options = ("Yes" if "carcinoma" in self.present else "No"), ["Yes", "No"]
+                text = f"Does this slide contain {WORDS['carcinoma']}?"
+            shuffled = [WORDS.get(str(option), str(option)) for option in rng.permutation(options)]
+            asked.append({"question": text, "options": shuffled, "answer": WORDS.get(answer, answer), "family": family})
         return asked
 
     def to_json(self) -> str:

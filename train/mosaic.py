@@ -21,24 +21,16 @@ from PIL import Image, ImageFilter
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from sparsewsi import phantom
 from sparsewsi.bag import Bag
 from train.data import Example, Question
 
 SPLIT_FILE = Path(__file__).with_name("mosaic_split.json")
-WORDS = {
-    "carcinoma": "carcinoma",
-    "lymphoid": "lymphoid tissue",
-    "mucin": "mucin",
-    "necrosis": "necrosis",
-    "blood": "blood",
+WORDS = phantom.WORDS | {
     "gastric_mucosa": "gastric mucosa",
     "pancreas_acinar": "pancreas",
     "small_bowel_mucosa": "small bowel mucosa",
     "liver_parenchyma": "liver",
-    "stroma_fibrous": "fibrous stroma",
-    "smooth_muscle": "smooth muscle",
-    "adipose": "fat",
-    "normal_mucosa_colon": "colon mucosa",
 }
 # Needle kinds live on two sources or more, so that a slide's stain never answers a question.
 NEEDLES = {
@@ -52,13 +44,13 @@ NEEDLES = {
         "small_bowel_mucosa",
         "liver_parenchyma",
     ),
-    "phantom": ("carcinoma", "lymphoid", "mucin", "necrosis", "blood"),
+    "phantom": phantom.NEEDLES,
 }
 NEEDLE_KINDS = sorted({kind for kinds in NEEDLES.values() for kind in kinds})
 # Real colon mucosa is neither: among the kinds asked for it has look-alikes, as background it would hide them.
 BACKGROUNDS = {
     "real": ("stroma_fibrous", "smooth_muscle", "adipose"),
-    "phantom": ("stroma_fibrous", "smooth_muscle", "adipose", "normal_mucosa_colon"),
+    "phantom": phantom.BACKGROUNDS,
 }
 CRC_LABELS = {
     "TUM": "carcinoma",
@@ -332,13 +324,11 @@ def phantom_patches(
     seeds: int, per_kind: int, splits: tuple[str, ...] = ("train", "val", "test")
 ) -> Iterator[tuple[np.ndarray, str, str, str]]:
     """(pixels, kind, source, split) from `seeds` phantoms of each split, `per_kind` patches of every kind of each."""
-    from sparsewsi.phantom import KINDS, patches
-
     ranges = json.loads(SPLIT_FILE.read_text())["phantom"]
     for split in splits:
         for seed in range(ranges[split][0], ranges[split][0] + (seeds if split == "train" else max(4, seeds // 5))):
-            for kind in KINDS:
-                for pixels in patches(seed, kind, per_kind, mixed=0.4):
+            for kind in phantom.KINDS:
+                for pixels in phantom.patches(seed, kind, per_kind, mixed=0.4):
                     yield pixels, kind, f"phantom-{seed}", split
 
 
