@@ -51,7 +51,7 @@ def likeliest(model: SparseWSI, selection: Selection, question: Question) -> str
 
 
 def check(model: SparseWSI, item: Item, kind: str, rng: np.random.Generator) -> dict:
-    """What one case says: is the answer right, is its top patch a needle of the kind, does dropping patches change it."""
+    """One case: is the answer right, is its top patch a needle of the kind, does dropping patches change it."""
     selection, question = model.select(item.bag), item.question
     answer = likeliest(model, selection, question)
     chat = [{"role": "user", "content": question.question}]
