@@ -15,12 +15,13 @@ import os
 import re
 import uuid
 import warnings
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import h5py
 import numpy as np
@@ -30,10 +31,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsewsi.encoders import PatchEncoder, load_encoder
-from sparsewsi.slide import open_slide
+from sparsewsi.slide import Slide, SlideError, open_slide
 from sparsewsi.tissue import patch_coords, patch_side, why_empty
 
 UNKNOWN_ENCODER = "unknown"
+READERS = max(1, min(4, os.cpu_count() or 1))  # threads that read patches; decoders drop the GIL
+_T = TypeVar("_T")
 _NOMINAL_PATCH_SIZE = 256  # level-0 px; only for files that say nothing about size and position
 _MAX_FLOAT16 = 65504.0
 
@@ -142,71 +145,133 @@ def extract_bag(
     encoder:     name for load_encoder, or a loaded encoder
     mpp:         um/px to read at
     patch_size:  side of a patch in px at that mpp; the encoder resizes it to its own input
-    batch_size:  patches read at a time; at most two batches are in memory, and features do not depend on it
+    batch_size:  patches read at a time; a few batches are in memory, and features do not depend on it
     slide_mpp:   um/px of level 0 for slides that do not state it
     max_patches: keep at most so many, evenly spaced over the rows of the raster (as SlideChat does)
     progress:    called with (patches done, patches in all)
+    Patches in damaged parts of the file are left out, and Bag.note says how many.
     Raises ValueError (SlideError) when the slide cannot be read or states no mpp. N = 0 is legal.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    if max_patches is not None and max_patches < 1:
-        raise ValueError(f"max_patches must be at least 1, got {max_patches}.")
     with open_slide(path, slide_mpp=slide_mpp) as slide:
-        level0_mpp = slide.require_mpp()
-        coords = patch_coords(slide, mpp, patch_size)  # (N, 2) int32
-        if max_patches is not None and len(coords) > max_patches:
-            coords = coords[np.linspace(0, len(coords) - 1, max_patches, dtype=int)]
+        coords = choose_coords(slide, mpp, patch_size, max_patches)
         loaded = load_encoder(encoder) if isinstance(encoder, str) else encoder
-
-        def read(part: np.ndarray) -> np.ndarray:
-            return np.stack([slide.read((int(x), int(y)), (patch_size, patch_size), mpp) for x, y in part])
-
         features = torch.empty(len(coords), loaded.dim, dtype=torch.float16)
-        done = 0
+        readable = np.zeros(len(coords), bool)
+        done = kept = 0
         if progress is not None:
             progress(0, len(coords))
-        parts = [coords[i : i + batch_size] for i in range(0, len(coords), batch_size)]
-        with closing(_read_ahead(read, parts)) as batches:  # the thread ends before the slide is closed
-            for pixels in batches:
-                features[done : done + len(pixels)] = loaded(pixels)
-                done += len(pixels)
+        with closing(encode_patches(slide, loaded, coords, mpp, patch_size, batch_size)) as batches:
+            for part, fine in batches:
+                features[kept : kept + len(part)] = part
+                readable[done : done + len(fine)] = fine
+                kept, done = kept + len(part), done + len(fine)
                 if progress is not None:
                     progress(done, len(coords))
-        notes = [*slide.warnings, slide.check_mpp(mpp), None if len(coords) else why_empty(slide, mpp, patch_size)]
-        return Bag(
-            features=features,
-            coords=torch.from_numpy(np.ascontiguousarray(coords, dtype=np.int32)),
-            patch_size=patch_side(slide, mpp, patch_size),
-            mpp=mpp,
-            encoder=loaded.name,
-            slide=slide.name,
-            slide_mpp=level0_mpp,
-            mpp_source=slide.mpp_source or "unknown",
-            slide_size=(int(slide.size[0]), int(slide.size[1])),
-            note=" ".join(note for note in notes if note),
-        )
+        return bag_of(slide, loaded.name, coords, readable, features[:kept], mpp, patch_size)
 
 
-def _read_ahead(read: Callable[[np.ndarray], np.ndarray], parts: list[np.ndarray]) -> Generator[np.ndarray, None, None]:
-    """read(part) for every part, in order, the next one on a thread while the caller works on this one."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-patches") as pool:
-        pending = pool.submit(read, parts[0]) if parts else None
-        for following in [*parts[1:], None] if parts else []:
-            assert pending is not None
-            pixels = pending.result()
-            pending = pool.submit(read, following) if following is not None else None
-            yield pixels
+def choose_coords(slide: Slide, mpp: float, patch_size: int, max_patches: int | None = None) -> np.ndarray:
+    """patch_coords, at most max_patches of them, evenly spaced: (N, 2) int32, level-0 px. Raises as patch_coords."""
+    if max_patches is not None and max_patches < 1:
+        raise ValueError(f"max_patches must be at least 1, got {max_patches}.")
+    coords = patch_coords(slide, mpp, patch_size)
+    if max_patches is not None and len(coords) > max_patches:
+        coords = coords[np.linspace(0, len(coords) - 1, max_patches, dtype=int)]
+    return coords
+
+
+def encode_patches(
+    slide: Slide, encoder: PatchEncoder, coords: np.ndarray, mpp: float, patch_size: int, batch_size: int = 32
+) -> Generator[tuple[Tensor, np.ndarray]]:
+    """Read and encode the patches at coords (N, 2), batch by batch in their order, reading ahead on threads.
+
+    Yields (features of the patches that could be read, (<= b, D) float32; which could, (b,) bool). A patch that lies in
+    a damaged part of the file is skipped, never encoded as something else. Close the generator before the slide.
+    """
+
+    def read(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        pixels = np.empty((len(part), patch_size, patch_size, 3), np.uint8)
+        fine = np.zeros(len(part), bool)
+        for i, (x, y) in enumerate(part.tolist()):
+            try:
+                pixels[i] = slide.read((x, y), (patch_size, patch_size), mpp)
+                fine[i] = True
+            except SlideError:
+                continue  # listed as unreadable through `fine`
+        return (pixels if fine.all() else pixels[fine]), fine
+
+    parts = [coords[i : i + batch_size] for i in range(0, len(coords), batch_size)]
+    with closing(_read_ahead(read, parts)) as batches:  # the threads end before the slide is closed
+        for pixels, fine in batches:
+            yield encoder(pixels), fine
+
+
+def bag_of(
+    slide: Slide,
+    encoder: str,
+    coords: np.ndarray,
+    readable: np.ndarray,
+    features: Tensor,
+    mpp: float,
+    patch_size: int,
+) -> Bag:
+    """The bag of a slide whose patches at coords (N, 2) were encoded, but for those that are not readable (N,).
+
+    features: (number of readable patches, D)
+    Raises SlideError if there are patches and none is readable.
+    """
+    lost = len(coords) - int(readable.sum())
+    if lost and not readable.any():
+        raise SlideError(f"None of the slide's {lost} patches can be read; the file is damaged or cut short.")
+    notes = [
+        *slide.warnings,
+        slide.check_mpp(mpp),
+        None if len(coords) else why_empty(slide, mpp, patch_size),
+        f"{lost} of {len(coords)} patches lie in damaged parts of the file and are left out." if lost else None,
+    ]
+    return Bag(
+        features=features,
+        coords=torch.from_numpy(np.ascontiguousarray(coords[readable], dtype=np.int32)),
+        patch_size=patch_side(slide, mpp, patch_size),
+        mpp=mpp,
+        encoder=encoder,
+        slide=slide.name,
+        slide_mpp=slide.require_mpp(),
+        mpp_source=slide.mpp_source or "unknown",
+        slide_size=(int(slide.size[0]), int(slide.size[1])),
+        note=" ".join(note for note in notes if note),
+    )
+
+
+def _read_ahead(read: Callable[[np.ndarray], _T], parts: list[np.ndarray]) -> Generator[_T]:
+    """read(part) for every part, in order, the next READERS of them on threads while the caller works on one."""
+    with ThreadPoolExecutor(max_workers=READERS, thread_name_prefix="read-patches") as pool:
+        pending: deque[Future[_T]] = deque()
+        try:
+            for part in parts:
+                pending.append(pool.submit(read, part))
+                if len(pending) > READERS:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
 
 
 # ---- our own file
 
 
-def save_bag(bag: Bag, path: str | Path) -> None:
-    """Write a bag as safetensors with JSON metadata, atomically: `path` is the whole file or is not touched."""
+def save_bag(bag: Bag, path: str | Path, **more: str) -> None:
+    """Write a bag as safetensors with JSON metadata, atomically: `path` is the whole file or is not touched.
+
+    more: further metadata for the writer's own use; load_bag ignores it
+    """
     tensors = {"features": bag.features.contiguous(), "coords": bag.coords.contiguous()}
-    with _replacing(Path(path)) as partial:
-        save_file(tensors, partial, metadata={"format": "pt", "sparsewsi_bag": json.dumps(_facts(bag))})
+    with replacing(Path(path)) as partial:
+        save_file(tensors, partial, metadata={"format": "pt", "sparsewsi_bag": json.dumps(_facts(bag)), **more})
 
 
 def _facts(bag: Bag) -> dict[str, Any]:
@@ -226,7 +291,7 @@ def _bag_from_facts(features: Tensor, coords: Tensor, text: str, path: Path) -> 
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary name in the same folder, moved to `path` once what was written there is on disk.
 
     A process killed on the way leaves `path` as it was (absent, or the old file).
@@ -697,7 +762,7 @@ def write_trident_h5(bag: Bag, path: str | Path) -> None:
     if bag.slide_size is not None:
         facts |= {"level0_width": bag.slide_size[0], "level0_height": bag.slide_size[1]}
     facts["sparsewsi_bag"] = json.dumps(_facts(bag))
-    with _replacing(Path(path)) as partial, h5py.File(partial, "w") as file:
+    with replacing(Path(path)) as partial, h5py.File(partial, "w") as file:
         features = file.create_dataset("features", data=bag.features.float().numpy())
         features.attrs.update({"name": bag.slide, "savetodir": "", "encoder": bag.encoder})
         file.create_dataset("coords", data=bag.coords.numpy().astype(np.int64)).attrs.update(facts)
