@@ -156,13 +156,22 @@ def answer_logits(model: SparseWSI, visual: Tensor, packed: Packed) -> Tensor:
 # ---- questions about slides whose features lie in files
 
 ENDINGS = (".safetensors", ".h5", ".hdf5", ".pt", ".npy", ".csv")  # of feature files; the first there is, is read
+_SLIDE_ENDINGS = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".dcm", ".jpg", ".jpeg", ".png")
 _TCGA = re.compile(r"(TCGA-\w{2}-\w{4})(-\w+)*")  # a case, and a slide of it; a UUID may follow after a dot
+
+
+def slide_name(file: str) -> str:
+    """The name of a slide or feature file without folder and endings: x/12.jpg.h5 -> 12."""
+    name = re.split(r"[\\/]", file.strip())[-1]
+    while ending := next((end for end in ENDINGS + _SLIDE_ENDINGS if name.lower().endswith(end)), ""):
+        name = name[: -len(ending)]
+    return name
 
 
 class FeatureFolder:
     """The feature files under a folder, found by the names that files of questions give to slides.
 
-    A name is that of the file without its ending. TCGA slides are found with and without the UUID after their barcode,
+    A name is that of the file without its endings. TCGA slides are found with and without the UUID after their barcode,
     and a TCGA case (TCGA-AR-A1AI) stands for all its slides.
     """
 
@@ -173,9 +182,10 @@ class FeatureFolder:
         self._files: dict[str, dict[str, list[Path]]] = {}  # name, barcode or case -> name -> files
         for path in sorted(self.folder.rglob("*")):
             if path.suffix.lower() in ENDINGS and not path.name.startswith("."):
-                barcode = _TCGA.match(path.stem)
-                for key in {path.stem, *((barcode[0], barcode[1]) if barcode else ())}:
-                    self._files.setdefault(key, {}).setdefault(path.stem, []).append(path)
+                name = slide_name(path.name)
+                barcode = _TCGA.match(name)
+                for key in {name, *((barcode[0], barcode[1]) if barcode else ())}:
+                    self._files.setdefault(key, {}).setdefault(name, []).append(path)
 
     def find(self, slide: str) -> list[Path]:
         """The feature file of a slide; of a case, one file for each of its slides; empty where there is none.
