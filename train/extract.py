@@ -1,0 +1,597 @@
+"""Features of a cohort: one <slide>.safetensors for every slide of a folder, a pattern or a CSV.
+
+    python -m train.extract slides/ --out features
+    python -m train.extract cohort.csv --out features --encoder uni           # columns: slide, mpp (may be empty)
+    torchrun --nproc_per_node=2 -m train.extract slides/ --out features       # one rank per GPU
+    sbatch --array=0-9 ... python -m train.extract '/data/*.svs' --out features
+
+    OUT/extract.json         the settings: a folder holds features of one kind only
+    OUT/<stem>.safetensors   a Bag, whole or absent; <stem> is the slide's file name without its suffix
+    OUT/.<stem>.parts/       what is done of a slide that is not finished
+    OUT/report/<rank>.jsonl  a line for every slide worked on; OUT/report.csv: the last line of every slide
+
+A run that was stopped in any way goes on where it was when it is started again, and ends with the same files. Slides
+are read and encoded in a child process: a decoder that crashes takes the child along, not the batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import errno
+import functools
+import glob
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from sparsewsi.bag import Bag, bag_of, choose_coords, encode_patches, load_bag, replacing, save_bag
+from sparsewsi.encoders import PatchEncoder, load_encoder
+from sparsewsi.slide import open_slide
+
+SLIDE_SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the features of a folder have in common."""
+
+    encoder: str
+    mpp: float  # um/px at which patches are read
+    patch_size: int  # px at that mpp
+    max_patches: int | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One slide to do. stem: the name of its output; slide_mpp: um/px of level 0, where the user states it."""
+
+    path: Path
+    stem: str
+    slide_mpp: float | None = None
+    bytes: int = 0
+    problem: str = ""  # why it cannot be done, as far as its path tells
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the report says of one slide. outcome: "done" | "empty" (no tissue) | "failed" (warnings say why)."""
+
+    slide: str
+    outcome: str
+    patches: int = 0
+    slide_mpp: float | None = None
+    mpp_source: str = ""
+    seconds: float = 0.0
+    resumed_at: int = 0  # patches that an earlier run had done
+    warnings: str = ""
+    unreadable: list[list[int]] = field(default_factory=list)  # (x, y) of patches left out, level-0 px
+    time: str = ""
+
+
+# ---- which slides
+
+
+def find_slides(sources: Iterable[str], slide_mpp: float | None = None) -> list[Job]:
+    """The slides of folders (searched deeply), glob patterns, CSV files (`slide, mpp`) and single files, by stem.
+
+    In a folder a PNG or JPEG counts unless a slide has the same stem, and a DICOM slide is its folder. A path in a CSV
+    is relative to the CSV. slide_mpp applies where a CSV states none.
+    Raises ValueError for a source that names nothing, or a CSV that cannot be read.
+    """
+    jobs: list[Job] = []
+    for source in sources:
+        path = Path(source)
+        if path.suffix.lower() == ".csv" and path.is_file():
+            jobs += _slides_of_csv(path, slide_mpp)
+        elif path.is_dir():
+            jobs += _slides_of_folder(path, slide_mpp)
+        else:
+            paths = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(source, recursive=True))]
+            if not paths:
+                raise ValueError(f"There is no slide, folder or CSV at {source}, and no file matches it as a pattern.")
+            for found in paths:
+                is_slide = found.is_file() or any(found.glob("*.dcm"))
+                jobs += [_job(found, slide_mpp)] if is_slide else _slides_of_folder(found, slide_mpp)
+    unique = {(os.path.abspath(job.path), job.slide_mpp): job for job in jobs}
+    return sorted(_with_own_stems(list(unique.values())), key=lambda job: (job.stem, str(job.path)))
+
+
+def _slides_of_folder(folder: Path, slide_mpp: float | None) -> list[Job]:
+    jobs: list[Job] = []
+    closed: list[OSError] = []
+    for where, folders, names in os.walk(folder, onerror=closed.append):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        suffixes = {name: Path(name).suffix.lower() for name in names if not name.startswith(".")}
+        if ".dcm" in suffixes.values():
+            jobs.append(_job(Path(where), slide_mpp))
+        wanted = SLIDE_SUFFIXES | IMAGE_SUFFIXES
+        jobs += [_job(Path(where, name), slide_mpp) for name, suffix in suffixes.items() if suffix in wanted]
+    slides = {job.stem for job in jobs if job.path.suffix.lower() not in IMAGE_SUFFIXES}
+    jobs = [job for job in jobs if job.path.suffix.lower() not in IMAGE_SUFFIXES or job.stem not in slides]
+    for error in closed:
+        place = Path(error.filename)
+        jobs.append(Job(place, place.name, problem=f"The folder cannot be searched: {error.strerror}."))
+    return jobs
+
+
+def _slides_of_csv(table: Path, slide_mpp: float | None) -> list[Job]:
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, skipinitialspace=True)
+            rows = [{key.strip(): (value or "").strip() for key, value in row.items() if key} for row in reader]
+            columns = [name.strip() for name in reader.fieldnames or []]
+    except (UnicodeDecodeError, csv.Error, AttributeError) as error:
+        raise ValueError(f"{table.name} is not a table of comma-separated values: {error}.") from error
+    if "slide" not in columns:
+        raise ValueError(
+            f"{table.name} needs a column `slide` (and may have `mpp`), got {', '.join(columns) or 'none'}."
+        )
+    jobs = []
+    for row in rows:
+        if not row["slide"]:
+            continue
+        path, text = table.parent / row["slide"], row.get("mpp", "")
+        try:
+            jobs.append(_job(path, float(text) if text else slide_mpp))
+        except ValueError:
+            jobs.append(replace(_job(path, None), problem=f"{table.name} states an mpp of {text!r}; write a number."))
+    return jobs
+
+
+def _job(path: Path, slide_mpp: float | None) -> Job:
+    stem = path.name if path.is_dir() else path.stem
+    try:
+        return Job(path, stem, slide_mpp, _bytes(path))
+    except OSError as error:
+        return Job(path, stem, slide_mpp, problem=f"The slide cannot be read: {error.strerror}.")
+
+
+def _bytes(path: Path) -> int:
+    """Size of a slide on disk; of a DICOM folder, and of MRXS with its data folder, all of it."""
+    beside = path.with_suffix("") if path.suffix.lower() == ".mrxs" else path
+    more = sum(file.stat().st_size for file in beside.iterdir() if file.is_file()) if beside.is_dir() else 0
+    return more + (0 if path.is_dir() else path.stat().st_size)
+
+
+def _with_own_stems(jobs: list[Job]) -> list[Job]:
+    """Jobs that would write the same file are marked as not to be done."""
+    by_stem: dict[str, list[Job]] = {}
+    for job in jobs:
+        by_stem.setdefault(job.stem, []).append(job)
+    clash = "{} slides are named {}, and one's features would overwrite another's; extract them into different folders."
+    return [
+        replace(job, problem=job.problem or clash.format(len(same), stem)) if len(same) > 1 else job
+        for stem, same in by_stem.items()
+        for job in same
+    ]
+
+
+# ---- whose slides
+
+
+def rank_of(environment: Mapping[str, str]) -> tuple[int, int]:
+    """(rank, ranks): from torchrun, a SLURM array, or both (every task of the array starts torchrun)."""
+    rank, ranks = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
+    if "SLURM_ARRAY_TASK_ID" in environment:
+        tasks = int(environment["SLURM_ARRAY_TASK_COUNT"])
+        first, step = (int(environment.get(f"SLURM_ARRAY_TASK_{key}", d)) for key, d in (("MIN", 0), ("STEP", 1)))
+        task = (int(environment["SLURM_ARRAY_TASK_ID"]) - first) // step
+        if not 0 <= task < tasks:
+            raise ValueError("The SLURM array must be one range, such as --array=0-9: its tasks count off the slides.")
+        rank, ranks = task * ranks + rank, tasks * ranks
+    return rank, ranks
+
+
+def share(jobs: list[Job], rank: int, ranks: int) -> list[Job]:
+    """This rank's jobs, largest first. All ranks see the same jobs, done or not, and so agree on who does what."""
+    loads, mine = [0] * ranks, []
+    for job in sorted(jobs, key=lambda job: (-job.bytes, job.stem, str(job.path))):
+        least = loads.index(min(loads))
+        loads[least] += max(1, job.bytes)
+        if least == rank:
+            mine.append(job)
+    return mine
+
+
+# ---- one slide
+
+
+def extract_slide(job: Job, settings: Settings, out: Path, encoder: PatchEncoder, part_seconds: float = 20.0) -> Row:
+    """Encode one slide into OUT/<stem>.safetensors, from where an earlier run stopped.
+
+    part_seconds: what is encoded is put on disk that often; a killed run loses no more
+    Raises SlideError, ValueError or OSError if it cannot be done.
+    """
+    began = time.monotonic()
+    final, folder = out / f"{job.stem}.safetensors", out / f".{job.stem}.parts"
+    for leftover in out.glob(f".{glob.escape(final.name)}.*.partial"):
+        leftover.unlink(missing_ok=True)
+    with open_slide(job.path, slide_mpp=job.slide_mpp) as slide:
+        coords = choose_coords(slide, settings.mpp, settings.patch_size, settings.max_patches)
+        facts = [asdict(settings), encoder.name, slide.name, job.bytes, slide.mpp, len(coords)]
+        identity = hashlib.sha256(json.dumps(facts).encode() + coords.tobytes()).hexdigest()
+        resumed_at = done = _resume(folder, identity)
+        _tell(done, len(coords))
+        features: list[Tensor] = []
+        readable: list[np.ndarray] = []
+        saved = time.monotonic()
+        todo = coords[done:]
+        with closing(encode_patches(slide, encoder, todo, settings.mpp, settings.patch_size)) as batches:
+            for part, fine in batches:
+                features.append(part.half())
+                readable.append(fine)
+                _tell(done + sum(map(len, readable)), len(coords))
+                if time.monotonic() - saved >= part_seconds:
+                    _save_part(folder, done, identity, features, readable)
+                    done += sum(map(len, readable))
+                    features, readable, saved = [], [], time.monotonic()
+        whole, fine = _join(folder, encoder.dim, len(coords), features, readable)
+        bag = bag_of(slide, encoder.name, coords, fine, whole, settings.mpp, settings.patch_size)
+    save_bag(bag, final, extracted_from=json.dumps({"bytes": job.bytes, "slide_mpp": job.slide_mpp}))
+    shutil.rmtree(folder, ignore_errors=True)
+    return replace(
+        _row_of(job.stem, bag),
+        seconds=round(time.monotonic() - began, 2),
+        resumed_at=resumed_at,
+        unreadable=coords[~fine].tolist(),
+    )
+
+
+def _resume(folder: Path, identity: str) -> int:
+    """Patches that are on disk already; parts of another slide, of other settings, or without their beginning go."""
+    done = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                if file.metadata().get("identity") == identity and int(path.stem) == done:
+                    done += file.get_slice("readable").get_shape()[0]
+                    continue
+        except (SafetensorError, ValueError, OSError):
+            pass
+        path.unlink()
+    for leftover in folder.glob(".*.partial"):
+        leftover.unlink(missing_ok=True)
+    return done
+
+
+def _save_part(folder: Path, start: int, identity: str, features: list[Tensor], readable: list[np.ndarray]) -> None:
+    """The patches from number `start` on, atomically: features (readable patches, D), readable (b,) bool."""
+    part = {"features": torch.cat(features), "readable": torch.from_numpy(np.concatenate(readable))}
+    with replacing(folder / f"{start:09d}.safetensors") as partial:
+        save_file(part, partial, metadata={"identity": identity})
+
+
+def _join(
+    folder: Path, dim: int, count: int, features: list[Tensor], readable: list[np.ndarray]
+) -> tuple[Tensor, np.ndarray]:
+    """The parts on disk, then what is in memory: (features of the readable (n, D), which are readable (count,))."""
+    whole, fine = torch.empty(count, dim, dtype=torch.float16), np.zeros(count, bool)
+    kept = done = 0
+
+    def add(part: Tensor, flags: np.ndarray) -> None:
+        nonlocal kept, done
+        whole[kept : kept + len(part)] = part
+        fine[done : done + len(flags)] = flags
+        kept, done = kept + len(part), done + len(flags)
+
+    for path in sorted(folder.glob("*.safetensors")):
+        part = load_file(path)
+        add(part["features"], part["readable"].numpy())
+    for part, flags in zip(features, readable):
+        add(part, flags)
+    assert done == count
+    return whole[:kept], fine
+
+
+def _row_of(stem: str, bag: Bag) -> Row:
+    outcome = "done" if len(bag.features) else "empty"
+    return Row(stem, outcome, len(bag.features), bag.slide_mpp, bag.mpp_source, warnings=bag.note)
+
+
+def finished(job: Job, out: Path) -> Row | None:
+    """The row of a slide whose file is there and was made from this very slide file; None if it is to be done.
+
+    Raises ValueError if the file there was not made by this program.
+    """
+    path = out / f"{job.stem}.safetensors"
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            made_from = (file.metadata() or {}).get("extracted_from")
+    except SafetensorError:
+        made_from = None
+    if made_from is None:
+        raise ValueError(f"{path.name} is there, but not from this program. Move it, or choose another --out.")
+    if json.loads(made_from) != {"bytes": job.bytes, "slide_mpp": job.slide_mpp}:
+        return None
+    return _row_of(job.stem, load_bag(path))
+
+
+# ---- the child process
+
+
+_progress: Any = None  # shared with the parent: patches done, patches in all, process id
+
+
+def _begin_child(progress: Any) -> None:
+    """First thing in a child: remember where to tell progress, and end when the parent does, however it ends."""
+    global _progress
+    _progress = progress
+    progress[2] = os.getpid()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _tell(done: int, total: int) -> None:
+    if _progress is not None:
+        _progress[0], _progress[1] = done, total
+
+
+@functools.cache
+def _encoder(name: str, device: str | None) -> PatchEncoder:
+    return load_encoder(name, device)
+
+
+def _encoder_name(name: str, device: str | None) -> str:
+    """Load the encoder. Raises ValueError, in the parent as well, if that cannot be done."""
+    return _encoder(name, device).name
+
+
+def _attempt(job: Job, settings: Settings, out: Path, device: str | None, part_seconds: float) -> Row:
+    """extract_slide, with whatever goes wrong as a row."""
+    _tell(0, 0)
+    try:
+        return extract_slide(job, settings, out, _encoder(settings.encoder, device), part_seconds)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:  # its parts would keep the report from being written
+            shutil.rmtree(out / f".{job.stem}.parts", ignore_errors=True)
+        return Row(job.stem, "failed", warnings=f"{error.strerror or error}.")
+    except ValueError as error:
+        return Row(job.stem, "failed", warnings=str(error))
+    except Exception as error:  # one slide never stops the batch
+        return Row(job.stem, "failed", warnings=f"{type(error).__name__}: {error}")
+
+
+class Child:
+    """One process that does one call after another; replaced by a new one when it dies or stands still."""
+
+    def __init__(self, stall_seconds: float):
+        self._context = multiprocessing.get_context("spawn")
+        self._stall_seconds = stall_seconds
+        self._pool: ProcessPoolExecutor | None = None
+        self.progress = self._context.Array("q", 3, lock=False)  # patches done, patches in all, process id
+
+    def call(self, function: Any, *arguments: Any, each_second: Any = lambda: None) -> Any:
+        """function(*arguments) in the child. Raises BrokenProcessPool if the child died or had to be killed."""
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(1, self._context, _begin_child, (self.progress,))
+        future: Future[Any] = self._pool.submit(function, *arguments)
+        seen, since = tuple(self.progress), time.monotonic()
+        while True:
+            try:
+                return future.result(timeout=1.0)
+            except TimeoutError:
+                each_second()
+            except BrokenProcessPool:
+                self.close()
+                raise
+            if tuple(self.progress) != seen:
+                seen, since = tuple(self.progress), time.monotonic()
+            elif time.monotonic() - since > self._stall_seconds and self.progress[2]:
+                os.kill(self.progress[2], getattr(signal, "SIGKILL", signal.SIGTERM))
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+
+# ---- the report
+
+
+class Report:
+    """OUT/report/<rank>.jsonl, one line per slide worked on, and OUT/report.csv, the last line of every slide."""
+
+    def __init__(self, out: Path, rank: int):
+        self._folder, self._table = out / "report", out / "report.csv"
+        self._path = self._folder / f"{rank}.jsonl"
+        self._rank = rank
+        self._unwritten: list[str] = []
+        self.rows = self.read()
+
+    def read(self) -> dict[str, Row]:
+        """The latest row of every slide, of all ranks and runs."""
+        rows: list[Row] = []
+        for path in sorted(self._folder.glob("*.jsonl")):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    rows.append(Row(**json.loads(line)))
+                except (ValueError, TypeError):
+                    continue  # a line that a killed run left unfinished
+        return {row.slide: row for row in sorted(rows, key=lambda row: row.time)}
+
+    def add(self, row: Row) -> None:
+        """Put a row on disk; if the disk is full, together with a later one."""
+        row = replace(row, time=datetime.now(UTC).isoformat(timespec="milliseconds"))
+        self.rows[row.slide] = row
+        self._unwritten.append(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+        try:
+            self._folder.mkdir(exist_ok=True)
+            # A killed run may have left half a line.
+            with self._path.open("a+b") as file:
+                size = file.seek(0, io.SEEK_END)
+                file.seek(max(0, size - 1))
+                torn = size > 0 and file.read(1) != b"\n"
+                file.write(("\n" * torn + "".join(self._unwritten)).encode())
+            self._unwritten.clear()
+        except OSError as error:
+            print(f"The report cannot be written: {error.strerror}.", file=sys.stderr)
+
+    def finish(self) -> None:
+        """Write the table of all slides so far. Every rank does so; the last one to end writes the complete one."""
+        rows = sorted(self.read().values(), key=lambda row: row.slide)
+        columns = [column.name for column in fields(Row)]
+        partial = self._table.with_name(f".report.csv.{self._rank}")
+        try:
+            with partial.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                writer.writerows(asdict(row) | {"unreadable": len(row.unreadable)} for row in rows)
+            os.replace(partial, self._table)
+        except OSError as error:
+            print(f"report.csv cannot be written: {error.strerror}.", file=sys.stderr)
+
+
+# ---- all slides
+
+
+def check_settings(out: Path, settings: Settings) -> None:
+    """Claim OUT for features of these settings. Raises ValueError if it holds features of others."""
+    path = out / "extract.json"
+    if not path.is_file():
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(asdict(settings), indent=2) + "\n")
+    try:
+        stored = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged; delete it if the features beside it have these settings.") from error
+    wrong = [
+        f"{key} {stored.get(key)} (now {value})" for key, value in asdict(settings).items() if stored.get(key) != value
+    ]
+    if wrong:
+        raise ValueError(f"{out} holds features made with {', '.join(wrong)}; choose another --out.")
+
+
+def extract_all(
+    jobs: list[Job],
+    settings: Settings,
+    out: Path,
+    *,
+    rank: int = 0,
+    device: str | None = None,
+    part_seconds: float = 20.0,
+    stall_seconds: float = 1800.0,
+) -> list[Row]:
+    """Do the jobs, one after another, and report. Raises ValueError if the encoder cannot be loaded."""
+    report, child, rows = Report(out, rank), Child(stall_seconds), []
+    with (
+        closing(child),
+        tqdm(total=sum(max(1, job.bytes) for job in jobs), unit="B", unit_scale=True, disable=None) as bar,
+    ):
+        behind, encoder_is_fine = 0, False
+
+        def show(job: Job) -> None:
+            done, total = child.progress[0], child.progress[1]
+            bar.update(behind + round(job.bytes * done / max(1, total)) - bar.n)
+            bar.set_postfix_str(f"{len(rows)}/{len(jobs)} slides, {job.stem[:24]} {done}/{total}", refresh=False)
+
+        for job in jobs:
+            row = _done_or_not_to_be_done(job, out)
+            if row is None:
+                if not encoder_is_fine:
+                    child.call(_encoder_name, settings.encoder, device)
+                    encoder_is_fine = True
+                row = _twice(child, job, settings, out, device, part_seconds, functools.partial(show, job))
+            known = report.rows.get(job.stem)
+            if row.seconds or known is None or (known.outcome, known.warnings) != (row.outcome, row.warnings):
+                report.add(row)
+            rows.append(row)
+            behind += max(1, job.bytes)
+            bar.update(behind - bar.n)
+            if row.outcome == "failed":
+                bar.write(f"{job.stem}: {row.warnings}", file=sys.stderr)
+    report.finish()
+    return rows
+
+
+def _done_or_not_to_be_done(job: Job, out: Path) -> Row | None:
+    try:
+        return Row(job.stem, "failed", warnings=job.problem) if job.problem else finished(job, out)
+    except (ValueError, OSError) as error:
+        return Row(job.stem, "failed", warnings=str(error))
+
+
+def _twice(child: Child, job: Job, settings: Settings, out: Path, device: str | None, part_seconds: float, show) -> Row:
+    """One slide in the child; once more, from where it was, if the child dies (it may have died of something else)."""
+    for _ in range(2):
+        try:
+            return child.call(_attempt, job, settings, out, device, part_seconds, each_second=show)
+        except BrokenProcessPool:
+            continue
+    return Row(job.stem, "failed", warnings="The process that read it died or stood still, twice.")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status 0; 1 if slides failed (they are in the report); 2 with a sentence if the input is at fault."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("slides", nargs="+", help="folders, patterns, CSV files (slide, mpp), slides")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--encoder", default="efficientnet-lite0")
+    parser.add_argument("--mpp", type=float, default=0.5, help="um/px to read at")
+    parser.add_argument("--patch-size", type=int, default=224, help="px at that mpp")
+    parser.add_argument("--max-patches", type=int, help="per slide, evenly spaced")
+    parser.add_argument("--slide-mpp", type=float, help="um/px of level 0 of all slides (a CSV states it per slide)")
+    parser.add_argument("--device", help="default: this rank's GPU, or the CPU")
+    parser.add_argument("--part-seconds", type=float, default=20.0, help="put what is encoded on disk that often")
+    parser.add_argument("--stall-seconds", type=float, default=1800.0, help="give a slide up that stands still so long")
+    options = parser.parse_args(arguments)
+    settings = Settings(options.encoder, options.mpp, options.patch_size, options.max_patches)
+    device = options.device
+    if device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        rank, ranks = rank_of(os.environ)
+        jobs = share(find_slides(options.slides, options.slide_mpp), rank, ranks)
+        options.out.mkdir(parents=True, exist_ok=True)
+        check_settings(options.out, settings)
+        rows = extract_all(
+            jobs,
+            settings,
+            options.out,
+            rank=rank,
+            device=device,
+            part_seconds=options.part_seconds,
+            stall_seconds=options.stall_seconds,
+        )
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    failed = sum(row.outcome == "failed" for row in rows)
+    print(f"{len(rows) - failed} of {len(rows)} slides are done, {failed} failed; see {options.out / 'report.csv'}.")
+    # torchrun ends all ranks as soon as one exits with another status, and the others may have slides left.
+    return 1 if failed and "LOCAL_RANK" not in os.environ else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
