@@ -73,12 +73,11 @@ class Evidence:
             return (
                 f"Without patch {patch} the model would find this answer {_times(effect)} less likely{against}{others}."
             )
-        most = (
-            f"without patch {patch}, which weighs most, it would be {_times(effect)} less likely" if effect > 0 else ""
-        )
-        weak = (
-            f"No patch matters much to this answer: {most or 'it is no less likely without any single one'}{against}."
-        )
+        weak = "No patch matters much to this answer: "
+        if effect < math.log(1.05):
+            weak += "it is hardly less likely without any single one."
+        else:
+            weak += f"without patch {patch}, which weighs most, it would be {_times(effect)} less likely{against}."
         if self.without_any >= MATTERS:
             return f"{weak} Without all {k} it would be {_times(self.without_any)} less likely: they repeat each other."
         return f"{weak} The model would give it as readily without any patch: it does not rest on what the slide shows."

@@ -215,7 +215,7 @@ td { overflow-wrap: anywhere; } th { font-weight: 600; } .number { font-variant-
 def factor(effect: float) -> str:
     """An effect in nats as what an answer's likelihood is divided by without the patch: "3.2" for log(3.2)."""
     value = math.exp(min(effect, 50))
-    return f"{value:.3g}" if value < 1000 else "over 1000"
+    return "over 1000" if value > 1000 else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 def write_report(
@@ -465,22 +465,26 @@ class Record:
     patches_sha256: str | None
     questions: tuple[tuple[str, tuple[str, ...]], ...]
 
+    def check_names(self, *, slide: str | None = None, encoder: str | None = None) -> None:
+        """Raise ValueError, in words, if the record is about another slide or encoder; None is not compared."""
+        self._check_same("slide", self.slide, slide)
+        self._check_same("encoder", self.encoder, encoder)
+
     def check(self, bag: Bag) -> None:
         """Raise ValueError, in words, unless the bag has the very patches that the record is about."""
-        for what, recorded, found in (
-            ("slide", self.slide, bag.slide),
-            ("encoder", self.encoder, bag.encoder),
-            ("number of patches", len(self.scores), len(bag.features)),
-        ):
-            if recorded != found:
-                raise ValueError(
-                    f"this selection cannot be replayed here: its {what} is {recorded}, but here it is {found}. "
-                    "Open the slide it was made from, with the same model."
-                )
+        self.check_names(slide=bag.slide, encoder=bag.encoder)
+        self._check_same("number of patches", f"{len(self.scores):,}", f"{len(bag.features):,}")
         if not torch.equal(bag.coords[self.indices], self.coords):
             raise ValueError(
                 "this selection cannot be replayed here: its patches lie elsewhere on the slide. "
-                "Pass the same --slide-mpp and the same model."
+                "Pass the resolution (slide_mpp=) and the model it was made with."
+            )
+
+    def _check_same(self, what: str, recorded: str, found: str | None) -> None:
+        if found not in (None, recorded):
+            raise ValueError(
+                f"this selection cannot be replayed here: its {what} is {recorded}, not {found}. "
+                "Open the slide it was made from, with the same model."
             )
 
 

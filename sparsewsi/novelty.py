@@ -12,6 +12,7 @@ fold is measured with a summary of the others, and the threshold is the QUANTILE
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ def summarise(features: Tensor, sources: np.ndarray) -> Summary:
         for i in range(fold, len(names), FOLDS):
             held_out[i] = float(distances(seen, features[torch.from_numpy(rows[names[i]])]).median())
     whole = _fit(features[torch.from_numpy(np.concatenate(list(rows.values())))].float(), len(names))
-    return Summary(**{**vars(whole), "threshold": float(np.quantile(held_out, QUANTILE))})
+    return dataclasses.replace(whole, threshold=float(np.quantile(held_out, QUANTILE)))
 
 
 def _spread(rows: np.ndarray) -> np.ndarray:
