@@ -1,6 +1,7 @@
 """Evaluation: the score of an option is the model's own, tables count right, a stopped run goes on."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,12 +9,23 @@ import numpy as np
 import pytest
 import torch
 
-from sparsewsi.bag import Bag
+from sparsewsi.bag import Bag, save_bag
 from sparsewsi.config import SparseWSIConfig
 from sparsewsi.llm import load_llm
 from sparsewsi.model import SparseWSI
 from train.data import Question
-from train.evaluate import Item, evaluate, majority, markdown, option_log_likelihoods, summary, wilson
+from train.evaluate import Item, evaluate, main, option_log_likelihoods, worded
+from train.scoring import (
+    add_readings,
+    intervals_of,
+    lenient_choice,
+    majority,
+    markdown,
+    picture,
+    strict_choice,
+    summary,
+    wilson,
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +69,13 @@ def test_wilson_interval_is_the_known_one() -> None:
 def test_a_stopped_evaluation_goes_on_and_counts_once(model: SparseWSI, items: list[Item], tmp_path: Path) -> None:
     rows = ("learned", "random", "all", "text-only")
     whole = evaluate(model, iter(items), 6, rows, None, tmp_path / "whole.jsonl")
-    evaluate(model, iter(items[:2]), 6, rows, None, tmp_path / "broken.jsonl")
-    evaluate(model, iter(items), 6, ("learned",), None, tmp_path / "broken.jsonl")
-    assert evaluate(model, iter(items), 6, rows, None, tmp_path / "broken.jsonl") == whole
-    assert len((tmp_path / "broken.jsonl").read_text().splitlines()) == 2 + 4 + 4  # whole, learned only, the rest
+    broken = tmp_path / "broken.jsonl"
+    evaluate(model, iter(items[:2]), 6, rows, None, broken)
+    with broken.open("a") as log:
+        log.write('{"number": 2, "lear')  # killed while it wrote
+    evaluate(model, iter(items), 6, ("learned",), None, broken)
+    assert evaluate(model, iter(items), 6, rows, None, broken) == whole
+    assert len(broken.read_text().splitlines()) == 2 + 1 + 4 + 4  # whole, cut off, learned only, the rest
     table = summary(majority_of(whole), rows)
     assert table["majority"]["right"] == 6
     assert table["learned"]["right"] == sum(record["learned"] == "mucin" for record in whole)
@@ -79,3 +94,181 @@ def test_text_only_sees_no_patch(model: SparseWSI, items: list[Item], tmp_path: 
     two = evaluate(model, iter(other), 6, ("text-only",), None, tmp_path / "b.jsonl")
     assert [r["text-only"] for r in one] == [r["text-only"] for r in two]
     assert json.loads((tmp_path / "a.jsonl").read_text().splitlines()[0])["n"] == 9
+
+
+# ---- what a text chose
+
+TISSUES = ("carcinoma in situ", "invasive carcinoma", "carcinoma", "fat")
+
+
+@pytest.mark.parametrize(
+    ("text", "strict", "lenient"),
+    [
+        ("B", "invasive carcinoma", "invasive carcinoma"),
+        ("(D)", "fat", "fat"),
+        ("Fat.", "fat", "fat"),
+        ("D. fat", "fat", "fat"),
+        ("A. fat", None, "carcinoma in situ"),  # letter and text disagree: the letter stands first
+        ("A biopsy shows fat", None, "fat"),  # an article is no option
+        ("A biopsy of the breast.", None, None),
+        ("The answer is A biopsy of the breast.", None, None),
+        ("The answer is B-cell lymphoma.", None, None),
+        ("Option A is right.", None, "carcinoma in situ"),
+        ("The correct answer is: (D)", None, "fat"),
+        ("D, because of the vacuoles", None, "fat"),
+        ("This is invasive  carcinoma, I think.", None, "invasive carcinoma"),  # not "carcinoma" inside it
+        ("There is fat, and carcinoma.", None, None),
+        ("fatty liver", None, None),
+        ("E", None, None),
+        ("", None, None),
+    ],
+)
+def test_readings_of_a_text(text: str, strict: str | None, lenient: str | None) -> None:
+    assert strict_choice(text, TISSUES) == strict
+    assert lenient_choice(text, TISSUES) == lenient
+
+
+def test_a_letter_that_is_also_an_options_text_chooses_nothing_strictly() -> None:
+    assert strict_choice("A", ("B", "A")) is None
+    assert strict_choice("B. A", ("B", "A")) == "A"
+    assert strict_choice("B", ("x", "", "z")) is None  # an empty option cannot be chosen
+    assert lenient_choice("", ("+", "-")) is None
+
+
+def test_readings_become_rows() -> None:
+    record = {"number": 0, "slide": "s", "family": "", "answer": "fat", "options": list(TISSUES), "n": 9, "detail": ""}
+    records = [record | {"all text": "It is fat"}, record | {"all text": "D"}, record]
+    assert add_readings(records, ("learned", "all")) == ["all, strict", "all, lenient"]
+    majority(records)
+    table = summary(records, ("all, strict", "all, lenient"))
+    assert [(entry["right"], entry["n"]) for entry in table.values()] == [(1, 2), (2, 2), (3, 3)]
+
+
+def test_majority_is_by_letter_where_every_question_has_its_own_options() -> None:
+    options = (("a", "b"), ("c", "d"), ("e", "f"), ("g", "h"))
+    records = [{"family": "", "options": list(o), "answer": o[i]} for o, i in zip(options, (0, 0, 0, 1))]
+    majority(records, letters=True)
+    assert [record["majority"] for record in records] == ["a", "c", "e", "g"]
+    majority(records)
+    assert [record["majority"] for record in records] == ["a"] * 4
+
+
+def test_accuracy_per_interval_of_n_and_its_picture(tmp_path: Path) -> None:
+    records = [
+        {"slide": f"s{n}", "family": "x", "answer": "a", "options": ["a", "b"], "n": n, "learned": answer, "all": "a"}
+        for n, answer in ((64, "a"), (127, "b"), (128, "a"), (10_240, "a"), (0, None))
+    ]
+    for record in records:
+        record |= {f"learned@{k}": record["learned"] for k in (8, 128)}
+    majority(records)
+    table = summary(records, ("learned", "learned@8", "learned@128", "all"))
+    assert table["learned"]["by_n"] == {"64 to 127": [1, 2], "128 to 255": [1, 1], "8,192 to 16,383": [1, 1]}
+    assert intervals_of(table) == ["64 to 127", "128 to 255", "8,192 to 16,383"]
+    assert "| 64 to 127 | 50.0 % (1/2) |" in markdown(table)
+    picture(table, 32, tmp_path / "table.png")
+    assert (tmp_path / "table.png").stat().st_size > 10_000
+
+
+# ---- prompts, K, missing slides, the command
+
+
+def test_presets_word_the_question_differently(model: SparseWSI, items: list[Item]) -> None:
+    question = replace(items[0].question, options=("fat", "", "mucin"))
+    assert worded(question, "slidechat") == question
+    assert worded(question, "plain").question == "Which tissue?\nfat\nmucin"
+    selection = model.select(items[0].bag)
+    scores = [
+        option_log_likelihoods(model, selection.tokens, selection.indices, selection.num_patches, question, preset)
+        for preset in ("slidechat", "plain")
+    ]
+    assert all(score[1] == -torch.inf and score[[0, 2]].isfinite().all() for score in scores)
+    assert not torch.equal(*scores)
+
+
+def test_a_row_may_have_its_own_k(model: SparseWSI, items: list[Item], tmp_path: Path) -> None:
+    records = evaluate(model, iter(items), 6, ("random@9", "random@2", "all"), None, tmp_path / "a.jsonl")
+    assert [record["random@9"] for record in records] == [record["all"] for record in records]
+    assert all(record["random@9 recall"] == 1.0 and record["random@2 recall"] <= 1.0 for record in records)
+
+
+COHORT = {"TCGA-A7-A0CJ-01Z-00-DX2": 9, "TCGA-A7-A0CE-01Z-00-DX1": 200}
+
+
+@pytest.fixture
+def flags(model: SparseWSI, tmp_path: Path) -> list[str]:
+    """Flags for a made-up SlideBench file of three slides, of which the third has no features."""
+    (tmp_path / "features").mkdir()
+    for number, (name, n) in enumerate(COHORT.items()):
+        features = torch.randn(n, 12, generator=torch.Generator().manual_seed(number)).half()
+        coords = torch.stack([torch.arange(n) % 10, torch.arange(n) // 10], 1).int() * 224
+        save_bag(Bag(features, coords, 224, 0.5, "made-up", "x"), tmp_path / "features" / f"{name}.0123.safetensors")
+    lines = ["ID,Slide,Tumor,Broad Category,Narrow Category,Question,A,B,C,D,Answer"]
+    for number, slide in enumerate([*COHORT, "TCGA-A7-A0CD-01Z-00-DX1"] * 2):
+        lines.append(f"{number},{slide},BRCA,Diagnosis,Grade,Which grade?,low,high,none,,B")
+    lines.append("9,x,BRCA,Diagnosis,Grade,Which grade?,low,high,none,,D")
+    (tmp_path / "tcga.csv").write_text("\n".join(lines))
+    model.save_pretrained(tmp_path / "model")
+    paths = {"model": "model", "data": "tcga.csv", "features": "features", "out": "out"}
+    return [text for name, path in paths.items() for text in (f"--{name}", str(tmp_path / path))]
+
+
+def command(patch: pytest.MonkeyPatch, *given: str) -> None:
+    patch.setattr(sys, "argv", ["evaluate", *given])
+    main()
+
+
+def test_a_named_benchmark_from_its_file(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    command(monkeypatch, "tcga-1494", *flags)
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert list(table["rows"]) == ["learned", "random", "uniform", "all", "text-only", "majority"]
+    assert {entry["n"] for entry in table["rows"].values()} == {6}
+    assert table["rows"]["learned"]["right"] <= 4  # two questions are about a slide without features
+    assert table["rows"]["majority"]["right"] == 6
+    assert table["rows"]["all"]["by_n"].keys() == {"8 to 15", "128 to 255"}
+    assert table["rows"]["all"]["families"].keys() == {"Diagnosis"}
+    assert table["rows"]["all"]["details"].keys() == {"Grade"}
+    notes = " ".join(table["notes"])
+    for words in ("tcga.csv, row 7: the answer 'D'", "has 1,494 questions; these files have 7", "2 questions about 1"):
+        assert words in notes
+    assert (tmp_path / "out" / "table.md").read_text().startswith("| row |")
+    assert (tmp_path / "out" / "table.png").exists()
+    assert "TCGA-A7-A0CD-01Z-00-DX1 counts as missing" in capsys.readouterr().err
+
+    log = tmp_path / "out" / "records.jsonl"
+    lines = log.read_text().splitlines()
+    command(monkeypatch, "tcga-1494", *flags, "--skip-missing")  # asks nothing again
+    assert log.read_text().splitlines() == lines
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert {entry["n"] for entry in table["rows"].values()} == {4}
+
+    bag = tmp_path / "features" / "TCGA-A7-A0CE-01Z-00-DX1.0123.safetensors"
+    bag.rename(bag.with_name("TCGA-A7-A0CD-01Z-00-DX1.safetensors"))  # now it is there, and another one is not
+    command(monkeypatch, "tcga-1494", *flags)
+    assert len(log.read_text().splitlines()) == len(lines) + 2
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "tcga-1494", *flags, "--prompt", "plain")
+    assert "prompt was slidechat, is plain" in capsys.readouterr().err
+
+
+def test_written_answers_are_read_twice(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command(monkeypatch, "file", *flags, "--rows", "learned", "--generate", "--max-patches", "50")
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert list(table["rows"]) == ["learned", "learned, strict", "learned, lenient", "majority"]
+    assert {entry["n"] for entry in table["rows"].values()} == {6}
+    records = [json.loads(line) for line in (tmp_path / "out" / "records.jsonl").read_text().splitlines()]
+    assert len(records) == 4
+    assert all(isinstance(record["learned text"], str) for record in records)
+    assert {record["n"] for record in records} == {9, 50}
+
+
+def test_no_features_at_all_is_said(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for bag in (tmp_path / "features").iterdir():
+        bag.unlink()
+    with pytest.raises(SystemExit) as end:
+        command(monkeypatch, "tcga-1494", *flags)
+    assert end.value.code == 2
+    assert "none of the 3 slides has a feature file" in capsys.readouterr().err

@@ -1,20 +1,32 @@
 """How often the model answers right, with which patches, against what.
 
-    python -m train.evaluate mosaic --model assets/demo-model --bank runs/real.safetensors --n 1024 --questions 400
+    python -m train.evaluate mosaic --model assets/demo-model --bank runs/real.safetensors --n 1024 --questions 400 \\
+        --out runs/eval-real
     python -m train.evaluate phantom --model assets/demo-model --slides 30 --out runs/eval-phantom
+    python -m train.evaluate tcga-1494 --data SlideBench-VQA-TCGA.csv --features features/ --model my-model \\
+        --out runs/eval-tcga
 
-Every question is multiple choice and is answered by the likeliest option (mean log-likelihood per token of the option's
-text). Rows: the learned top-K, K random patches and all N patches of the same artefact; the text alone (no visual
-token); the majority answer, that is the most frequent answer of each question family in this very set, an optimistic
-constant. Intervals are Wilson's at 95 %; where several questions share a slide, a bootstrap over slides as well.
+The named benchmarks and the files they come as are in train/benchmarks.py; `python -m train.benchmarks check` says
+beforehand what is missing. Every question is multiple choice and is answered by the likeliest option (mean
+log-likelihood per token of the option's text); with --generate it is also answered in writing, which is read twice:
+strict (a letter, or the text of one option, and nothing else) and lenient (train/scoring.py).
+
+Rows: the learned top-K, K random patches, K patches on a uniform grid and all N patches through the same artefact; the
+text alone (no visual token); the majority answer, that is the most frequent answer of each question family in this very
+set, an optimistic constant. A row "learned@8" keeps 8 patches, whatever --k says. Questions about slides without
+features count as wrong (but for the text alone and the majority) unless --skip-missing leaves them out. Intervals are
+Wilson's at 95 %; where several questions share a slide, a bootstrap over slides as well.
+
+The folder --out gets a line per question as it is answered; a run that is stopped goes on, and asks no question twice.
 """
 
 import argparse
+import hashlib
 import json
-import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,84 +35,135 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from sparsewsi.bag import Bag, extract_bag, load_bag, save_bag
+from sparsewsi.bag import Bag, check_bag, extract_bag, load_bag, save_bag
+from sparsewsi.config import SparseWSIConfig
 from sparsewsi.model import Selection, SparseWSI
 from sparsewsi.prompt import text_ids
-from train.data import Example, Question, answer_logits, pack
+from train.benchmarks import BENCHMARKS, closed_questions, without_features
+from train.data import Example, FeatureFolder, Question, Record, answer_logits, evenly, pack
 from train.mosaic import FAMILIES, NEEDLE_KINDS, Facts, ask, balanced_set, load_bank
+from train.scoring import add_readings, majority, markdown, picture, summary, wilson  # noqa: F401
 
-ROWS = ("learned", "random", "all", "text-only")
+ROWS = ("learned", "random", "uniform", "all", "text-only")
+WITHOUT_K = ("all", "text-only")
 
 
 @dataclass(frozen=True)
 class Item:
     """One test question: a bag, the kinds of its patches, and what was asked."""
 
-    bag: Bag
-    kinds: np.ndarray  # (N,) str
+    bag: Bag  # without patches where the slide has no usable features
+    kinds: np.ndarray  # (N,) str; (0,) where they are not known
     question: Question
+    slide: str = ""  # as the file of questions names it; "": bag.slide
+    detail: str = ""
+    missing: str = ""  # why there are no features
 
 
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson score interval of a share (Wilson 1927)."""
-    if n == 0:
-        return 0.0, 1.0
-    p, centre = right / n, (right / n + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return centre - half, centre + half
+def worded(question: Question, preset: str) -> Question:
+    """A question in the words of a prompt preset.
+
+    "slidechat": the options a line each after their letters, as SlideChat asks (and as train/data.py trains);
+    "plain": without letters, for an LLM to which letters mean nothing.
+    """
+    if preset == "slidechat" or not question.options:
+        return question
+    lines = [question.question, *(option for option in question.options if option.strip())]
+    return replace(question, question="\n".join(lines), options=())
 
 
 @torch.inference_mode()
 def option_log_likelihoods(
-    model: SparseWSI, tokens: Tensor, indices: Tensor, num_patches: int, question: Question
+    model: SparseWSI, tokens: Tensor, indices: Tensor, num_patches: int, question: Question, preset: str = "slidechat"
 ) -> Tensor:
     """Mean log-likelihood per token of each option as the answer, all options in one pass over one visual prefix.
 
-    tokens: (K, D_v) with their original indices (K,); K = 0 asks the text alone. Returns (n_options,) float32.
+    tokens: (K, D_v) with their original indices (K,); K = 0 asks the text alone. Returns (n_options,) float32 on the
+    CPU, -inf for an option that is empty.
     """
-    variants = tuple(Question(question.question, option, question.options) for option in question.options)
+    prompt = worded(question, preset)
+    real = [number for number, option in enumerate(question.options) if option.strip()]
+    variants = tuple(replace(prompt, answer=question.options[number]) for number in real)
     example = Example(tokens, indices, num_patches, variants)
     packed = pack(model.tokenizer, example, model.config.position, model.max_position)
-    logits = answer_logits(model, model.project(tokens), packed)
+    logits = answer_logits(model, model.project(tokens), packed).cpu()
     nll = F.cross_entropy(logits, packed.targets, reduction="none")  # (A,)
-    ends = torch.cumsum(torch.tensor([len(text_ids(model.tokenizer, option)) + 1 for option in question.options]), 0)
-    return -torch.stack([part.mean() for part in torch.tensor_split(nll, ends[:-1])])
+    ends = torch.cumsum(torch.tensor([len(text_ids(model.tokenizer, v.answer)) + 1 for v in variants]), 0)
+    likelihoods = torch.full((len(question.options),), -torch.inf)
+    likelihoods[real] = -torch.stack([part.mean() for part in torch.tensor_split(nll, ends[:-1])])
+    return likelihoods
 
 
+def likeliest(model: SparseWSI, selection: Selection, question: Question, preset: str = "slidechat") -> str:
+    """The option the model finds likeliest; by the options' letters if that is how its config says it was trained."""
+    if model.config.option_scoring == "letter" and preset == "slidechat":
+        scores = model.option_probs(selection, question.question, question.options)
+    else:
+        scores = option_log_likelihoods(
+            model, selection.tokens, selection.indices, selection.num_patches, question, preset
+        )
+    return question.options[int(scores.argmax())]
+
+
+def written_answer(model: SparseWSI, selection: Selection, question: Question, preset: str = "slidechat") -> str:
+    """What the model writes, greedily."""
+    prompt = worded(question, preset)
+    message = {"role": "user", "content": prompt.question}
+    return "".join(model.answer(selection, [message], prompt.options or None)).strip()
+
+
+@torch.inference_mode()
 def selection_of(model: SparseWSI, bag: Bag, row: str, k: int | None, seed: int) -> Selection:
-    """The patches a row of the table lets the LLM see."""
-    if row in ("all", "text-only"):
-        x = model.encode(bag.features.float()) if row == "all" else torch.empty(0, model.config.dim)
+    """The patches a row of the table lets the LLM see; "selector@K" keeps K instead of k."""
+    if row in WITHOUT_K:
+        x = model.encode(bag.features).cpu() if row == "all" else torch.empty(0, model.config.dim)
         return Selection(torch.arange(len(x)), torch.zeros(len(bag.features)), x, len(bag.features))
-    return model.select(bag, k, selector=row, seed=seed)
+    selector, _, own = row.partition("@")
+    return model.select(bag, int(own) if own else k, selector=selector, seed=seed)
 
 
 def evaluate(
-    model: SparseWSI, items: Iterator[Item], total: int, rows: tuple[str, ...], k: int | None, log: Path
+    model: SparseWSI,
+    items: Iterator[Item],
+    total: int,
+    rows: tuple[str, ...],
+    k: int | None,
+    log: Path,
+    preset: str = "slidechat",
+    generate: bool = False,
 ) -> list[dict]:
     """Answer every item once per row and return one record per item.
 
     The log gets a JSON line for every item as it is answered; what it holds already is not asked again, so that a
-    killed run goes on where it stopped and rows can be added later.
+    killed run goes on where it stopped and rows can be added later. Items without features get no line but for the text
+    alone; they are tried again next time.
     """
     records = read_records(log)
+    cut_off = log.exists() and log.read_bytes()[-1:] not in (b"", b"\n")
     with log.open("a") as file:
+        file.write("\n" * cut_off)
         for number, item in enumerate(tqdm(items, total=total, desc=log.stem, disable=None)):
             record = records.setdefault(number, {})
-            missing = [row for row in rows if row not in record]
-            if missing:
-                new = {"number": number, **facts_of(item), **answers(model, item, missing, k, seed=number)}
+            record |= {"number": number, **facts_of(item)}
+            possible = [row for row in rows if row == "text-only" or len(item.bag.features)]
+            new = answers(model, item, possible, record, k, number, preset, generate)
+            if new:
                 record |= new
-                file.write(json.dumps(new) + "\n")
+                file.write(json.dumps({"number": number, **facts_of(item), **new}) + "\n")
                 file.flush()
+            for row in set(rows) - set(possible):
+                record |= {row: None} | ({f"{row} text": ""} if generate else {})
     return [records[number] for number in sorted(records)]
 
 
 def read_records(log: Path) -> dict[int, dict]:
-    """Records by item number; lines about the same item are merged."""
+    """Records by item number; lines about the same item are merged, a line cut off by a kill is left out."""
     records: dict[int, dict] = {}
     for line in log.read_text().splitlines() if log.exists() else []:
-        record = json.loads(line)
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
         records.setdefault(record["number"], {}).update(record)
     return records
 
@@ -109,87 +172,79 @@ def facts_of(item: Item) -> dict:
     """What a record says of an item whatever the row."""
     question = item.question
     return {
-        "slide": item.bag.slide,
+        "slide": item.slide or item.bag.slide,
         "family": question.family,
         "answer": question.answer,
+        "options": list(question.options),
         "n": len(item.bag.features),
+        "detail": item.detail,
+        "missing": item.missing,
     }
 
 
-def answers(model: SparseWSI, item: Item, rows: list[str], k: int | None, seed: int) -> dict:
-    """The likeliest option per row, and the share of needle patches among the patches kept."""
+def answers(
+    model: SparseWSI,
+    item: Item,
+    rows: list[str],
+    known: dict,
+    k: int | None,
+    seed: int,
+    preset: str,
+    generate: bool,
+) -> dict:
+    """What is not known yet: per row the likeliest option, what is written, the share of needle patches kept."""
     needles = np.flatnonzero(np.isin(item.kinds, NEEDLE_KINDS))
     found: dict = {}
     for row in rows:
+        if row in known and (not generate or f"{row} text" in known):
+            continue
         selection = selection_of(model, item.bag, row, k, seed)
-        likelihoods = option_log_likelihoods(
-            model, selection.tokens, selection.indices, selection.num_patches, item.question
-        )
-        found[row] = item.question.options[int(likelihoods.argmax())]
-        if row not in ("all", "text-only") and len(needles):
-            found[f"{row} recall"] = len(np.intersect1d(selection.indices.numpy(), needles)) / len(needles)
+        if row not in known:
+            found[row] = likeliest(model, selection, item.question, preset)
+            if row not in WITHOUT_K and len(needles):
+                found[f"{row} recall"] = len(np.intersect1d(selection.indices.numpy(), needles)) / len(needles)
+        if generate and f"{row} text" not in known:
+            found[f"{row} text"] = written_answer(model, selection, item.question, preset)
     return found
 
 
-def majority(records: list[dict]) -> None:
-    """Add the most frequent answer of the record's family as the row "majority"."""
-    answers = defaultdict(Counter)
-    for record in records:
-        answers[record["family"]][record["answer"]] += 1
-    for record in records:
-        record["majority"] = answers[record["family"]].most_common(1)[0][0]
+# ---- what is asked
 
 
-def slide_interval(records: list[dict], row: str, draws: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of the accuracy that resamples slides, not questions (seed 0)."""
-    by_slide = defaultdict(list)
-    for record in records:
-        by_slide[record["slide"]].append(record[row] == record["answer"])
-    right = np.array([sum(v) for v in by_slide.values()])
-    n = np.array([len(v) for v in by_slide.values()])
-    pick = np.random.default_rng(0).integers(0, len(n), (draws, len(n)))
-    low, high = np.quantile(right[pick].sum(1) / n[pick].sum(1), [0.025, 0.975])
-    return float(low), float(high)
+def data_items(
+    records: Sequence[Record],
+    features: FeatureFolder,
+    config: SparseWSIConfig,
+    max_patches: int | None = None,
+    progress: Callable[[str], object] = print,
+) -> Iterator[Item]:
+    """Questions of a file about slides whose features lie in a folder; a slide at a time is in memory.
 
-
-def summary(records: list[dict], rows: tuple[str, ...]) -> dict:
-    """Accuracy with its interval per row, overall and per family, and mean needle recall.
-
-    A row counts the items that it was asked: n tells where a slow row was asked fewer.
+    Slides whose features are missing, broken or not the model's become items without patches; each is named once.
     """
-    table = {}
-    for row in (*rows, "majority"):
-        asked = [record for record in records if row in record]
-        right = [record for record in asked if record[row] == record["answer"]]
-        entry: dict = {"right": len(right), "n": len(asked), "wilson": wilson(len(right), len(asked))}
-        entry["accuracy"] = len(right) / max(1, len(asked))
-        slides = {record["slide"] for record in asked}
-        if len(slides) < len(asked):
-            entry |= {"slides": len(slides), "slide_bootstrap": slide_interval(asked, row)}
-        recall = [record[f"{row} recall"] for record in asked if f"{row} recall" in record]
-        if recall:
-            entry["needle_recall"] = float(np.mean(recall))
-        entry["families"] = {
-            family: [sum(r["family"] == family for r in right), sum(r["family"] == family for r in asked)]
-            for family in FAMILIES
-        }
-        table[row] = entry
-    return table
-
-
-def markdown(table: dict) -> str:
-    """The summary as a Markdown table."""
-    lines = [
-        "| row | accuracy | 95 % interval | n | needle recall | " + " | ".join(FAMILIES) + " |",
-        "|" + "---|" * (5 + len(FAMILIES)),
-    ]
-    for row, entry in table.items():
-        low, high = entry.get("slide_bootstrap", entry["wilson"])
-        recall = f"{100 * entry['needle_recall']:.0f} %" if "needle_recall" in entry else ""
-        shares = " | ".join(f"{right}/{n}" for right, n in entry["families"].values())
-        accuracy = f"{100 * entry['accuracy']:.1f} % | {100 * low:.1f} to {100 * high:.1f}"
-        lines.append(f"| {row} | {accuracy} | {entry['n']} | {recall} | {shares} |")
-    return "\n".join(lines)
+    said: set[str] = set()
+    loaded: tuple[str, ...] = ()
+    bag, missing = None, ""
+    for record in records:
+        name = " + ".join(record.slides)
+        if bag is None or record.slides != loaded:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)  # positions that a file does not hold
+                    whole = features.load(record.slides)
+                check_bag(whole, config.encoder, config.feature_dim)
+                rows = evenly(len(whole.features), max_patches)
+                bag = replace(whole, features=whole.features[rows], coords=whole.coords[rows])
+                missing = "" if len(rows) else "it has no patches"
+            except ValueError as error:
+                empty = torch.empty(0, config.feature_dim).half()
+                bag = Bag(empty, torch.empty(0, 2).int(), 1, None, config.encoder, name)
+                missing = str(error)
+            loaded = record.slides
+        if missing and name not in said:
+            said.add(name)
+            progress(f"{name} counts as missing: {missing}")
+        yield Item(bag, np.empty(0, str), record.question, name, record.detail, missing)
 
 
 def mosaic_items(bank_file: Path, split: str, questions: int, n: int, seed: int) -> Iterator[Item]:
@@ -226,40 +281,126 @@ def phantom_items(
                 yield Item(bag, kinds, question)
 
 
+# ---- the command
+
+
+def say(line: str) -> None:
+    """A line above the progress bar."""
+    tqdm.write(line, file=sys.stderr)
+
+
+def check_settings(folder: Path, settings: dict) -> None:
+    """Write the settings that the answers in a folder depend on, or raise ValueError if it holds those of others."""
+    path = folder / "settings.json"
+    if (folder / "records.jsonl").exists() and path.exists():
+        before = json.loads(path.read_text())
+        other = sorted(name for name in settings if before.get(name) != settings[name])
+        if other:
+            changes = "; ".join(f"{name} was {before.get(name)}, is {settings[name]}" for name in other)
+            raise ValueError(f"{folder} holds answers of another evaluation ({changes}). Choose another --out.")
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """Eight hex digits that change with what is in files."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:8]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=["mosaic", "phantom"])
+    parser.add_argument("benchmark", choices=["mosaic", "phantom", "file", *BENCHMARKS])
     parser.add_argument("--model", type=Path, default=Path("assets/demo-model"))
+    parser.add_argument("--data", type=Path, nargs="+", help="named benchmarks, file: the files of questions")
+    parser.add_argument("--features", type=Path, help="named benchmarks, file: folder of the slides' feature files")
+    parser.add_argument("--max-patches", type=int, help="of a larger slide, so many patches, evenly spaced")
+    parser.add_argument("--skip-missing", action="store_true", help="leave out questions about slides without features")
     parser.add_argument("--bank", type=Path, help="mosaic: the feature bank")
     parser.add_argument("--split", default="test")
-    parser.add_argument("--n", type=int, default=1024, help="mosaic: patches a slide")
-    parser.add_argument("--questions", type=int, default=400, help="mosaic: number of questions, one mosaic each")
+    parser.add_argument(
+        "--n", type=int, nargs="+", default=[1024], help="mosaic: patches a slide; several: each in turn"
+    )
+    parser.add_argument("--questions", type=int, default=400, help="mosaic: number of questions per N, one mosaic each")
     parser.add_argument("--slides", type=int, default=40, help="phantom: number of slides")
     parser.add_argument("--per-slide", type=int, default=10, help="phantom: questions a slide")
     parser.add_argument("--size", type=int, default=10_000, help="phantom: side of a slide in px")
-    parser.add_argument("--k", type=int, default=None)
+    parser.add_argument("--k", type=int, default=None, help="patches kept; default: the model's")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rows", nargs="+", default=list(ROWS))
-    parser.add_argument("--out", type=Path, required=True, help="folder for records.jsonl, table.json and table.md")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), help="selector, selector@K, all, text-only")
+    parser.add_argument("--prompt", choices=["slidechat", "plain"], default="slidechat")
+    parser.add_argument(
+        "--generate", action="store_true", help="answer in writing as well, read strictly and leniently"
+    )
+    parser.add_argument("--device", help="cpu, cuda, ...")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for records.jsonl, table.json, table.md, table.png"
+    )
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    try:
+        print(run(arguments))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def run(arguments: argparse.Namespace) -> str:
+    """Evaluate as the flags say, write the tables, and return the one in Markdown with notes under it."""
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    config = SparseWSIConfig.load(arguments.model)
+    notes: list[str] = []
     if arguments.benchmark == "mosaic":
-        items = mosaic_items(arguments.bank, arguments.split, arguments.questions, arguments.n, arguments.seed)
-        total = arguments.questions
-    else:
-        items = phantom_items(
-            arguments.out / "slides", range(3000, 3000 + arguments.slides), arguments.size, arguments.per_slide
+        if arguments.bank is None:
+            raise ValueError("mosaic needs --bank, a file of python -m train.mosaic bank.")
+        what: dict = {name: getattr(arguments, name) for name in ("bank", "split", "seed")} | {"n": arguments.n}
+        items = (
+            item
+            for n in arguments.n
+            for item in mosaic_items(arguments.bank, arguments.split, arguments.questions, n, arguments.seed)
         )
+        total = arguments.questions * len(arguments.n)
+        what |= {"questions": arguments.questions} if len(arguments.n) > 1 else {}  # else more can be asked later
+    elif arguments.benchmark == "phantom":
+        what = {"size": arguments.size, "per_slide": arguments.per_slide}
+        items = phantom_items(out / "slides", range(3000, 3000 + arguments.slides), arguments.size, arguments.per_slide)
         total = arguments.slides * arguments.per_slide
-    model = SparseWSI.from_pretrained(arguments.model)
+    else:
+        if not arguments.data or not arguments.features:
+            raise ValueError(f"{arguments.benchmark} needs --data FILE and --features FOLDER.")
+        records, notes = closed_questions(arguments.benchmark, arguments.data)
+        files = [file for path in arguments.data for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+        what = {"questions": fingerprint(files), "features": arguments.features, "max_patches": arguments.max_patches}
+        features = FeatureFolder(arguments.features)
+        slides = {slide for record in records for slide in record.slides}
+        if len(list(without_features(records, features))) == len(slides):
+            raise ValueError(f"none of the {len(slides)} slides has a feature file under {arguments.features}.")
+        items, total = data_items(records, features, config, arguments.max_patches, say), len(records)
+    what |= {"benchmark": arguments.benchmark, "k": arguments.k, "prompt": arguments.prompt}
+    what = {name: [str(v) for v in value] if isinstance(value, list) else str(value) for name, value in what.items()}
+    check_settings(out, what | {"model": fingerprint(sorted(arguments.model.rglob("*.safetensors")))})
+    model = SparseWSI.from_pretrained(arguments.model, device=arguments.device)
     rows = tuple(arguments.rows)
-    records = evaluate(model, items, total, rows, arguments.k, arguments.out / "records.jsonl")
-    majority(records)
-    table = summary(records, rows)
+    log = out / "records.jsonl"
+    answered = evaluate(model, iter(items), total, rows, arguments.k, log, arguments.prompt, arguments.generate)
+    without = [record for record in answered if record.get("missing")]
+    if without:
+        how = "left out" if arguments.skip_missing else "counted as wrong"
+        slides = len({record["slide"] for record in without})
+        notes.append(f"{len(without)} questions about {slides} slides without usable features are {how}.")
+    if arguments.skip_missing:
+        answered = [record for record in answered if not record.get("missing")]
+    if not answered:
+        raise ValueError("no question is left to count: no slide has usable features, as the lines above say.")
+    readings = add_readings(answered, rows)
+    majority(answered, letters=arguments.benchmark not in ("mosaic", "phantom"))
+    table = summary(answered, (*rows, *readings))
     settings = {name: str(value) for name, value in vars(arguments).items()}
-    (arguments.out / "table.json").write_text(json.dumps({"settings": settings, "rows": table}, indent=2) + "\n")
-    (arguments.out / "table.md").write_text(markdown(table) + "\n")
-    print(markdown(table))
+    text = "\n".join([markdown(table), *("", *notes) * bool(notes)])
+    (out / "table.json").write_text(json.dumps({"settings": settings, "rows": table, "notes": notes}, indent=2) + "\n")
+    (out / "table.md").write_text(text + "\n")
+    picture(table, arguments.k or config.num_tokens, out / "table.png")
+    return text
 
 
 if __name__ == "__main__":
