@@ -61,6 +61,7 @@ LEVELS = {
     "sparsewsi.__main__": 6,
     **dict.fromkeys(("train.run", "train.evaluate", "train.extract"), 6),
     **dict.fromkeys(("train.checkpoint", "train.data", "train.mosaic"), 5),
+    **dict.fromkeys(("train.benchmarks", "train.scoring"), 5),
     **dict.fromkeys(("sparsewsi.model", "sparsewsi.viewer", "sparsewsi.viewer.viewer"), 4),
     **dict.fromkeys(("sparsewsi.evidence", "sparsewsi.export", "sparsewsi.novelty", "sparsewsi.plots"), 3),
     "sparsewsi.bag": 2,
