@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,11 @@ import pytest
 import torch
 
 from sparsewsi.bag import Bag, save_bag
+from sparsewsi.model import SparseWSI
 from train.benchmarks import BENCHMARKS, closed_questions, main, read, split_options
+from train.config import TrainConfig
 from train.data import FeatureFolder, Question, Record, SlideVQADataset, epoch_order, evenly, stack
+from train.run import train
 
 TCGA_HEADER = "ID,Slide,Tumor,Broad Category,Narrow Category,Question,A,B,C,D,Answer\n"
 BCNB_HEADER = "ID,Slide,Task,Question,A,B,C,D,Answer\n"
@@ -309,3 +313,33 @@ def test_check_names_what_would_go_wrong(tmp_path: Path, capsys: pytest.CaptureF
     code, output = check(capsys, data, "--features", tmp_path / "nowhere")
     assert code == 2
     assert "is not a folder" in output
+
+
+# ---- training
+
+
+def test_both_stages_train_on_slidechats_files(tmp_path: Path, tiny_llm: Path, capsys: pytest.CaptureFixture) -> None:
+    for number, n in enumerate((9, 30)):
+        save_bag(made_bag(n, seed=number), tmp_path / f"s{number}.safetensors")
+    turns = [{"from": "human", "value": "Describe it.\n<image>"}, {"from": "gpt", "value": "Mostly fat."}]
+    captions = [{"id": "t", "image": image, "conversations": turns} for image in (["s0.csv", "s1.csv"], "s1.csv", "x")]
+    turns = [{"from": "human", "value": "<image>\nWhich? A) fat B) mucin"}, {"from": "gpt", "value": "B"}]
+    asked = [{"id": "t", "image": f"s{i % 2}.csv", "conversations": turns} for i in range(5)]
+    settings = TrainConfig(
+        stage=1, out=str(tmp_path / "one"), data=[str(write(tmp_path / "captions.json", captions))],
+        features=str(tmp_path), llm=str(tiny_llm), steps=3, accumulation=2, dim=16, patches=20, num_tokens=6,
+        dense=0.5, anneal=0.5, lora_rank=2, lora_alpha=4, checkpoint_every=2,
+    )  # fmt: skip
+    first = train(settings)
+    said = capsys.readouterr().out
+    assert "captions.json, row 3: slide x has no feature file (1 questions)." in said
+    assert "2 questions are left" in said
+    questions = [str(write(tmp_path / "questions.json", asked))]
+    last = train(replace(settings, stage=2, out=str(tmp_path / "two"), init=str(first), data=questions))
+    config = SparseWSI.from_pretrained(last / "model").config
+    assert (config.encoder, config.feature_dim) == ("made-up", 12)
+    steps = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert {step["n"] for step in steps} <= {9, 20}
+    assert all(np.isfinite(step["loss"]) for step in steps)
+    with pytest.raises(ValueError, match="either --banks"):
+        train(replace(settings, data=[]))

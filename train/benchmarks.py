@@ -20,7 +20,7 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from sparsewsi.bag import UNKNOWN_ENCODER
 from sparsewsi.config import SparseWSIConfig
-from train.data import FeatureFolder, Question, Record, slide_name
+from train.data import FeatureFolder, Question, Record, SlideVQADataset, slide_name
 
 YES_NO = ("Yes", "No")
 
@@ -42,6 +42,7 @@ class BadRow:
     file: str
     row: int
     reason: str
+    slide: str = ""  # where the reason is this slide's features
 
     def __str__(self) -> str:
         return f"{self.file}{f', row {self.row}' if self.row else ''}: {self.reason}"
@@ -282,7 +283,7 @@ def without_features(records: Sequence[Record], features: FeatureFolder) -> Iter
                 except ValueError as error:
                     found, reason = [], str(error)
                 if not found:
-                    yield BadRow(record.file, record.row, f"{reason} ({count[slide]} questions).")
+                    yield BadRow(record.file, record.row, f"{reason} ({count[slide]} questions).", slide)
 
 
 def broken_features(
@@ -314,6 +315,28 @@ def broken_features(
         if size != dim or name not in (encoder, UNKNOWN_ENCODER):
             reason = f"has features of {name}, dimension {size}; wanted: {encoder}, dimension {dim}."
             yield BadRow(record.file, record.row, f"slide {', '.join(record.slides)} {reason}")
+
+
+# ---- training
+
+
+def training_set(
+    data: Sequence[str | Path],
+    features: str | Path,
+    seed: int,
+    questions_per_bag: int,
+    progress: Callable[[str], object] = print,
+) -> SlideVQADataset:
+    """The questions of files about slides that have features, to train on; says what it leaves out."""
+    folder = FeatureFolder(features)
+    records, problems = read(data)
+    problems += without_features(records, folder)
+    lost = {problem.slide for problem in problems if problem.slide}
+    usable = [record for record in records if lost.isdisjoint(record.slides)]
+    if problems:
+        progress("\n".join(map(str, problems[:5])))
+        progress(f"{len(problems):,} problems; {len(usable):,} questions are left. `train.benchmarks check` lists all.")
+    return SlideVQADataset(usable, folder, seed, questions_per_bag)
 
 
 def main() -> None:

@@ -13,6 +13,8 @@ class TrainConfig:
     stage: int = 1  # 1: captions, LLM frozen; 2: questions, slide encoder frozen, LoRA on the LLM
     out: str = "runs/stage1"
     banks: list[str] = field(default_factory=list)  # feature banks of labelled patches (train/mosaic.py)
+    data: list[str] = field(default_factory=list)  # or files of questions about slides (train/benchmarks.py)
+    features: str = ""  # with data: folder of the slides' feature files
     init: str = ""  # stage 2: a stage-1 checkpoint folder or its model folder
     llm: str = "smollm2-135m"
     steps: int = 1000

@@ -2,6 +2,7 @@
 
     python -m train.run demo-stage1 --banks runs/real.safetensors runs/phantom.safetensors --out runs/demo1
     python -m train.run demo-stage2 --banks ... --init runs/demo1/checkpoints/last --out runs/demo2
+    python -m train.run stage1 --data captions.json --features features/ --out runs/stage1
 
 The recipe named first gives the settings (train/config.py); flags change them. A run that finds checkpoints in its
 folder goes on from the last one and continues as if it had not been interrupted. Under `torchrun --nproc_per_node=P -m
@@ -30,6 +31,7 @@ from sparsewsi.llm import load_llm
 from sparsewsi.model import SparseWSI
 from sparsewsi.selector import hard_topk
 from train.align import align
+from train.benchmarks import training_set
 from train.checkpoint import latest, load_state, save_state
 from train.config import RECIPES, TrainConfig
 from train.data import Example, Packed, answer_logits, join, pack, passes
@@ -234,12 +236,20 @@ def train(config: TrainConfig) -> Path:
     """Run or resume a stage; returns the last checkpoint's folder."""
     out = Path(config.out)
     banks = tuple(load_bank(Path(path), "train") for path in config.banks)
-    if not banks:
-        raise ValueError("no training data: pass --banks with files of python -m train.mosaic bank")
+    if bool(banks) == bool(config.data):
+        raise ValueError("pass training data: either --banks (python -m train.mosaic bank) or --data with --features")
+    if config.data and config.align:
+        raise ValueError("--align needs the labelled patches of --banks; pass --align 0 with --data")
+    if banks:
+        stream = MosaicStream(banks, config.seed, config.stage, config.questions_per_bag)
+        feature_dim, encoder = banks[0].features.shape[1], banks[0].encoder
+    else:
+        stream = training_set(config.data, config.features, config.seed, config.questions_per_bag)
+        feature_dim, encoder = stream.feature_dim, stream.encoder
     torch.manual_seed(config.seed)
     checkpoint = latest(out)
     source = TrainConfig(**{**asdict(config), "init": str(checkpoint)}) if checkpoint and config.stage == 2 else config
-    model, sparselearn = build(source, banks[0].features.shape[1], banks[0].encoder)
+    model, sparselearn = build(source, feature_dim, encoder)
     if checkpoint and config.stage == 1:
         model = SparseWSI.from_pretrained(checkpoint / "model")
         freeze(model, config)
@@ -250,7 +260,6 @@ def train(config: TrainConfig) -> Path:
         model.llm.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(parameter_groups(stage, config), betas=(0.9, 0.98))
     done = load_state(checkpoint, sparselearn, optimizer) if checkpoint else 0
-    stream = MosaicStream(banks, config.seed, config.stage, config.questions_per_bag)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if rank() == 0:
         config.save(out / "train_config.json")
