@@ -4,6 +4,7 @@ Shapes: ... any leading axes, N patches, D width of a token, K kept.
 """
 
 import itertools
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROWS = 8192  # patches handled at once where a whole slide in float32 would be too much
+WINDOW = 1024  # patches among which redundancy looks for likes: neighbours in raster order, later in what is left
 
 
 class Block(nn.Module):
@@ -140,10 +142,75 @@ def farthest(features: Tensor, coords: Tensor, k: int, seed: int = 0) -> Tensor:
     return torch.tensor(kept).sort().values
 
 
+def kmeans(features: Tensor, coords: Tensor, k: int, seed: int = 0) -> Tensor:
+    """The patch nearest to the centre of each of k clusters in feature space.
+
+    Of a larger slide the centres are found on ROWS patches drawn with the seed; every patch may be kept.
+    """
+    n = len(features)
+    if k >= n:
+        return torch.arange(n)
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
+    part = random(features, coords, max(ROWS, k), seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different patches than clusters
+        found = KMeans(k, n_init=1, random_state=seed).fit(features[part].float().numpy()).cluster_centers_
+    centres = torch.from_numpy(found).float()
+    distance = torch.cat([torch.cdist(part.float(), centres) for part in features.split(ROWS)])  # (N, k)
+    kept = []
+    for column in distance.T:
+        column[kept] = torch.inf  # two centres may lie nearest to the same patch
+        kept.append(int(column.argmin()))
+    return torch.tensor(kept).sort().values
+
+
+def redundancy(features: Tensor, coords: Tensor, k: int, seed: int = 0) -> Tensor:
+    """Merge the most alike patches until k are left and keep one patch of each group. The seed changes nothing.
+
+    As in token merging (Bolya et al., ICLR 2023): for every second token the likest of the others is found by the
+    cosine of their means, and the likest pairs are merged, a quarter of the tokens a round. Tokens are compared within
+    windows of WINDOW, so that the cost is O(N WINDOW D) and the memory that of the features.
+    """
+    index, size = torch.arange(len(features)), torch.ones(len(features))
+    means = features
+    while len(index) > k:
+        even = torch.arange(0, len(index) - len(index) % 2, 2)
+        best = [_likest(part) for part in means[: 2 * len(even)].split(WINDOW)]
+        likeness = torch.cat([found for found, _ in best])  # (A,) of each even token
+        partner = torch.cat([2 * place + 1 + number * WINDOW for number, (_, place) in enumerate(best)])
+        # Half of the even tokens stay: were all of them merged, so would be those that nothing resembles.
+        most = min(len(index) - k, -(-len(even) // 2))
+        merged = likeness.sort(descending=True, stable=True).indices[:most]
+        gone, into = even[merged], partner[merged]
+        total = size.index_add(0, into, size[gone])
+        means = means.clone()
+        for start in range(0, len(index), ROWS):  # merged in parts, as float32 takes twice the features' memory
+            rows = slice(start, start + ROWS)
+            here = (into >= start) & (into < start + ROWS)
+            sums = means[rows].float() * size[rows, None]
+            sums.index_add_(0, into[here] - start, means[gone[here]].float() * size[gone[here], None])
+            means[rows] = (sums / total[rows, None]).to(means.dtype)
+        left = torch.ones(len(index), dtype=torch.bool)
+        left[gone] = False
+        index, size, means = index[left], total[left], means[left]
+    return index
+
+
+def _likest(window: Tensor) -> tuple[Tensor, Tensor]:
+    """For each even token of a window (W, D), the highest cosine with an odd one, and that one's number among these."""
+    unit = F.normalize(window.float(), dim=-1)
+    found = (unit[0::2] @ unit[1::2].T).max(1)
+    return found.values, found.indices
+
+
 # name -> f(features (N, D) or tokens, coords (N, 2), k, seed) -> (min(k, N),) ascending indices
 SELECTORS: dict[str, Callable[[Tensor, Tensor, int, int], Tensor]] = {
     "random": random,
     "uniform": uniform,
     "norm": norm,
     "farthest": farthest,
+    "kmeans": kmeans,
+    "redundancy": redundancy,
 }

@@ -134,7 +134,7 @@ def test_selectors_keep_k_different_patches_in_raster_order_and_repeat(name: str
     assert torch.equal(kept, SELECTORS[name](features, coords, 32, 3))
 
 
-@pytest.mark.parametrize("name", ["random", "farthest"])
+@pytest.mark.parametrize("name", ["random", "farthest", "kmeans"])
 def test_the_seed_matters_where_something_is_drawn(name: str) -> None:
     features, coords = bag_like(500)
     assert not torch.equal(SELECTORS[name](features, coords, 32, 0), SELECTORS[name](features, coords, 32, 1))
@@ -174,3 +174,45 @@ def test_farthest_finds_every_cluster() -> None:
 
 def test_farthest_copes_with_patches_that_are_all_alike() -> None:
     assert len(SELECTORS["farthest"](torch.ones(100, 4).half(), torch.zeros(100, 2), 32, 0).unique()) == 32
+
+
+def test_kmeans_keeps_a_patch_of_every_cluster_and_the_one_in_its_middle() -> None:
+    generator = torch.Generator().manual_seed(0)
+    offsets = torch.randn(20, 16, generator=generator)
+    offsets[7] = offsets[torch.arange(20) != 7].mean(0)
+    features = (torch.eye(16)[:, None] * 60 + offsets).reshape(-1, 16).half()
+    kept = SELECTORS["kmeans"](features, torch.zeros(320, 2), 16, 0)
+    assert kept.tolist() == [20 * cluster + 7 for cluster in range(16)]
+
+
+@pytest.mark.parametrize("name", ["kmeans", "redundancy"])
+def test_patches_that_are_all_alike_are_still_k_different_ones(name: str) -> None:
+    assert len(SELECTORS[name](torch.ones(100, 4).half(), torch.zeros(100, 2), 32, 0).unique()) == 32
+
+
+def test_redundancy_keeps_what_is_rare() -> None:
+    generator = torch.Generator().manual_seed(0)
+    common = torch.nn.functional.one_hot(torch.arange(3000) // 1000, 40) * 10.0
+    features = common + torch.randn(3000, 40, generator=generator) * 0.05
+    rare = torch.tensor([11, 1500, 1501, 2222, 2999])
+    features[rare] = torch.eye(40)[10:15] * 10
+    kept = SELECTORS["redundancy"](features.half(), torch.zeros(3000, 2), 16, 0)
+    assert set(rare.tolist()) <= set(kept.tolist())
+    assert sorted({int(i) // 1000 for i in set(kept.tolist()) - set(rare.tolist())}) == [0, 1, 2]
+
+
+def test_redundancy_is_plain_bipartite_merging_where_one_window_holds_all() -> None:
+    features, coords = bag_like(40)
+    tokens = [(i, 1, features[i].double()) for i in range(40)]
+    while len(tokens) > 7:
+        even, odd = tokens[0::2][: len(tokens) // 2], tokens[1::2]
+        cosine = torch.stack([torch.stack([torch.cosine_similarity(a[2], b[2], dim=0) for b in odd]) for a in even])
+        merged = cosine.amax(1).argsort(descending=True)[: min(len(tokens) - 7, -(-len(even) // 2))].tolist()
+        groups = {b[0]: [b] for b in odd}
+        for a in merged:
+            groups[odd[int(cosine[a].argmax())][0]].append(even[a])
+        gone = {even[a][0] for a in merged}
+        weights = {i: sum(part[1] for part in parts) for i, parts in groups.items()}
+        means = {i: sum(part[1] * part[2] for part in parts) / weights[i] for i, parts in groups.items()}
+        tokens = [(t[0], weights.get(t[0], t[1]), means.get(t[0], t[2])) for t in tokens if t[0] not in gone]
+    assert SELECTORS["redundancy"](features.double(), coords, 7, 0).tolist() == [t[0] for t in tokens]
