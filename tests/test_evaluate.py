@@ -14,7 +14,7 @@ from sparsewsi.config import SparseWSIConfig
 from sparsewsi.llm import load_llm
 from sparsewsi.model import SparseWSI
 from train.data import Question
-from train.evaluate import Item, evaluate, main, option_log_likelihoods, worded
+from train.evaluate import Item, Prefix, evaluate, main, option_log_likelihoods, worded
 from train.scoring import (
     add_readings,
     intervals_of,
@@ -46,6 +46,16 @@ def items() -> list[Item]:
         kinds = np.array(["adipose"] * 8 + ["mucin"])
         made.append(Item(bag, kinds, Question("Which tissue?", "mucin", ("fat", "mucin", "a lymph node"), "present")))
     return made
+
+
+def test_questions_that_share_a_prefix_score_as_alone(model: SparseWSI, items: list[Item]) -> None:
+    x = model.encode(items[0].bag.features)
+    prefix = Prefix()
+    for question in (items[0].question, Question("Does it?", "No", ("Yes", "No")), items[0].question):
+        alone = option_log_likelihoods(model, x, torch.arange(9), 9, question)
+        shared = option_log_likelihoods(model, x, torch.arange(9), 9, question, prefix=prefix)
+        torch.testing.assert_close(shared, alone, rtol=1e-5, atol=1e-5)
+    assert prefix.cache.get_seq_length() == len(prefix.position_ids)
 
 
 def test_packed_option_scores_are_the_models_own(model: SparseWSI, items: list[Item]) -> None:

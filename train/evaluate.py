@@ -34,13 +34,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
+from transformers import DynamicCache
 
 from sparsewsi.bag import Bag, check_bag, extract_bag, load_bag, save_bag
 from sparsewsi.config import SparseWSIConfig
 from sparsewsi.model import Selection, SparseWSI
 from sparsewsi.prompt import text_ids
 from train.benchmarks import BENCHMARKS, closed_questions, without_features
-from train.data import Example, FeatureFolder, Question, Record, answer_logits, evenly, pack
+from train.data import Example, FeatureFolder, Packed, Question, Record, answer_logits, evenly, pack
 from train.mosaic import FAMILIES, NEEDLE_KINDS, Facts, ask, balanced_set, load_bank
 from train.scoring import add_readings, majority, markdown, picture, summary, wilson  # noqa: F401
 
@@ -72,21 +73,66 @@ def worded(question: Question, preset: str) -> Question:
     return replace(question, question="\n".join(lines), options=())
 
 
+class Prefix:
+    """Keys and values of a slide's visual tokens, so that many questions about all N patches cost one pass over N."""
+
+    def __init__(self) -> None:
+        self.position_ids = torch.empty(0)
+        self.cache = DynamicCache()
+
+    def answer_logits(self, model: SparseWSI, tokens: Tensor, packed: Packed) -> Tensor:
+        """What train.data.answer_logits returns for tokens (N, D_v), which must be the same in every call."""
+        length = len(packed.order) - len(packed.text_ids) + int((packed.order >= len(packed.text_ids)).nonzero()[0])
+        position_ids = packed.position_ids[:length]
+        embed = model.llm.get_input_embeddings()
+        if not torch.equal(position_ids, self.position_ids):  # the first question, or one that squeezes positions
+            self.position_ids, self.cache = position_ids, DynamicCache()
+            text = embed(packed.text_ids.to(model.device))  # (T, H)
+            sequence = torch.cat([text, model.project(tokens).to(text.dtype)])[packed.order[:length].to(model.device)]
+            self._forward(model, sequence, packed, slice(0, length), 1)
+        text = embed(packed.text_ids[packed.order[length:]].to(model.device))
+        logits = self._forward(model, text, packed, slice(length, None), (packed.keep - length).to(model.device))
+        self.cache.crop(-len(text))
+        return logits
+
+    def _forward(self, model: SparseWSI, embeds: Tensor, packed: Packed, part: slice, keep: Tensor | int) -> Tensor:
+        mask = packed.mask[part][:, : self.cache.get_seq_length() + len(embeds)]
+        with torch.autocast(embeds.device.type, torch.bfloat16, enabled=embeds.dtype == torch.bfloat16):
+            output = model.llm(
+                inputs_embeds=embeds[None],
+                attention_mask=mask[None, None].to(embeds.device),
+                position_ids=packed.position_ids[part][None].to(embeds.device),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=keep,
+            )
+        return output.logits[0].float()
+
+
 @torch.inference_mode()
 def option_log_likelihoods(
-    model: SparseWSI, tokens: Tensor, indices: Tensor, num_patches: int, question: Question, preset: str = "slidechat"
+    model: SparseWSI,
+    tokens: Tensor,
+    indices: Tensor,
+    num_patches: int,
+    question: Question,
+    preset: str = "slidechat",
+    prefix: Prefix | None = None,
 ) -> Tensor:
     """Mean log-likelihood per token of each option as the answer, all options in one pass over one visual prefix.
 
-    tokens: (K, D_v) with their original indices (K,); K = 0 asks the text alone. Returns (n_options,) float32 on the
-    CPU, -inf for an option that is empty.
+    tokens: (K, D_v) with their original indices (K,); K = 0 asks the text alone. prefix: shared by questions about the
+    same tokens. Returns (n_options,) float32 on the CPU, -inf for an option that is empty.
     """
     prompt = worded(question, preset)
     real = [number for number, option in enumerate(question.options) if option.strip()]
     variants = tuple(replace(prompt, answer=question.options[number]) for number in real)
     example = Example(tokens, indices, num_patches, variants)
     packed = pack(model.tokenizer, example, model.config.position, model.max_position)
-    logits = answer_logits(model, model.project(tokens), packed).cpu()
+    if prefix is None:
+        logits = answer_logits(model, model.project(tokens), packed).cpu()
+    else:
+        logits = prefix.answer_logits(model, tokens, packed).cpu()
     nll = F.cross_entropy(logits, packed.targets, reduction="none")  # (A,)
     ends = torch.cumsum(torch.tensor([len(text_ids(model.tokenizer, v.answer)) + 1 for v in variants]), 0)
     likelihoods = torch.full((len(question.options),), -torch.inf)
@@ -94,13 +140,19 @@ def option_log_likelihoods(
     return likelihoods
 
 
-def likeliest(model: SparseWSI, selection: Selection, question: Question, preset: str = "slidechat") -> str:
+def likeliest(
+    model: SparseWSI,
+    selection: Selection,
+    question: Question,
+    preset: str = "slidechat",
+    prefix: Prefix | None = None,
+) -> str:
     """The option the model finds likeliest; by the options' letters if that is how its config says it was trained."""
     if model.config.option_scoring == "letter" and preset == "slidechat":
         scores = model.option_probs(selection, question.question, question.options)
     else:
         scores = option_log_likelihoods(
-            model, selection.tokens, selection.indices, selection.num_patches, question, preset
+            model, selection.tokens, selection.indices, selection.num_patches, question, preset, prefix
         )
     return question.options[int(scores.argmax())]
 
@@ -140,13 +192,18 @@ def evaluate(
     """
     records = read_records(log)
     cut_off = log.exists() and log.read_bytes()[-1:] not in (b"", b"\n")
+    whole: dict[
+        int, tuple[Bag, Selection, Prefix]
+    ] = {}  # the present slide's; the bag is held so that its id stays its
     with log.open("a") as file:
         file.write("\n" * cut_off)
         for number, item in enumerate(tqdm(items, total=total, desc=log.stem, disable=None)):
             record = records.setdefault(number, {})
             record |= {"number": number, **facts_of(item)}
             possible = [row for row in rows if row == "text-only" or len(item.bag.features)]
-            new = answers(model, item, possible, record, k, number, preset, generate)
+            if id(item.bag) not in whole:
+                whole.clear()
+            new = answers(model, item, possible, record, k, number, preset, generate, whole)
             if new:
                 record |= new
                 file.write(json.dumps({"number": number, **facts_of(item), **new}) + "\n")
@@ -191,16 +248,26 @@ def answers(
     seed: int,
     preset: str,
     generate: bool,
+    whole: dict[int, tuple[Bag, Selection, Prefix]],
 ) -> dict:
-    """What is not known yet: per row the likeliest option, what is written, the share of needle patches kept."""
+    """What is not known yet: per row the likeliest option, what is written, the share of needle patches kept.
+
+    whole: what the questions about all patches of one bag share, by the bag's id.
+    """
     needles = np.flatnonzero(np.isin(item.kinds, NEEDLE_KINDS))
     found: dict = {}
     for row in rows:
         if row in known and (not generate or f"{row} text" in known):
             continue
-        selection = selection_of(model, item.bag, row, k, seed)
+        prefix = None
+        if row == "all":
+            if id(item.bag) not in whole:
+                whole[id(item.bag)] = item.bag, selection_of(model, item.bag, row, k, seed), Prefix()
+            _, selection, prefix = whole[id(item.bag)]
+        else:
+            selection = selection_of(model, item.bag, row, k, seed)
         if row not in known:
-            found[row] = likeliest(model, selection, item.question, preset)
+            found[row] = likeliest(model, selection, item.question, preset, prefix)
             if row not in WITHOUT_K and len(needles):
                 found[f"{row} recall"] = len(np.intersect1d(selection.indices.numpy(), needles)) / len(needles)
         if generate and f"{row} text" not in known:
