@@ -1,5 +1,7 @@
 """python -m sparsewsi SLIDE: select patches of a slide, answer questions from them, write what was selected.
 
+With --replay selection.json: answer from the very patches that an earlier run selected, without scoring.
+
 Exit status 0, or 2 with one sentence on stderr when the input is at fault.
 """
 
@@ -15,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
 
     from sparsewsi.bag import Bag
     from sparsewsi.config import SparseWSIConfig
-    from sparsewsi.export import Answer
+    from sparsewsi.export import Answer, Record
     from sparsewsi.model import Selection, SparseWSI
 
 DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "assets" / "demo-model"
@@ -55,12 +58,16 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--selector", default="learned", help="learned, or a training-free one such as random")
     parser.add_argument("--slide-mpp", type=float, help="um/px of the scan, for slides that do not state it")
     parser.add_argument("--max-patches", type=int, metavar="N", help="encode at most N patches, evenly spaced")
+    parser.add_argument("--evidence", action="store_true", help="measure which patches each answer rests on (seconds)")
+    parser.add_argument("--replay", type=Path, metavar="FILE", help="a selection.json: its patches and its questions")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: out/<name of the slide>")
     options = parser.parse_args(argv)
     if options.k is not None and options.k < 1:
         raise ValueError(f"--k must be at least 1, got {options.k}.")
     if options.max_patches is not None and options.max_patches < 1:
         raise ValueError(f"--max-patches must be at least 1, got {options.max_patches}.")
+    if options.replay is not None and (options.k or options.max_patches or options.selector != "learned"):
+        raise ValueError("--replay takes the patches that were selected; leave out --k, --selector and --max-patches.")
     if options.out is not None and options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out names a folder, but {options.out} is a file; name another.")
     if not Path(options.model).is_dir() and options.model.count("/") != 1:
@@ -107,57 +114,96 @@ def read_bag(options: argparse.Namespace, slide: Path, config: SparseWSIConfig) 
         )
 
 
-def check_slide(options: argparse.Namespace, slide: Path) -> None:
-    """Refuse, before anything slow is loaded, what is no slide or states no resolution."""
+def check_slide(options: argparse.Namespace, slide: Path, record: Record | None) -> None:
+    """Refuse, before anything slow is loaded, what is no slide, states no resolution, or is not the record's slide."""
     from sparsewsi.slide import open_slide
 
     if slide.suffix.lower() not in BAG_SUFFIXES or not slide.is_file():
         with open_slide(slide, slide_mpp=options.slide_mpp) as opened:
             opened.require_mpp()
+            if record is not None:
+                record.check_names(slide=opened.name)
 
 
-def ask(model: SparseWSI, selection: Selection, question: str, options: list[str]) -> Answer:
-    """Put one question; prints the answer as it comes, and the options' probabilities."""
+def ask(model: SparseWSI, selection: Selection, question: str, options: list[str], evidence: bool) -> Answer:
+    """Put one question; prints the answer as it comes, the options' probabilities and which patches it rests on."""
+    from sparsewsi.evidence import leave_one_out
     from sparsewsi.export import Answer
 
     print(f"\nQ: {question}\nA: ", end="", flush=True)
-    pieces = []
-    for piece in model.answer(selection, [{"role": "user", "content": question}], options or None):
+    pieces, chat = [], [{"role": "user", "content": question}]
+    for piece in model.answer(selection, chat, options or None):
         pieces.append(piece)
         print(piece, end="", flush=True)
     print()
     probs = model.option_probs(selection, question, options).tolist() if options else []
     for option, prob in zip(options, probs):
         print(f"   {prob:6.1%}  {option}")
-    return Answer(question, "".join(pieces).strip(), tuple(options), tuple(probs))
+    text = "".join(pieces).strip()
+    if not evidence or not text:
+        return Answer(question, text, tuple(options), tuple(probs))
+    found = leave_one_out(model, selection, chat, text, options or None)
+    print(found.sentence)
+    return Answer(question, text, tuple(options), tuple(probs), tuple(found.effects.tolist()), found.sentence)
 
 
-def view(options: argparse.Namespace, slide: Path, bag: Bag, selection: Selection) -> Image.Image:
-    """The overlay: on the slide's thumbnail, or on a plain canvas when only the bag is there."""
-    from sparsewsi.plots import canvas, overlay
+def view(
+    options: argparse.Namespace, slide: Path, bag: Bag, selection: Selection
+) -> tuple[Image.Image, list[np.ndarray]]:
+    """The overlay and the kept patches; on a plain canvas and without patches when only the bag is there."""
+    from sparsewsi import plots
     from sparsewsi.slide import open_slide
 
     if slide.suffix.lower() in BAG_SUFFIXES:
-        return overlay(*canvas(bag), bag, selection)
+        return plots.overlay(*plots.canvas(bag), bag, selection), []
     with open_slide(slide, slide_mpp=options.slide_mpp) as opened:
-        return overlay(*opened.thumbnail(2000), bag, selection)
+        overview = plots.overlay(*opened.thumbnail(2000), bag, selection)
+        return overview, plots.patch_pictures(opened, bag, selection)
 
 
 def run(options: argparse.Namespace) -> None:
     """Do what the command line says. Raises ValueError or OSError for input at fault."""
+    from sparsewsi import export
     from sparsewsi.selector import SELECTORS
 
     if options.selector not in ("learned", *SELECTORS):
         raise ValueError(f"--selector is learned, {' or '.join(SELECTORS)}, got {options.selector}.")
+    record = recall(options)
     if options.slide != "phantom":
-        check_slide(options, Path(options.slide))
+        check_slide(options, Path(options.slide), record)
     if options.out is not None:  # a folder that cannot be made is found now, not after an hour of encoding
         options.out.mkdir(parents=True, exist_ok=True)
     model = load_model(options.model)
+    if record is not None:
+        record.check_names(encoder=model.config.encoder)
+        if record.weights_sha256 != export.weights_digest(options.model):
+            warnings.warn("the model's weights are not the record's: same patches, other answers.", stacklevel=1)
     slide = phantom() if options.slide == "phantom" else Path(options.slide)
     bag = read_bag(options, slide, model.config)
-    selection = model.select(bag, options.k, options.selector)
+    selection = model.select(bag, options.k, options.selector) if record is None else replay(record, model, bag)
     report(options, slide, model, bag, selection)
+
+
+def recall(options: argparse.Namespace) -> Record | None:
+    """The record that is to be replayed; what it was made with becomes what the command line says."""
+    from sparsewsi.export import read_selection
+
+    if options.replay is None:
+        return None
+    record = read_selection(options.replay)
+    options.max_patches, options.selector = record.max_patches, record.selector
+    options.slide_mpp = options.slide_mpp or record.slide_mpp
+    options.questions = options.questions or [(text, list(given)) for text, given in record.questions]
+    return record
+
+
+def replay(record: Record, model: SparseWSI, bag: Bag) -> Selection:
+    """The selection of a record on its bag. Raises ValueError where they do not belong together."""
+    from sparsewsi.evidence import tokens_of
+    from sparsewsi.model import Selection
+
+    record.check(bag)
+    return Selection(record.indices, record.scores, tokens_of(model, bag, record.indices), len(record.scores))
 
 
 def phantom() -> Path:
@@ -171,19 +217,22 @@ def phantom() -> Path:
 
 def report(options: argparse.Namespace, slide: Path, model: SparseWSI, bag: Bag, selection: Selection) -> None:
     """Print the answers, write the files."""
-    from sparsewsi import export, plots
+    from sparsewsi import export, novelty, plots
 
     name = Path(options.model).resolve().name if Path(options.model).is_dir() else options.model
+    doubts = novelty.warnings_about(bag, selection, novelty.load(options.model))
     print(export.summary(bag, selection, model.config, name))
-    if bag.note:
-        print(bag.note)
+    for line in filter(None, (bag.note, *doubts)):
+        print(line)
     questions = options.questions or [(DEFAULT_QUESTION, [])]
-    answers = [ask(model, selection, question, given) for question, given in questions]
+    answers = [ask(model, selection, question, given, options.evidence) for question, given in questions]
     print(f"\n{export.notice(model.config)}")
 
     out = options.out or Path("out") / bag.slide.replace(" ", "-")
     out.mkdir(parents=True, exist_ok=True)
-    export.write_image(out / "overlay.png", view(options, slide, bag, selection))
+    overview, pictures = view(options, slide, bag, selection)
+    made = {"model": name, "weights_sha256": export.weights_digest(options.model), "selector": options.selector}
+    export.write_image(out / "overlay.png", overview)
     export.write_image(out / "umap.png", plots.umap_plot(plots.umap_coords(bag.features, selection), selection))
     export.write_csv(out / "patches.csv", bag, selection)
     export.write_geojson(out / "patches.geojson", bag, selection)
@@ -192,13 +241,22 @@ def report(options: argparse.Namespace, slide: Path, model: SparseWSI, bag: Bag,
         bag,
         selection,
         model.config,
-        model=name,
-        weights_sha256=export.weights_digest(options.model),
-        selector=options.selector,
         max_patches=options.max_patches,
         answers=answers,
+        **made,
     )
-    print(f"Wrote overlay.png, umap.png, patches.csv, patches.geojson and selection.json to {out}.")
+    export.write_report(
+        out / "report.html",
+        bag,
+        selection,
+        model.config,
+        overview=overview,
+        patches=pictures,
+        answers=answers,
+        warnings=doubts,
+        **made,
+    )
+    print(f"Wrote report.html, overlay.png, umap.png, patches.csv, patches.geojson and selection.json to {out}.")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from sparsewsi.llm import load_llm
 from sparsewsi.model import SparseWSI
 from sparsewsi.phantom import write_phantom
 
-FILES = {"overlay.png", "umap.png", "patches.csv", "patches.geojson", "selection.json"}
+FILES = {"report.html", "overlay.png", "umap.png", "patches.csv", "patches.geojson", "selection.json"}
 ASK = ["--question", "Which tissue is this?", "--option", "fat", "--option", "liver"]
 
 
@@ -43,7 +43,7 @@ def tiny_slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_slide_becomes_an_answer_and_five_files_twice_the_same(tiny_model, tiny_slide, tmp_path, capsys):
+def test_a_slide_becomes_an_answer_and_six_files_twice_the_same(tiny_model, tiny_slide, tmp_path, capsys):
     records = []
     for name in ("one", "two"):
         out = tmp_path / name
@@ -92,6 +92,36 @@ def test_options_belong_to_the_question_before_them(tiny_model, tiny_slide, tmp_
     capsys.readouterr()
 
 
+def test_a_selection_is_replayed_without_scoring_and_only_where_it_belongs(
+    tiny_model, tiny_slide, tmp_path, monkeypatch, capsys
+):
+    common = ["--model", str(tiny_model)]
+    drawn = ["--selector", "random", "--k", "3", "--max-patches", "8", "--evidence"]
+    assert main([str(tiny_slide), *common, *drawn, *ASK, "--out", str(tmp_path / "one")]) == 0
+    first = json.loads((tmp_path / "one" / "selection.json").read_text())
+    (answer,) = first["answers"]
+    assert len(answer["effects"]) == 3
+    assert answer["evidence"] in (tmp_path / "one" / "report.html").read_text()
+
+    def never(*_args, **_kwargs):
+        raise AssertionError("a replay does not score")
+
+    monkeypatch.setattr(SparseWSI, "select", never)
+    monkeypatch.setattr(SparseWSI, "score", never)
+    replay = [*common, "--replay", str(tmp_path / "one" / "selection.json")]
+    assert main([str(tiny_slide), *replay, "--evidence", "--out", str(tmp_path / "two")]) == 0
+    again = json.loads((tmp_path / "two" / "selection.json").read_text())
+    assert again == first
+
+    write_phantom(tmp_path / "other.tiff", seed=4, size=1024)
+    capsys.readouterr()
+    assert main([str(tmp_path / "other.tiff"), *replay, "--out", str(tmp_path / "three")]) == 2
+    assert "its slide is phantom 3, not phantom 4" in capsys.readouterr().err
+    save_bag(extract_bag(tiny_slide, "efficientnet-lite0", max_patches=7), tmp_path / "bag.safetensors")
+    assert main([str(tmp_path / "bag.safetensors"), *replay, "--out", str(tmp_path / "four")]) == 2
+    assert "number of patches is 8, not 7" in capsys.readouterr().err
+
+
 @pytest.fixture
 def bad(tmp_path: Path) -> Path:
     """A folder with files that are no slides."""
@@ -123,6 +153,9 @@ def bad(tmp_path: Path) -> Path:
         (["SLIDE", "--model", "."], "config.json"),
         ([], "SLIDE"),
         (["SLIDE", "--wrong"], "--wrong"),
+        (["SLIDE", "--replay", "missing.json"], "missing.json"),
+        (["SLIDE", "--replay", "junk.svs"], "JSON"),
+        (["SLIDE", "--replay", "missing.json", "--k", "3"], "--replay"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(words, said, bad, tiny_model, tiny_slide, monkeypatch, capsys):
