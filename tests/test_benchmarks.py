@@ -291,7 +291,9 @@ def test_check_names_what_would_go_wrong(tmp_path: Path, capsys: pytest.CaptureF
         save_bag(bag, folder / f"{name}.safetensors")
     whole = (folder / "ok.safetensors").read_bytes()
     (folder / "cut.safetensors").write_bytes(whole[:-10])
-    lines = [{"slide": name, "question": "Describe it.", "answer": "Fat."} for name in ("a", "b", "cut", "e", "gone")]
+    lines: list[dict] = [
+        {"slide": name, "question": "Describe it.", "answer": "Fat."} for name in ("a", "b", "cut", "e", "gone")
+    ]
     lines[0] |= {"options": ["Blood", "Mucin"]}
     good = [{"slide": name, "question": "Describe it.", "answer": "Fat."} for name in ("a", "ok")]
     data = write(tmp_path / "q.jsonl", "\n".join(json.dumps(line) for line in [*lines, *good, lines[4]]))

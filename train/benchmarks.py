@@ -353,11 +353,11 @@ def main() -> None:
             features = FeatureFolder(arguments.features)
             config = SparseWSIConfig.load(arguments.model) if arguments.model else None
         except ValueError as error:
-            parser.error(str(error))
+            parser.exit(2, f"error: {error}\n")
         problems += without_features(records, features)
         if not arguments.names_only:
-            wanted = (config.encoder, config.feature_dim) if config else ()
-            problems += broken_features(records, features, *wanted)
+            encoder, dim = (config.encoder, config.feature_dim) if config else (None, None)
+            problems += broken_features(records, features, encoder, dim)
     for problem in problems:
         print(problem)
     closed = sum(bool(record.question.options) for record in records)

@@ -408,7 +408,7 @@ def main() -> None:
     try:
         print(run(arguments))
     except ValueError as error:
-        parser.error(str(error))
+        parser.exit(2, f"error: {error}\n")
 
 
 def run(arguments: argparse.Namespace) -> str:
