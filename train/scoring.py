@@ -233,9 +233,10 @@ def picture(table: dict[str, dict], k: int, path: Path) -> None:
         points.sort(key=lambda point: point[0])
         _with_errors(by_k, [x for x, _ in points], [(e["right"], e["n"]) for _, e in points], base, colours[base])
     intervals = intervals_of(table)
-    for row, entry in table.items():
+    for number, (row, entry) in enumerate(table.items()):
         if "@" not in row and entry["by_n"]:
-            places = [intervals.index(interval) for interval in entry["by_n"]]
+            shift = 0.3 * (number / len(table) - 0.5)  # so that intervals at the same N lie side by side
+            places = [intervals.index(interval) + shift for interval in entry["by_n"]]
             _with_errors(by_n, places, list(entry["by_n"].values()), row, colours[row])
     by_k.set(xlabel="tokens K the language model sees", ylabel="accuracy, %", xscale="log")
     ticks = sorted({x for points in curves.values() for x, _ in points})
@@ -245,11 +246,11 @@ def picture(table: dict[str, dict], k: int, path: Path) -> None:
     by_n.set_xticks(range(len(intervals)), intervals, rotation=30, ha="right")
     for axes in (by_k, by_n):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    figure.legend(*by_k.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     figure.savefig(path)
 
 
-def _with_errors(axes, x: list[int], counts: list, label: str, colour: str) -> None:
+def _with_errors(axes, x: Sequence[float], counts: list, label: str, colour: str) -> None:
     """A curve of shares in % with Wilson intervals."""
     share = np.array([right / max(1, n) for right, n in counts])
     ends = np.array([wilson(right, n) for right, n in counts])
