@@ -1,0 +1,276 @@
+"""What the learned top-K is compared with: attention MIL, straight-through and Gumbel top-K, and its own training path.
+
+    python -m train.rivals --checkpoint runs/demo2/checkpoints/last --bank runs/real.safetensors --out runs/gap
+
+asks a checkpoint the same questions on three paths: the hard top-K of inference, the same through the denoiser, and the
+soft path of training at its last temperature. How much they differ is the gap between training and inference.
+
+N patches, D feature dim, C needle kinds, W width inside.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import train.run as run
+from sparsewsi.bag import Bag
+from sparsewsi.model import Selection, SparseWSI
+from sparsewsi.selector import ROWS, SELECTORS, hard_topk
+from train.checkpoint import load_state
+from train.config import TrainConfig
+from train.data import Example
+from train.evaluate import check_settings, evaluate, fingerprint, mosaic_items
+from train.mosaic import NEEDLE_KINDS, Bank, MosaicStream
+from train.scoring import majority, markdown, summary
+from train.sparselearn import GATES, SparseLearn, gumbel_topk, ste_topk, zscore
+
+STRAIGHT_THROUGH = ("ste", "gumbel")
+PATHS = ("learned", "denoised", "soft")
+
+
+# ---- straight-through estimators
+
+
+class StraightThrough(SparseLearn):
+    """SparseLearn with a 0/1 mask forward and the soft top-K's gradient backward: dropped tokens are zero, no noise.
+
+    gate: "ste" keeps the highest scores, "gumbel" draws with Gumbel noise. A noise gate is not to be had here: the
+    slope of sqrt(alpha) is infinite at 0, where a hard mask lies.
+    """
+
+    def __init__(
+        self, dim: int, k: int, heads: int = 8, kernel: str = "laplace", gate: str = "ste", denoiser: str = "local"
+    ):
+        super().__init__(dim, k, heads, kernel, "scale", denoiser)
+        if gate not in STRAIGHT_THROUGH:
+            raise ValueError(f"gate is {gate!r}; choose one of {', '.join(STRAIGHT_THROUGH)}.")
+        self.estimator = gate
+
+    def forward(
+        self,
+        x: Tensor,
+        scores: Tensor,
+        tau: float,
+        mask: Tensor | None = None,
+        k: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """As SparseLearn.forward; of a budget that is not whole the whole part is kept."""
+        z, budget = zscore(scores, mask), self.k if k is None else k
+        if self.estimator == "gumbel":
+            alpha = gumbel_topk(z, budget, tau, mask, generator, self.kernel)  # type: ignore[arg-type]
+        else:
+            alpha = ste_topk(z, budget, tau, mask, self.kernel)  # type: ignore[arg-type]
+        x = (x * alpha.unsqueeze(-1)).to(x.dtype)
+        if self.denoiser is not None:
+            x = self.denoiser(x, mask)
+        return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0.0)
+
+
+def sparselearn_class(gate: str) -> type[SparseLearn]:
+    """The module that a gate of TrainConfig asks for."""
+    return StraightThrough if gate in STRAIGHT_THROUGH and gate not in GATES else SparseLearn
+
+
+@contextmanager
+def training_as(config: TrainConfig, selector: str | None = None) -> Iterator[None]:
+    """While this lasts, train.run trains with the gate of the config, and with another selector's hard top-K.
+
+    selector: key of SELECTORS; the steps that config.hard makes hard ones then keep what it keeps.
+    train.run builds both by name; here the names mean something else for a moment.
+    """
+    before = run.SparseLearn, run.kept
+    run.SparseLearn = sparselearn_class(config.gate)  # type: ignore[misc]
+    if selector is not None:
+        run.kept = lambda model, example: kept_by(selector, model, example)
+    try:
+        yield
+    finally:
+        run.SparseLearn, run.kept = before  # type: ignore[misc]
+
+
+def kept_by(selector: str, model: SparseWSI, example: Example) -> Example:
+    """The example with the patches that a selector keeps; its patches lie on a square raster, as mosaics do."""
+    n = len(example.features)
+    rows, columns = np.divmod(np.arange(n), math.isqrt(max(n - 1, 0)) + 1)
+    coords = torch.from_numpy(np.stack([columns, rows], 1).astype(np.int32) * 224)
+    # The seed is the slide's own, so that a slide is always seen alike and a resumed run sees what the first one saw.
+    keep = SELECTORS[selector](example.features, coords, model.config.num_tokens, example.num_patches)
+    kinds = tuple(example.kinds[i] for i in keep.tolist()) if example.kinds else ()
+    return replace(example, features=example.features[keep], indices=example.indices[keep], kinds=kinds)
+
+
+# ---- attention MIL
+
+
+class AttentionMIL(nn.Module):
+    """Gated attention over patches that says which needle kinds a slide holds (Ilse et al., ICML 2018)."""
+
+    def __init__(self, feature_dim: int, width: int = 256):
+        super().__init__()
+        self.inlet = nn.Sequential(nn.LayerNorm(feature_dim), nn.Linear(feature_dim, width), nn.GELU())
+        self.content, self.gate = nn.Linear(width, width // 2), nn.Linear(width, width // 2)
+        self.attention = nn.Linear(width // 2, 1)
+        self.head = nn.Linear(width, len(NEEDLE_KINDS))
+
+    def score(self, features: Tensor) -> Tensor:
+        """(N, D) -> (N,) attention before the softmax."""
+        return self._attend(self.inlet(features.float()))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, D) -> (C,) logits, one a kind of NEEDLE_KINDS."""
+        x = self.inlet(features.float())  # (N, W)
+        return self.head(self._attend(x).softmax(0) @ x)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        return self.attention(self.content(x).tanh() * self.gate(x).sigmoid()).squeeze(-1)
+
+    @torch.inference_mode()
+    def select(self, features: Tensor, coords: Tensor, k: int, seed: int = 0) -> Tensor:
+        """The k patches with the highest attention, as a selector of sparsewsi.selector. The seed changes nothing."""
+        return hard_topk(torch.cat([self.score(part) for part in features.split(ROWS)]), k)
+
+
+def train_mil(
+    banks: Sequence[Bank], seed: int, steps: int, accumulation: int, n: int, lr: float = 5e-4
+) -> tuple[AttentionMIL, float]:
+    """Train on the bags that stage 2 trains on, and return the model with its mean loss over the last tenth.
+
+    The truth it learns from is which needle kinds a bag holds, more than any answer tells.
+    """
+    torch.manual_seed(seed)
+    stream = MosaicStream(tuple(banks), seed, 2)
+    mil = AttentionMIL(banks[0].features.shape[1])
+    optimizer = torch.optim.AdamW(mil.parameters(), lr=lr, weight_decay=1e-2)
+    losses = []
+    for step in range(steps):
+        loss = torch.zeros(())
+        for number in range(accumulation):
+            example = stream.example(step * accumulation + number, n)
+            present = torch.tensor([float(kind in example.kinds) for kind in NEEDLE_KINDS])
+            loss = loss + F.binary_cross_entropy_with_logits(mil(example.features), present) / accumulation
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return mil.eval(), float(np.mean(losses[-max(1, steps // 10) :]))
+
+
+def save_mil(mil: AttentionMIL, path: Path) -> None:
+    """Write its weights under a temporary name, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    save_file(mil.state_dict(), temporary)
+    temporary.replace(path)
+
+
+def load_mil(path: Path) -> AttentionMIL:
+    """Read what save_mil wrote."""
+    state = load_file(path)
+    mil = AttentionMIL(state["inlet.0.weight"].shape[0])
+    mil.load_state_dict(state)
+    return mil.eval()
+
+
+# ---- more rows to ask
+
+
+class Contender(SparseWSI):
+    """A SparseWSI whose select knows further selectors by name, so that train.evaluate can ask them like any other."""
+
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.more: dict[str, Callable[[Bag, int | None, int], Selection]] = {}
+
+    def select(self, bag: Bag, k: int | None = None, selector: str = "learned", seed: int = 0) -> Selection:
+        if selector in self.more:
+            return self.more[selector](bag, k, seed)
+        return super().select(bag, k, selector, seed)
+
+    def add_selector(self, name: str, keep: Callable[[Tensor, Tensor, int, int], Tensor]) -> None:
+        """Add a function of features, coords, k and seed, as those in SELECTORS."""
+
+        @torch.no_grad()
+        def select(bag: Bag, k: int | None, seed: int) -> Selection:
+            indices = keep(bag.features, bag.coords, k or self.config.num_tokens, seed)
+            x = self.encode(bag.features)
+            return Selection(indices, self.score(x).cpu(), x[indices.to(x.device)].cpu(), len(x))
+
+        self.more[name] = select
+
+    def add_training_path(self, sparselearn: SparseLearn, tau: float) -> None:
+        """Add what training shows the LLM.
+
+        "soft": all N tokens behind soft top-K, gate and denoiser at temperature tau, with noise drawn from the seed;
+        "denoised": the hard top-K through the denoiser, which inference leaves out.
+        """
+
+        @torch.no_grad()
+        def soft(bag: Bag, k: int | None, seed: int) -> Selection:
+            x = self.encode(bag.features)
+            scores = self.score(x)
+            generator = torch.Generator(x.device).manual_seed(seed)
+            tokens = sparselearn(x, scores, tau, k=k, generator=generator)
+            return Selection(torch.arange(len(x)), scores.cpu(), tokens.cpu(), len(x))
+
+        @torch.no_grad()
+        def denoised(bag: Bag, k: int | None, seed: int) -> Selection:
+            kept = self.select(bag, k)
+            if sparselearn.denoiser is None:
+                return kept
+            return replace(kept, tokens=sparselearn.denoiser(kept.tokens.to(self.device)).cpu())
+
+        self.more |= {"soft": soft, "denoised": denoised}
+
+
+def load_contender(checkpoint: Path) -> Contender:
+    """A checkpoint's model with its training path at the last temperature of the run that made it."""
+    checkpoint = checkpoint.resolve()
+    config = TrainConfig(**json.loads((checkpoint.parents[1] / "train_config.json").read_text()))
+    model = Contender.from_pretrained(checkpoint / "model")
+    assert isinstance(model, Contender)
+    build = sparselearn_class(config.gate)
+    settings = model.config
+    sparselearn = build(
+        settings.dim, settings.num_tokens, kernel=config.kernel, gate=config.gate, denoiser=config.denoiser
+    )
+    load_state(checkpoint, sparselearn)
+    model.add_training_path(sparselearn.to(model.device).eval(), config.tau_end)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--bank", type=Path, required=True)
+    parser.add_argument("--n", type=int, default=1024, help="patches of a mosaic")
+    parser.add_argument("--questions", type=int, default=400)
+    parser.add_argument("--rows", nargs="+", default=list(PATHS))
+    parser.add_argument("--out", type=Path, required=True, help="folder for records.jsonl, table.json and table.md")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    settings = {name: str(getattr(given, name)) for name in ("checkpoint", "bank", "n")}
+    weights = sorted(given.checkpoint.resolve().rglob("*.safetensors"))
+    check_settings(given.out, settings | {"weights": fingerprint(weights)})
+    items = mosaic_items(given.bank, "test", given.questions, given.n, 0)
+    rows, log = tuple(given.rows), given.out / "records.jsonl"
+    records = evaluate(load_contender(given.checkpoint), items, given.questions, rows, None, log)
+    majority(records)
+    table = summary(records, rows)
+    (given.out / "table.json").write_text(json.dumps({"settings": settings, "rows": table}, indent=2) + "\n")
+    (given.out / "table.md").write_text(markdown(table) + "\n")
+    print(markdown(table))
+
+
+if __name__ == "__main__":
+    main()
