@@ -99,6 +99,7 @@ def test_the_papers_convention_is_found_and_what_differs_is_said() -> None:
     )
     assert all(abs(claim.ours - 133.3) > 0.5 for claim in claims() if claim.figure == "133.3T")
     assert round(linear_tera(10_240 + 98), 1) == 134.9
+    assert flops.encoder_share(1842) > flops.encoder_share(10_240) > 50
 
 
 def test_lines_add_up_and_sparse_inference_hardly_grows() -> None:
