@@ -156,7 +156,7 @@ def kmeans(features: Tensor, coords: Tensor, k: int, seed: int = 0) -> Tensor:
     part = random(features, coords, max(ROWS, k), seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different patches than clusters
-        found = KMeans(k, n_init=1, random_state=seed).fit(features[part].float().numpy()).cluster_centers_
+        found = KMeans(k, random_state=seed).fit(features[part].float().numpy()).cluster_centers_
     centres = torch.from_numpy(found).float()
     distance = torch.cat([torch.cdist(part.float(), centres) for part in features.split(ROWS)])  # (N, k)
     kept = []
