@@ -41,6 +41,7 @@ CACHE_BYTES = 64 << 20
 TIFF_VENDORS = ("aperio", "generic-tiff")
 CHECKED_AT = ((0.0, 0.0), (0.5, 0.5), (0.3, 0.7), (0.8, 0.2))
 
+DAMAGED = "Reading the slide failed{}; the file is damaged or cut short, copy it again."
 CONVERT = "convert it to a pyramidal TIFF, e.g. vips tiffsave IN OUT.tiff --tile --pyramid --compression jpeg"
 
 
@@ -284,7 +285,9 @@ class _OpenSlideSource:
         if tiles is not None:
             try:
                 return tiles.read(level, xy, size)
-            except Exception:  # whatever a decoder raises: OpenSlide has the last word on what is damaged
+            except ValueError:  # a tile ends early, which OpenSlide may show as grey
+                raise SlideError(DAMAGED.format("")) from None
+            except Exception:  # decoders raise what they like: OpenSlide has the last word
                 pass
         return self._read_openslide(level, xy, size)
 
@@ -312,9 +315,7 @@ class _OpenSlideSource:
             except openslide.OpenSlideError as error:
                 self._slide = self._open()
                 reason = _without_names(str(error))
-                raise SlideError(
-                    f"Reading the slide failed{reason}; the file is damaged or cut short, copy it again."
-                ) from None
+                raise SlideError(DAMAGED.format(reason)) from None
         return _on_white(region)
 
     def _direct(self, level: int) -> TiffTiles | None:

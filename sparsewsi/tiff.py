@@ -57,7 +57,7 @@ class TiffTiles:
         return self._grids[level].tile
 
     def read(self, level: int, xy: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-        """uint8 (h, w, 3), white beyond the level. Raises what the decoder raises for a damaged tile."""
+        """uint8 (h, w, 3), white beyond the level. Raises ValueError for a tile that ends early, or as decoders do."""
         grid = self._grids[level]
         (x, y), (width, height), (tile_w, tile_h) = xy, size, grid.tile
         left, top = max(0, x), max(0, y)

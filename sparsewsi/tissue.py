@@ -32,6 +32,7 @@ SPECK_MM2 = 0.015  # tissue and marks smaller than this are dropped
 FAT_MM2 = 0.05  # fat smaller than this is taken for scratches
 HOLE_MM2 = 0.03  # holes smaller than this, 0.2 mm across, are lumina and gaps within tissue
 GAP_UM = 64.0  # gaps narrower than this are closed
+LOST = 16  # mask px: side of the squares in which damage is looked for, 128 um
 DEFAULT_GLASS = (245.0, 245.0, 245.0)  # where a slide shows no glass
 
 
@@ -150,11 +151,38 @@ def _segment(slide: Slide, mpp: float) -> _Segmentation:
     x, y, w, h = slide.bounds
     left, top = int(x / scale), int(y / scale)
     right, bottom = math.ceil((x + w) / scale - 1e-6), math.ceil((y + h) / scale - 1e-6)
-    rgb = slide.read_scaled((left * scale, top * scale), (right - left, bottom - top), scale)
+    rgb, lost = _read_what_is_there(slide, (left * scale, top * scale), (right - left, bottom - top), scale)
     um = scale * slide.require_mpp()
     part, reason = _tissue_of(rgb, um)
-    mask[top:bottom, left:right] = part
+    # Whoever reads the patches there finds out, and can tell which they are.
+    mask[top:bottom, left:right] = part | lost
     return _Segmentation(mask, scale, reason)
+
+
+def _read_what_is_there(
+    slide: Slide, xy: tuple[float, float], size: tuple[int, int], scale: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """slide.read_scaled, white where the file is damaged, and where that is, in squares of LOST mask px: bool (h, w).
+
+    Raises SlideError if that is more than half.
+    """
+    try:
+        return slide.read_scaled(xy, size, scale), np.zeros(size[::-1], bool)
+    except SlideError as error:
+        rgb, lost = np.full((*size[::-1], 3), 255, np.uint8), np.ones(size[::-1], bool)
+        damage = error
+    for top in range(0, size[1], LOST):
+        for left in range(0, size[0], LOST):
+            part = (min(LOST, size[0] - left), min(LOST, size[1] - top))
+            here = (slice(top, top + part[1]), slice(left, left + part[0]))
+            try:
+                rgb[here] = slide.read_scaled((xy[0] + left * scale, xy[1] + top * scale), part, scale)
+                lost[here] = False
+            except SlideError:
+                continue
+    if lost.mean() > 0.5:
+        raise damage
+    return rgb, lost
 
 
 def _mask_scale(slide: Slide, mpp: float) -> float:

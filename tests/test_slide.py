@@ -1,6 +1,7 @@
 """Slides: exact scale, white beyond the border, the source of the resolution, one sentence for what is no slide."""
 
 import copy
+import dataclasses
 import json
 import os
 import pickle
@@ -17,6 +18,7 @@ from PIL import Image
 import sparsewsi
 from sparsewsi import slide as slide_module
 from sparsewsi.slide import SlideError, open_slide
+from sparsewsi.tiff import TiffTiles
 from sparsewsi.tissue import patch_coords, tissue_mask
 
 RNG = np.random.default_rng(0)
@@ -229,6 +231,123 @@ def test_threads_may_share_a_slide(tmp_path):
         with open_slide(path) as slide, ThreadPoolExecutor(8) as pool:
             rows = list(pool.map(lambda y, s=slide: s.read_scaled((0, y), (320, 1), 1.0), range(200)))
         np.testing.assert_array_equal(np.concatenate(rows), NOISE)
+
+
+# ---- without OpenSlide ----
+
+SMOOTH = np.asarray(Image.fromarray(NOISE).resize((800, 500), Image.Resampling.BICUBIC))
+
+
+APERIO = "Aperio Image Library v1\r\n800x500 (64x64) J2K/KDU Q=90|AppMag = 20|MPP = 0.5"
+
+
+def write_compressed(
+    path: Path, photometric: str = "ycbcr", compression: str = "jpeg", levels: int = 2, description: str | None = None
+) -> Path:
+    """A pyramid of 64 px tiles, its last tiles cut by the border; a level is half as wide as the one before."""
+    with tifffile.TiffWriter(path) as tiff:
+        for level in range(levels):
+            tiff.write(
+                np.asarray(Image.fromarray(SMOOTH).reduce(2**level)),
+                photometric=photometric,
+                tile=(64, 64),
+                compression=compression,
+                compressionargs={"level": 90},
+                description=description,
+                resolution=(2e4 / 2**level, 2e4 / 2**level),
+                resolutionunit="CENTIMETER",
+                metadata=None,
+                subfiletype=1 if level else 0,
+            )
+    return path
+
+
+def damage(path: Path, tile: int, start: float = 0.0) -> None:
+    """Zeros over a tile of the finest level, from a fraction of its data on."""
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages[0]
+        offset, length = page.dataoffsets[tile], page.databytecounts[tile]
+    with path.open("r+b") as file:
+        file.seek(offset + int(start * length))
+        file.write(bytes(length - int(start * length)))
+
+
+def direct(slide, level: int = 0) -> bool:
+    return slide._source._direct(level) is not None
+
+
+@pytest.mark.parametrize("kind", ["YCbCr", "RGB", "JPEG 2000"])
+def test_px_read_without_openslide_are_those_of_openslide(tmp_path, kind):
+    path = tmp_path / "a.svs"
+    if kind == "JPEG 2000":
+        write_compressed(path, "rgb", "aperio_jp2000_rgb", levels=1, description=APERIO)
+    else:
+        write_compressed(path, kind.lower(), "jpeg")
+    with open_slide(path) as slide:
+        assert all(direct(slide, level) for level in range(len(slide.level_sizes)))
+        for level, (width, height) in enumerate(slide.level_sizes):
+            for x, y, w, h in RNG.integers((-90, -90, 1, 1), (width + 20, height + 20, 300, 200), (40, 4)).tolist():
+                theirs = slide._source._read_openslide(level, (x, y), (w, h))
+                np.testing.assert_array_equal(slide._source.read(level, (x, y), (w, h)), theirs)
+
+
+def test_neighbours_that_share_tiles_decode_them_once(tmp_path):
+    with open_slide(write_compressed(tmp_path / "a.tiff")) as slide:
+        assert direct(slide)
+        decoded: list[int] = []
+        grid = slide._source._tiles._grids[0]
+
+        def decode(data: bytes, number: int) -> np.ndarray:
+            decoded.append(number)
+            return grid.decode(data, number)
+
+        slide._source._tiles._grids[0] = dataclasses.replace(grid, decode=decode)
+        for y in range(0, 480, 40):
+            for x in range(0, 760, 40):
+                slide.read((x, y), (40, 40), 0.5)
+        assert sorted(decoded) == sorted(set(decoded))
+
+
+def test_a_tile_that_ends_early_is_damage_and_spoils_no_other(tmp_path):
+    for start in (0.0, 0.5):
+        path = write_compressed(tmp_path / f"{start}.tiff")
+        damage(path, 15, start)  # x 128 to 192, y 64 to 128
+        with open_slide(path) as slide, ThreadPoolExecutor(4) as pool:
+            assert direct(slide)
+
+            def fails(xy, slide=slide) -> bool:
+                try:
+                    slide.read(xy, (64, 64), 0.5)
+                except SlideError:
+                    return True
+                return False
+
+            places = [(x, y) for y in range(0, 448, 64) for x in range(0, 768, 64)]
+            assert [xy for xy, failed in zip(places, pool.map(fails, places)) if failed] == [(128, 64)]
+
+
+def test_openslide_reads_on_after_a_damaged_tile(tmp_path, monkeypatch):
+    path = write_compressed(tmp_path / "a.tiff")
+    damage(path, 15)
+    monkeypatch.setattr(slide_module, "TIFF_VENDORS", ())
+    with open_slide(path) as slide:
+        assert not direct(slide)
+        before = slide.read((256, 64), (64, 64), 0.5)
+        with pytest.raises(SlideError, match="damaged or cut short"):
+            slide.read((128, 64), (64, 64), 0.5)
+        np.testing.assert_array_equal(slide.read((256, 64), (64, 64), 0.5), before)
+
+
+def test_what_does_not_agree_with_openslide_is_left_to_it(tmp_path, monkeypatch):
+    path = write_compressed(tmp_path / "a.tiff")
+    read = TiffTiles.read
+    monkeypatch.setattr(TiffTiles, "read", lambda *args: read(*args) ^ 1)
+    with open_slide(path) as slide:
+        assert not direct(slide)
+        theirs = slide._source._read_openslide(0, (0, 0), (800, 500))
+        np.testing.assert_array_equal(slide.read((0, 0), (800, 500), 0.5), theirs)
+    with open_slide(write_tiff(tmp_path / "b.tiff", [NOISE])) as slide:  # deflate
+        assert not direct(slide)
 
 
 # ---- resolution ----

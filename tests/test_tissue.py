@@ -212,6 +212,34 @@ def test_tissue_too_small_for_a_patch_is_told(painted_slide):
         assert why_empty(slide, MPP, PATCH) == ""
 
 
+def damaged(path: Path, tiles: range) -> Path:
+    """The slide with zeros over these tiles of its finest level."""
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages[0]
+        assert isinstance(page, tifffile.TiffPage)
+        places = [(page.dataoffsets[i], page.databytecounts[i]) for i in tiles]
+    with path.open("r+b") as file:
+        for offset, length in places:
+            file.seek(offset)
+            file.write(bytes(length))
+    return path
+
+
+def test_damage_is_kept_for_whoever_reads_the_patches_there(painted, tmp_path):
+    path = write_slide(tmp_path / "a.tiff", painted.rgb, levels=1)
+    with open_slide(path) as slide:
+        intact = tissue_mask(slide)[0]
+    with open_slide(damaged(path, range(11, 13))) as slide:  # x 512 to 1024, y 256 to 512
+        mask, scale = tissue_mask(slide)
+    hole = np.zeros_like(mask)
+    hole[round(256 / scale) : round(512 / scale), round(512 / scale) : round(1024 / scale)] = True
+    near = ndimage.binary_dilation(hole, iterations=tissue_module.LOST)
+    assert mask[hole].all()
+    assert (mask & ~near == intact & ~near).mean() > 0.99
+    with open_slide(damaged(path, range(4, 50))) as slide, pytest.raises(SlideError, match="damaged or cut short"):
+        tissue_mask(slide)
+
+
 # ---- the grid ----
 
 
