@@ -264,14 +264,17 @@ def _read_ahead(read: Callable[[np.ndarray], _T], parts: list[np.ndarray]) -> Ge
 # ---- our own file
 
 
-def save_bag(bag: Bag, path: str | Path, **more: str) -> None:
+def save_bag(bag: Bag, path: str | Path, made_from: dict[str, Any] | None = None) -> None:
     """Write a bag as safetensors with JSON metadata, atomically: `path` is the whole file or is not touched.
 
-    more: further metadata for the writer's own use; load_bag ignores it
+    made_from: JSON types for the writer's own use; load_bag ignores them
+    The same bag gives the same bytes.
     """
     tensors = {"features": bag.features.contiguous(), "coords": bag.coords.contiguous()}
+    facts = json.dumps(_facts(bag) | ({"made_from": made_from} if made_from else {}))
     with replacing(Path(path)) as partial:
-        save_file(tensors, partial, metadata={"format": "pt", "sparsewsi_bag": json.dumps(_facts(bag)), **more})
+        # One key: safetensors writes several in an order that changes from run to run.
+        save_file(tensors, partial, metadata={"sparsewsi_bag": facts})
 
 
 def _facts(bag: Bag) -> dict[str, Any]:
@@ -283,6 +286,7 @@ def _bag_from_facts(features: Tensor, coords: Tensor, text: str, path: Path) -> 
     """The bag that `_facts` described. Raises ValueError for facts of another version."""
     try:
         facts: dict[str, Any] = json.loads(text)
+        facts.pop("made_from", None)
         size = facts["slide_size"]
         facts |= {"features": features, "coords": coords, "slide_size": tuple(size) if size else None}
         return Bag(**facts)
@@ -299,7 +303,10 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # safetensors writes files that only their owner may read
         yield partial
+        partial.chmod(mode)
         _fsync(partial)
         os.replace(partial, path)
         if os.name == "posix":  # the rename itself is on disk only when the folder is

@@ -156,10 +156,30 @@ def test_a_blank_slide_gives_an_empty_bag_with_a_reason(tmp_path: Path):
     bag = extract_bag(path, mean_colour_encoder(), patch_size=64)
     assert bag.features.shape == (0, 24)
     assert bag.note
-    save_bag(bag, tmp_path / "blank.safetensors")
+    save_bag(bag, tmp_path / "blank.safetensors", made_from={"bytes": 1})
     assert_same(bag, load_bag(tmp_path / "blank.safetensors"))
     write_trident_h5(bag, tmp_path / "blank.h5")
     assert_same(bag, load_bag(tmp_path / "blank.h5"))
+
+
+def test_patches_in_damaged_parts_are_left_out_and_told(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    pixels = np.clip(rng.normal((180, 110, 165), 15, (512, 768, 3)), 0, 255).astype(np.uint8)
+    path = tmp_path / "a.tiff"
+    tifffile.imwrite(path, pixels, tile=(256, 256), photometric="rgb", compression="jpeg", metadata=None)
+    intact = extract_bag(path, mean_colour_encoder(), patch_size=64, slide_mpp=0.5)
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages[0]
+        assert isinstance(page, tifffile.TiffPage)
+        offset, length = page.dataoffsets[4], page.databytecounts[4]  # x 256 to 512, y 256 to 512
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(bytes(length))
+    bag = extract_bag(path, mean_colour_encoder(), patch_size=64, slide_mpp=0.5, batch_size=3)
+    left = ~((intact.coords >= 256) & (intact.coords < 512)).all(1)
+    assert "16 of 96 patches lie in damaged parts" in bag.note
+    assert torch.equal(bag.coords, intact.coords[left])
+    assert torch.equal(bag.features, intact.features[left])
 
 
 def test_a_failing_encoder_ends_the_extraction_and_its_thread(tiff: Path):
