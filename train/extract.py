@@ -251,7 +251,7 @@ def extract_slide(job: Job, settings: Settings, out: Path, encoder: PatchEncoder
                     features, readable, saved = [], [], time.monotonic()
         whole, fine = _join(folder, encoder.dim, len(coords), features, readable)
         bag = bag_of(slide, encoder.name, coords, fine, whole, settings.mpp, settings.patch_size)
-    save_bag(bag, final, extracted_from=json.dumps({"bytes": job.bytes, "slide_mpp": job.slide_mpp}))
+    save_bag(bag, final, made_from={"bytes": job.bytes, "slide_mpp": job.slide_mpp})
     shutil.rmtree(folder, ignore_errors=True)
     return replace(
         _row_of(job.stem, bag),
@@ -322,12 +322,12 @@ def finished(job: Job, out: Path) -> Row | None:
         return None
     try:
         with safe_open(path, "pt") as file:
-            made_from = (file.metadata() or {}).get("extracted_from")
-    except SafetensorError:
+            made_from = json.loads((file.metadata() or {}).get("sparsewsi_bag", "{}")).get("made_from")
+    except (SafetensorError, ValueError):
         made_from = None
     if made_from is None:
         raise ValueError(f"{path.name} is there, but not from this program. Move it, or choose another --out.")
-    if json.loads(made_from) != {"bytes": job.bytes, "slide_mpp": job.slide_mpp}:
+    if made_from != {"bytes": job.bytes, "slide_mpp": job.slide_mpp}:
         return None
     return _row_of(job.stem, load_bag(path))
 
@@ -395,21 +395,23 @@ class Child:
     def call(self, function: Any, *arguments: Any, each_second: Any = lambda: None) -> Any:
         """function(*arguments) in the child. Raises BrokenProcessPool if the child died or had to be killed."""
         if self._pool is None:
+            self.progress[2] = 0
             self._pool = ProcessPoolExecutor(1, self._context, _begin_child, (self.progress,))
-        future: Future[Any] = self._pool.submit(function, *arguments)
-        seen, since = tuple(self.progress), time.monotonic()
-        while True:
-            try:
-                return future.result(timeout=1.0)
-            except TimeoutError:
-                each_second()
-            except BrokenProcessPool:
-                self.close()
-                raise
-            if tuple(self.progress) != seen:
-                seen, since = tuple(self.progress), time.monotonic()
-            elif time.monotonic() - since > self._stall_seconds and self.progress[2]:
-                os.kill(self.progress[2], getattr(signal, "SIGKILL", signal.SIGTERM))
+        try:
+            future: Future[Any] = self._pool.submit(function, *arguments)
+            seen, since = tuple(self.progress), time.monotonic()
+            while True:
+                try:
+                    return future.result(timeout=1.0)
+                except TimeoutError:
+                    each_second()
+                if tuple(self.progress) != seen:
+                    seen, since = tuple(self.progress), time.monotonic()
+                elif time.monotonic() - since > self._stall_seconds and self.progress[2]:
+                    os.kill(self.progress[2], getattr(signal, "SIGKILL", signal.SIGTERM))
+        except BrokenProcessPool:
+            self.close()
+            raise
 
     def close(self) -> None:
         if self._pool is not None:
