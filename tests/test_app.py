@@ -63,8 +63,10 @@ LEVELS = {
     **dict.fromkeys(("train.checkpoint", "train.data", "train.mosaic"), 5),
     **dict.fromkeys(("train.benchmarks", "train.scoring"), 5),
     **dict.fromkeys(("sparsewsi.model", "sparsewsi.viewer", "sparsewsi.viewer.viewer"), 4),
+    **dict.fromkeys(("sparsewsi.case", "sparsewsi.chat"), 4),
     **dict.fromkeys(("sparsewsi.evidence", "sparsewsi.export", "sparsewsi.novelty", "sparsewsi.plots"), 3),
     "sparsewsi.bag": 2,
+    "sparsewsi.tiff": 0,
 }
 
 
