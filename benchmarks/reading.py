@@ -1,0 +1,181 @@
+"""Patches per CPU-second: sparsewsi's reading beside a plain OpenSlide loop and other readers, as ratios.
+
+    python -m benchmarks.reading SLIDE [--patches 1000] [--runs 5] [--peers tiffslide fastslide] [--out runs/reading]
+
+Cases, all with the same places on the slide's tissue, in raster order, one process, one thread:
+    on the grid    256 px of level 0 that are whole tiles
+    off the grid   224 px of level 0, which cut tiles
+    half           512 px of level 0 as 256 px (a 40x slide read at 20x)
+
+Every reader runs in a process of its own, in turn, and prints its CPU time and a digest of all px; a peer runs in a
+venv of its own (VENVS below, made on first use from the package index). Printed: the median of the runs, the ratio to
+the OpenSlide loop, and whether every px equals the loop's.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import venv
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np  # nothing of ours up here: peers run this file without it
+from PIL import Image
+
+# Peer -> what is installed for it.
+VENVS = {
+    "tiffslide": ["tiffslide==2.5.1", "imagecodecs"],
+    "fastslide": ["fastslide"],
+    "tiatoolbox": ["tiatoolbox"],
+    "lazyslide": ["lazyslide"],
+}
+CASES = {"on the grid": (256, 256), "off the grid": (224, 224), "half": (512, 256)}  # level-0 px, px of the patch
+Read = Callable[[int, int, int], np.ndarray]  # (x, y, side), level-0 px -> uint8 (side, side, 3)
+
+
+def ours(path: str, side: int, px: int) -> Callable[[int, int], np.ndarray]:
+    from sparsewsi.slide import open_slide
+
+    slide = open_slide(path)
+    return lambda x, y: slide.read_scaled((x, y), (px, px), side / px)
+
+
+def with_openslide(path: str) -> Read:
+    import openslide
+
+    slide = openslide.OpenSlide(path)
+    return lambda x, y, side: np.asarray(slide.read_region((x, y), 0, (side, side)).convert("RGB"))
+
+
+def with_tiffslide(path: str) -> Read:
+    import tiffslide
+
+    slide = tiffslide.TiffSlide(path)
+    return lambda x, y, side: slide.read_region((x, y), 0, (side, side), as_array=True)
+
+
+def with_fastslide(path: str) -> Read:
+    import fastslide
+
+    slide = fastslide.FastSlide.from_file_path(path)
+    return lambda x, y, side: np.asarray(slide.read_region((x, y), 0, (side, side)))[..., :3]
+
+
+def with_tiatoolbox(path: str) -> Read:
+    from tiatoolbox.wsicore.wsireader import WSIReader
+
+    slide = WSIReader.open(path)
+    return lambda x, y, side: slide.read_rect((x, y), (side, side), resolution=0, units="level")
+
+
+def with_lazyslide(path: str) -> Read:
+    import wsidata
+
+    reader = wsidata.open_wsi(path).reader
+    return lambda x, y, side: reader.get_region(x, y, side, side, level=0)
+
+
+READERS: dict[str, Callable[[str], Read]] = {
+    "openslide": with_openslide,
+    "tiffslide": with_tiffslide,
+    "fastslide": with_fastslide,
+    "tiatoolbox": with_tiatoolbox,
+    "lazyslide": with_lazyslide,
+}
+
+
+def measure(reader: str, path: str, places: list[tuple[int, int]], side: int, px: int) -> dict[str, object]:
+    """Read every place; the first one is not counted, as libraries and tables are loaded with it."""
+    if reader == "sparsewsi":
+        patch = ours(path, side, px)
+    else:
+        region = READERS[reader](path)
+
+        def patch(x: int, y: int) -> np.ndarray:
+            pixels = region(x, y, side)
+            return pixels if side == px else np.asarray(Image.fromarray(pixels).reduce(side // px))
+
+    patch(*places[0])
+    digest, seconds = hashlib.sha256(), 0.0
+    for x, y in places[1:]:
+        start = time.process_time()
+        pixels = patch(x, y)
+        seconds += time.process_time() - start
+        digest.update(np.ascontiguousarray(pixels))
+    return {"speed": (len(places) - 1) / seconds, "digest": digest.hexdigest()}
+
+
+def python_of(peer: str, folder: Path) -> Path:
+    """The interpreter of a peer's venv, which is made if it is not there."""
+    place = folder / peer
+    python = place / ("Scripts" if os.name == "nt" else "bin") / "python"
+    if not python.exists():
+        venv.create(place, with_pip=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", "numpy", "pillow", *VENVS[peer]], check=True)
+    return python
+
+
+def tissue_places(path: str, side: int, shift: int, count: int) -> list[tuple[int, int]]:
+    """Corners of patches of `side` level-0 px on tissue, (x, y) level 0, in raster order, moved by `shift` px."""
+    from sparsewsi.slide import open_slide
+    from sparsewsi.tissue import patch_coords
+
+    with open_slide(path) as slide:
+        coords = patch_coords(slide, slide.require_mpp(), side)
+        inside = ((coords + shift >= 0) & (coords + shift + side <= np.array(slide.size))).all(1)
+    coords = coords[inside]
+    first = max(0, (len(coords) - count) // 2)
+    return [(x + shift, y + shift) for x, y in coords[first : first + count].tolist()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("slide")
+    parser.add_argument("--patches", type=int, default=1000)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--peers", nargs="*", default=[], choices=list(VENVS))
+    parser.add_argument("--out", type=Path, default=Path("runs/reading"))
+    parser.add_argument("--reader", help=argparse.SUPPRESS)  # in the child: read the places on stdin
+    options = parser.parse_args()
+    if options.reader:
+        print(json.dumps(measure(options.reader, options.slide, *json.load(sys.stdin))))
+        return
+    pythons = {"openslide": sys.executable, "sparsewsi": sys.executable}
+    pythons |= {peer: str(python_of(peer, options.out / "venvs")) for peer in options.peers}
+    root = Path(__file__).resolve().parents[1]
+    lines = ["| case | reader | patches per CPU-second | ratio | px equal |", "|---|---|---|---|---|"]
+    for case in options.cases:
+        side, px = CASES[case]
+        task = (tissue_places(options.slide, side, 100 if case == "off the grid" else 0, options.patches + 1), side, px)
+        results: dict[str, list[dict]] = {reader: [] for reader in pythons}
+        for _ in range(options.runs):
+            for reader, python in pythons.items():
+                command = [python, __file__, options.slide, "--reader", reader]
+                environment = os.environ | {"OMP_NUM_THREADS": "1"}
+                if reader == "sparsewsi":
+                    environment["PYTHONPATH"] = str(root)
+                done = subprocess.run(
+                    command, input=json.dumps(task), env=environment, stdout=subprocess.PIPE, text=True
+                )
+                if done.returncode == 0:
+                    results[reader].append(json.loads(done.stdout.splitlines()[-1]))
+        medians = {reader: statistics.median(run["speed"] for run in runs) for reader, runs in results.items() if runs}
+        for reader, speed in sorted(medians.items(), key=lambda item: -item[1]):
+            equal = results[reader][0]["digest"] == results["openslide"][0]["digest"]
+            lines.append(
+                f"| {case} | {reader} | {speed:.0f} | {speed / medians['openslide']:.2f} | {'yes' if equal else 'no'} |"
+            )
+    options.out.mkdir(parents=True, exist_ok=True)
+    table = "\n".join(lines) + "\n"
+    (options.out / "table.md").write_text(table)
+    print(table, end="")
+
+
+if __name__ == "__main__":
+    main()
