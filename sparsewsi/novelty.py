@@ -5,9 +5,13 @@ N patches, D feature dim, R axes, S sources (training slides).
 How far a patch is from the training patches: its features are rotated onto the R axes along which training patches
 vary most, every axis is measured in training standard deviations, and what no axis explains in those of the rest; the
 distance is the root mean square of all of it, about 1 for a training patch (the Gaussian of Tipping and Bishop's
-probabilistic PCA, 1999). How far a slide is: the median over its patches, so that a fold or a pen stroke does not
-count. The threshold comes from training slides that the summary has not seen: sources are dealt to FOLDS folds, each
-fold is measured with a summary of the others, and the threshold is the QUANTILE of these S distances.
+probabilistic PCA, 1999). A slide is unlike the training slides if its median patch is farther than that of any of them,
+or if its patches vary less than half as much as those of any of them (noise, an empty scan). Half, because training
+patches were picked for variety, while one tissue may fill a slide.
+
+Both limits come from training slides as if they were new: sources are dealt to FOLDS folds, and each fold is measured
+with a summary of the others. So a slide that is like the S training slides stays within the largest of their S
+distances with a chance of at least S / (S + 1).
 """
 
 from __future__ import annotations
@@ -29,7 +33,8 @@ if TYPE_CHECKING:  # model.py stands above this file
     from sparsewsi.model import Selection
 
 FILE = "novelty.safetensors"
-AXES, FOLDS, QUANTILE = 64, 4, 0.95
+AXES, FOLDS = 64, 4
+FEW = 8  # patches, below which it means nothing that they are alike
 PER_SOURCE = 200  # patches of one source that are looked at, so that no source counts for more than another
 ROWS = 8192  # patches measured at once
 EQUAL = 0.1  # standard deviations of the scores: the paper's last temperature, below which training does not separate
@@ -40,15 +45,16 @@ class Summary:
     """What training features look like. CPU tensors, float32.
 
     mean: (D,); axes: (D, R), orthonormal; deviations: (R,); rest: standard deviation of every other direction
-    threshold: distance of a slide beyond which it is called unlike, see the module
-    sources: S, how many training slides the threshold rests on
+    farthest: largest median distance of a training slide; least_spread: smallest spread of one
+    sources: S, how many training slides these limits rest on
     """
 
     mean: Tensor
     axes: Tensor
     deviations: Tensor
     rest: float
-    threshold: float
+    farthest: float
+    least_spread: float
     sources: int
 
 
@@ -63,6 +69,12 @@ def distances(summary: Summary, features: Tensor) -> Tensor:
     return torch.cat(out) if out else torch.empty(0)
 
 
+def spread(summary: Summary, features: Tensor) -> float:
+    """Variance of the patches (N, D), N >= 2, about their own mean, as a share of that of all training patches."""
+    whole = float(summary.deviations.square().sum()) + summary.rest**2 * (features.shape[1] - len(summary.deviations))
+    return float(features.float().var(0).sum()) / whole
+
+
 def summarise(features: Tensor, sources: np.ndarray) -> Summary:
     """The summary that an artefact keeps, from the training split's features (M, D) and the slide (M,) each came from.
 
@@ -70,37 +82,36 @@ def summarise(features: Tensor, sources: np.ndarray) -> Summary:
     """
     names = np.unique(sources)
     if len(names) < FOLDS:
-        raise ValueError(f"a threshold needs patches of at least {FOLDS} slides, got {len(names)}.")
-    rows = {name: _spread(np.flatnonzero(sources == name)) for name in names}
-    held_out = np.empty(len(names))
+        raise ValueError(f"limits need patches of at least {FOLDS} slides, got {len(names)}.")
+    slides = [features[torch.from_numpy(_some(np.flatnonzero(sources == name)))].float() for name in names]
+    far, near = [], []
     for fold in range(FOLDS):
-        others = np.concatenate([rows[name] for i, name in enumerate(names) if i % FOLDS != fold])
-        seen = _fit(features[torch.from_numpy(others)].float(), len(names))
-        for i in range(fold, len(names), FOLDS):
-            held_out[i] = float(distances(seen, features[torch.from_numpy(rows[names[i]])]).median())
-    whole = _fit(features[torch.from_numpy(np.concatenate(list(rows.values())))].float(), len(names))
-    return dataclasses.replace(whole, threshold=float(np.quantile(held_out, QUANTILE)))
+        others = _fit(torch.cat([x for i, x in enumerate(slides) if i % FOLDS != fold]), len(names))
+        far += [float(distances(others, x).median()) for x in slides[fold::FOLDS]]
+        near += [spread(others, x) for x in slides[fold::FOLDS] if len(x) >= FEW]
+    whole = _fit(torch.cat(slides), len(names))
+    return dataclasses.replace(whole, farthest=max(far), least_spread=min(near, default=0.0))
 
 
-def _spread(rows: np.ndarray) -> np.ndarray:
+def _some(rows: np.ndarray) -> np.ndarray:
     """At most PER_SOURCE of them, evenly spaced."""
     return rows if len(rows) <= PER_SOURCE else rows[np.linspace(0, len(rows) - 1, PER_SOURCE, dtype=int)]
 
 
 def _fit(x: Tensor, sources: int) -> Summary:
-    """Mean, axes and deviations of features (m, D), as yet without a threshold."""
+    """Mean, axes and deviations of features (m, D), as yet without limits."""
     mean = x.mean(0)
     centred = x - mean
     axes = min(AXES, x.shape[1] // 2, len(x) // 2)
     values, vectors = torch.linalg.eigh(centred.T @ centred / len(x))  # ascending
     kept = values[-axes:].clamp(min=1e-12)
     rest = float(values[:-axes].clamp(min=0).mean().clamp(min=1e-12).sqrt())
-    return Summary(mean, vectors[:, -axes:].contiguous(), kept.sqrt(), rest, math.inf, sources)
+    return Summary(mean, vectors[:, -axes:].contiguous(), kept.sqrt(), rest, math.inf, 0.0, sources)
 
 
 def save(summary: Summary, folder: str | Path) -> None:
     """Write FILE into a model's folder; the axes in float16, the rest in float32."""
-    numbers = torch.tensor([summary.rest, summary.threshold, summary.sources], dtype=torch.float64)
+    numbers = torch.tensor([summary.rest, summary.farthest, summary.least_spread, summary.sources], dtype=torch.float64)
     tensors = {
         "mean": summary.mean,
         "axes": summary.axes.half(),
@@ -118,8 +129,10 @@ def load(folder: str | Path) -> Summary | None:
     found = load_file(path)
     if set(found) != {"mean", "axes", "deviations", "numbers"}:
         raise ValueError(f"{path} holds {', '.join(sorted(found))}, which is no summary of features. Make it again.")
-    rest, threshold, sources = found["numbers"].tolist()
-    return Summary(found["mean"], found["axes"].float(), found["deviations"], rest, threshold, int(sources))
+    rest, farthest, least_spread, sources = found["numbers"].tolist()
+    return Summary(
+        found["mean"], found["axes"].float(), found["deviations"], rest, farthest, least_spread, int(sources)
+    )
 
 
 def warning(summary: Summary, bag: Bag) -> str | None:
@@ -130,14 +143,20 @@ def warning(summary: Summary, bag: Bag) -> str | None:
         )
     if len(bag.features) == 0:
         return None
+    unlike = "This slide is unlike those the model was trained on, so expect wrong selections and answers: "
     distance = float(distances(summary, bag.features).median())
-    if distance <= summary.threshold:
-        return None
-    return (
-        "This slide is unlike those the model was trained on: the distance of its patches to the training patches is "
-        f"{distance:.2f}, and {QUANTILE:.0%} of {summary.sources} training slides stay below {summary.threshold:.2f}. "
-        "Expect wrong selections and answers."
-    )
+    if distance > summary.farthest:
+        return (
+            f"{unlike}its typical patch lies {distance:.3f} from the training patches (one of those: 1), farther than "
+            f"that of all {summary.sources} training slides (at most {summary.farthest:.3f})."
+        )
+    own = spread(summary, bag.features) if len(bag.features) >= FEW else math.inf
+    if own < summary.least_spread / 2:
+        return (
+            f"{unlike}its patches vary {own:.0%} as much as training patches do, and in every one of "
+            f"{summary.sources} training slides at least {summary.least_spread:.0%}."
+        )
+    return None
 
 
 def warnings_about(bag: Bag, selection: Selection, summary: Summary | None = None) -> list[str]:
@@ -149,8 +168,10 @@ def warnings_about(bag: Bag, selection: Selection, summary: Summary | None = Non
 def selection_warnings(bag: Bag, selection: Selection) -> list[str]:
     """Sentences about the scale, about the cut between kept and left-out patches, and about how little was kept.
 
-    Rank K + 1 counts as good as rank K if their scores differ by less than EQUAL standard deviations of the slide's
-    scores: training's soft top-K ends at that temperature, and gives both weights nearer to each other than to 0 or 1.
+    Two patches count as equal if their scores differ by less than EQUAL standard deviations of the slide's scores:
+    training's soft top-K ends at that temperature, and gives both weights nearer to each other than to 0 or 1. On a
+    slide of many patches the best one left out nearly always equals the last one kept; it is said where a quarter of
+    the kept patches could be exchanged so, or where the scores are the same.
     """
     k, n = len(selection.indices), selection.num_patches
     out = []
@@ -173,7 +194,6 @@ def selection_warnings(bag: Bag, selection: Selection) -> list[str]:
 _SCALE = {
     "argument": "The scale ({mpp:.4g} µm/px) was given by hand; if it is wrong, so are sizes and answers.",
     "objective power": "The scale ({mpp:.4g} µm/px) was guessed from the magnification; sizes may be off by a tenth.",
-    "tiff resolution": "The scale ({mpp:.4g} µm/px) is that of the TIFF tags, which some scanners leave at a default.",
     "unknown": "The scale is unknown: the model may see the tissue at another magnification than it was trained on.",
 }
 
@@ -184,15 +204,20 @@ def _cut(selection: Selection) -> str | None:
     kept = torch.zeros(len(scores), dtype=torch.bool)
     kept[selection.indices] = True
     last, best_out = float(scores[kept].min()), float(scores[~kept].max())
-    spread = float(scores.std())
+    equal = EQUAL * float(scores.std())
     if best_out > last:  # patches were drawn, dropped or pinned by hand
         more = int((scores[~kept] > last).sum())
         return f"{more:,} patches that were left out score higher than the last of the {k} kept."
-    if spread > 0 and (last - best_out) / spread >= EQUAL:
+    inside = int((scores[kept] <= best_out + equal).sum())  # kept, though equal to one that was not
+    outside = int((scores[~kept] >= last - equal).sum())
+    if last - best_out >= equal > 0 or (inside < k / 4 and last > best_out):
         return None
-    inside = int((scores[kept] < best_out + EQUAL * spread).sum()) if spread > 0 else k
-    outside = int((scores[~kept] > last - EQUAL * spread).sum()) if spread > 0 else len(scores) - k
+    if 2 * outside > len(scores) - k and inside < k:
+        return (
+            f"Rank {k + 1} is as good as rank {k}: only {k - inside:,} of the {k} kept patches stand out, the other "
+            f"{inside:,} score like most of the slide."
+        )
     return (
         f"Rank {k + 1} is as good as rank {k}: {outside:,} patches that were left out score as high as the last "
-        f"{inside:,} of the {k} kept (within {EQUAL:g} standard deviations). A larger K may change the answer."
+        f"{inside:,} of the {k} kept. A larger K may change the answer."
     )
