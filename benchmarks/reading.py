@@ -80,6 +80,13 @@ def with_lazyslide(path: str) -> Read:
     return lambda x, y, side: reader.get_region(x, y, side, side, level=0)
 
 
+def scaled(read: Read, side: int, px: int) -> Callable[[int, int], np.ndarray]:
+    """Patches as a plain loop makes them: a region of level 0, reduced if need be."""
+    if side == px:
+        return lambda x, y: read(x, y, side)
+    return lambda x, y: np.asarray(Image.fromarray(read(x, y, side)).reduce(side // px))
+
+
 READERS: dict[str, Callable[[str], Read]] = {
     "openslide": with_openslide,
     "tiffslide": with_tiffslide,
@@ -94,19 +101,14 @@ def measure(reader: str, path: str, places: list[tuple[int, int]], side: int, px
     if reader == "sparsewsi":
         patch = ours(path, side, px)
     else:
-        region = READERS[reader](path)
-
-        def patch(x: int, y: int) -> np.ndarray:
-            pixels = region(x, y, side)
-            return pixels if side == px else np.asarray(Image.fromarray(pixels).reduce(side // px))
-
+        patch = scaled(READERS[reader](path), side, px)
     patch(*places[0])
     digest, seconds = hashlib.sha256(), 0.0
     for x, y in places[1:]:
         start = time.process_time()
         pixels = patch(x, y)
         seconds += time.process_time() - start
-        digest.update(np.ascontiguousarray(pixels))
+        digest.update(pixels.tobytes())
     return {"speed": (len(places) - 1) / seconds, "digest": digest.hexdigest()}
 
 

@@ -303,7 +303,8 @@ class _OpenSlideSource:
 
     def _read_openslide(self, level: int, xy: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
         # OpenSlide takes the corner in level 0 and divides it by its own downsample; undo exactly that.
-        corner = tuple(round(v * self._own_downsamples[level]) for v in xy)
+        own = self._own_downsamples[level]
+        corner = (round(xy[0] * own), round(xy[1] * own))
         try:
             region = self._slide.read_region(corner, level, size)
         except openslide.OpenSlideError:

@@ -74,7 +74,9 @@ class TiffTiles:
                 tile_left = column * tile_w
                 x0, x1 = max(left, tile_left), min(right, tile_left + tile_w)
                 # Patches do not overlap: a tile that one of them uses up is not asked for again.
-                used_up = (x1 - x0, y1 - y0) == (tile_w, tile_h)
+                used_up = (x0, y0) == (tile_left, tile_top) and (
+                    (x1, y1) == (min(tile_left + tile_w, grid.size[0]), min(tile_top + tile_h, grid.size[1]))
+                )
                 tile = self._tile(level, row * columns + column, keep=not used_up)
                 out[y0 - y : y1 - y, x0 - x : x1 - x] = tile[
                     y0 - tile_top : y1 - tile_top, x0 - tile_left : x1 - tile_left
