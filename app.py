@@ -1,78 +1,64 @@
-"""The app: open a slide, look at the patches that were selected, ask about it.
+"""The app: open a slide, look at the patches that were selected, ask about it, see what the answer rests on.
 
-python app.py [--host 127.0.0.1] [--port 7860] [--model assets/demo-model]
+python app.py [--host 127.0.0.1] [--port 7860] [--model assets/demo-model] [--auth name:password] [--log FILE] [--mcp]
 
 Read it from the bottom: `layout` says what is on the page, `wire` what happens on a click; the handlers above them call
-sparsewsi. A session holds a Bag and a Selection (CPU tensors), never an open slide.
+sparsewsi. A session holds a Case (CPU tensors), never an open slide.
 """
 
 from __future__ import annotations
 
 import argparse
-import atexit
+import dataclasses
 import functools
-import hashlib
+import html
 import importlib.util
+import json
 import os
-import re
 import shutil
 import sys
-import tempfile
 import threading
-import urllib.request
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
-import gradio.themes
 import numpy as np
-from PIL import Image
+import torch
+from gradio.events import api
 
-from sparsewsi import export, phantom, plots
-from sparsewsi.bag import Bag, extract_bag
+from sparsewsi import export, novelty, phantom, plots
+from sparsewsi.bag import Bag, extract_bag, load_bag, save_bag
+from sparsewsi.case import QUESTIONS, Case, choose, measure, planted, questions_for, truth_of, write_file
+from sparsewsi.chat import about, back_to_question, inert, read_turn, said, side_by_side, text_of, turns_of
 from sparsewsi.config import SparseWSIConfig
 from sparsewsi.encoders import PatchEncoder, load_encoder
 from sparsewsi.model import Selection, SparseWSI
 from sparsewsi.prompt import format_question
+from sparsewsi.selector import SELECTORS
 from sparsewsi.slide import open_slide
+from sparsewsi.viewer import PAGE_CSS, Slides, bag_props, intake, map_props, packed, slide_props, slide_viewer, theme
 
 DEFAULT_MODEL = Path(__file__).resolve().parent / "assets" / "demo-model"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-THUMBNAIL = 1400  # px, longer side
+CASES = 16  # analysed slides kept for callers of the API; the oldest is forgotten first
 
-SAMPLE_URL = "https://openslide.cs.cmu.edu/download/openslide-testdata/Aperio/CMU-1-Small-Region.svs"
-SAMPLE_SHA256 = "ed92d5a9f2e86df67640d6f92ce3e231419ce127131697fbbce42ad5e002c8a7"
-SAMPLE_BYTES = 1_938_955
-
-# Questions to start with: text, options. The wording is the one the demo model was trained on.
-QUESTIONS = (
-    ("Describe this slide.", ()),
-    ("Does this slide contain carcinoma?", ("Yes", "No")),
-    ("Which tissue makes up most of this slide?", ("fibrous stroma", "smooth muscle", "fat", "colon mucosa")),
+FILES = (
+    ("report.html", "report"),
+    ("patches.geojson", "GeoJSON for QuPath"),
+    ("patches.csv", "CSV"),
+    ("selection.json", "selection.json"),
+    ("log.jsonl", "log of this session"),
 )
-PRESENT_QUESTION = "Which of these tissues is present in this slide?"
-KIND_WORDS = {
-    "stroma_fibrous": "fibrous stroma",
-    "smooth_muscle": "smooth muscle",
-    "adipose": "fat",
-    "normal_mucosa_colon": "colon mucosa",
-    "lymphoid": "lymphoid tissue",
-    "background": "glass",
-}
+WEIGHING = "_Weighing the evidence: the answer is scored again without each of the patches …_"
 
 
-@dataclass(frozen=True, eq=False)
-class Opened:
-    """What a session keeps of its slide."""
-
-    bag: Bag
-    selection: Selection
+_slides = Slides()
+_cases: dict[str, Case] = {}  # by token, for the API
 
 
 # ---- the model: loaded once, when first needed
@@ -103,8 +89,6 @@ def warm_up() -> None:
         loaded()
     except (ValueError, OSError, RuntimeError) as error:
         print(f"The model could not be loaded yet: {error}", file=sys.stderr)
-    import torch
-
     few = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
     plots.umap_coords(few, Selection(torch.arange(4), few[:, 0].clone(), few[:4], len(few)))
 
@@ -118,59 +102,64 @@ def gpu(function: Callable) -> Callable:
     return function
 
 
-# ---- where slides come from
+# ---- where slides come from, and what is kept of a session
 
 
-@functools.cache
-def private_root() -> Path:
-    """A folder that only this user can read (0700), removed when the process ends."""
-    root = Path(tempfile.mkdtemp(prefix="sparsewsi-"))
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
-    return root
+def record(session: str | None, **event: Any) -> None:
+    """Add a line to the session's log, and to the file that $SPARSEWSI_LOG names."""
+    folder = intake.private_folder(session, "-files")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    line = {
+        "time": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+        "session": intake.private_folder(session).name[:8],
+        **event,
+    }
+    for file in filter(None, (folder / "log.jsonl", os.environ.get("SPARSEWSI_LOG"))):
+        with Path(file).open("a", encoding="utf-8") as log:
+            log.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def private_folder(session: str | None) -> Path:
-    """Where a session's upload lies. The session's name comes from the browser, so only its digest becomes a path."""
-    return private_root() / hashlib.sha256(str(session).encode()).hexdigest()[:32]
+EXAMPLES: dict[str, Callable[[], Path]] = {
+    "phantom": phantom.example_slide,
+    "cmu-1": lambda: intake.fetch_sample(intake.cache_folder()),
+}
 
 
-def keep_upload(file: str | Path, session: str | None) -> Path:
-    """Move an upload to the session's private folder, in place of an earlier one; its name is not kept."""
-    folder = private_folder(session)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700)
-    suffix = Path(file).suffix if re.fullmatch(r"\.\w{1,8}", Path(file).suffix) else ""
-    return Path(shutil.move(file, folder / f"slide{suffix}"))
+def example_name(path: str) -> str:
+    """The key of EXAMPLES for a slide in the cache, "" for any other: only examples may be named in an address."""
+    inside = Path(path).parent == intake.cache_folder()
+    return ("phantom" if phantom.truth_path(path).is_file() else "cmu-1") if inside else ""
 
 
-def fetch_sample(
-    folder: Path, url: str = SAMPLE_URL, sha256: str = SAMPLE_SHA256, most: int = 2 * SAMPLE_BYTES, timeout: float = 20
-) -> Path:
-    """OpenSlide's CMU-1-Small-Region.svs (CC0), fetched once into a folder, checked and kept there.
-
-    Raises ValueError with one sentence when it cannot be had, or is not the file it should be.
-    """
-    path = folder / "CMU-1-Small-Region.svs"
-    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
-        return path
-    try:
-        with urllib.request.urlopen(url, timeout=timeout) as answer:
-            data = answer.read(most)
-    except OSError as error:
-        reason = getattr(error, "reason", error)
-        raise ValueError(f"OpenSlide's sample slide could not be fetched from this machine ({reason}).") from error
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise ValueError("What came in place of OpenSlide's sample slide is another file, so it was thrown away.")
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    partial.write_bytes(data)
-    partial.replace(path)
-    return path
+# ---- from a slide to patches
 
 
-def cache_folder() -> Path:
-    """Where what was fetched or generated is kept: $SPARSEWSI_CACHE, else ~/.cache/sparsewsi."""
-    return Path(os.environ.get("SPARSEWSI_CACHE") or Path.home() / ".cache" / "sparsewsi")
+def read_bag(path: str, slide_mpp: float | None, progress: Callable[..., Any]) -> Bag:
+    """The slide's patches, encoded; those of examples are kept in the cache, nobody else's ever are."""
+    config, encoder = loaded()[0].config, loaded()[1]
+    kept = intake.cache_folder() / f"{Path(path).stem}-{config.encoder}-{config.mpp:g}-{config.patch_size}.safetensors"
+    if example_name(path) and slide_mpp is None and kept.is_file():
+        return load_bag(kept)
+
+    def encoded(done: int, total: int) -> None:
+        progress((done, total), desc="Encoding the patches", unit="patches")
+
+    progress(None, desc="Finding tissue")
+    sizes: dict[str, Any] = {"mpp": config.mpp, "patch_size": config.patch_size}
+    bag = extract_bag(path, encoder, **sizes, slide_mpp=slide_mpp, progress=encoded)
+    if example_name(path) and slide_mpp is None:
+        save_bag(bag, kept)
+    return bag
+
+
+@gpu
+def analyse(token: str, path: str, slide_mpp: float | None, progress: Callable[..., Any]) -> Case:
+    """Slide -> bag -> selection, saying what it is doing."""
+    progress(None, desc="Loading the model")
+    model = loaded()[0]
+    bag = read_bag(path, slide_mpp, progress)
+    progress(1, desc="Selecting patches")
+    return Case(token, path, slide_mpp, bag, model.select(bag))
 
 
 # ---- words
@@ -188,56 +177,33 @@ def sentences() -> Iterator[None]:
         raise gr.Error(text, duration=30, print_exception=False) from error
 
 
+def short_name() -> str:
+    """The model's name for people, never a path."""
+    return Path(model_name()).resolve().name if Path(model_name()).is_dir() else model_name()
+
+
 def notice() -> str:
     """The sentence under every answer."""
     with_config = SparseWSIConfig.load(model_name()) if Path(model_name()).is_dir() else loaded()[0].config
     return export.notice(with_config)
 
 
-def facts(opened: Opened | None) -> str:
-    """The line that always says what the page shows."""
-    name = Path(model_name()).resolve().name if Path(model_name()).is_dir() else model_name()
-    if opened is not None:
-        return export.summary(opened.bag, opened.selection, loaded()[0].config, name)
+def facts(case: Case | None) -> str:
+    """The lines that always say what the page shows, and what to doubt in it."""
+    if case is not None:
+        summary = export.summary(case.bag, case.selection, loaded()[0].config, short_name())
+        return f"{inert(summary)}\n\n⚠ {inert(' '.join([*filter(None, [case.bag.note]), *doubts(case)]))}"
     if not Path(model_name()).is_dir():
-        return f"No slide open · model {name}"
+        return f"No slide open · model {inert(short_name())}"
     config = SparseWSIConfig.load(model_name())
-    model = f"model {name} ({export.llm_name(config)})"
-    return f"No slide open · {model} · encoder {config.encoder} · keeps {config.num_tokens} patches"
+    model = f"model {short_name()} ({export.llm_name(config)})"
+    return inert(f"No slide open · {model} · encoder {config.encoder} · keeps {config.num_tokens} patches")
 
 
-def words(kind: str) -> str:
-    """A kind of tissue as people write it."""
-    return KIND_WORDS.get(kind, kind.replace("_", " "))
-
-
-def truth_of(path: str) -> phantom.GroundTruth | None:
-    """What the generator planted, for a phantom; None for a real slide."""
-    return phantom.load_truth(path) if phantom.truth_path(path).is_file() else None
-
-
-def planted(truth: phantom.GroundTruth | None, opened: Opened) -> str:
-    """The ground truth in a few lines, and what the selected patches show of it."""
-    if truth is None:
-        return ""
-    bag, selection = opened.bag, opened.selection
-    foci = Counter(needle.kind for needle in truth.needles)
-    found = Counter(truth.label_at(bag.coords[selection.indices].numpy(), bag.patch_size).tolist())
-    lines = [
-        f"- Most of the tissue: **{words(truth.dominant)}**",
-        f"- Hidden foci: **{', '.join(f'{words(kind)} ({count})' for kind, count in sorted(foci.items()))}**",
-        f"- The {len(selection.indices)} selected patches: "
-        + ", ".join(f"{count} {words(kind)}" for kind, count in found.most_common()),
-    ]
-    return "\n".join(lines)
-
-
-def questions_for(truth: phantom.GroundTruth | None) -> list[tuple[str, tuple[str, ...]]]:
-    """Questions to start with; of a phantom also which of four tissues it holds."""
-    if truth is None or not truth.present:
-        return list(QUESTIONS)
-    absent = [kind for kind in phantom.NEEDLES if kind not in truth.present][:3]
-    return [*QUESTIONS, (PRESENT_QUESTION, tuple(sorted(words(kind) for kind in (truth.present[0], *absent))))]
+def doubts(case: Case) -> list[str]:
+    """What a reader of this case should know before believing it, gravest first; the bag's own note is another."""
+    found = novelty.warnings_about(case.bag, case.selection, novelty.load(model_name()))
+    return [line for line in found if not line.startswith("The answer is read from")]  # the summary says so already
 
 
 def read_mpp(text: str) -> float | None:
@@ -250,122 +216,106 @@ def read_mpp(text: str) -> float | None:
         raise ValueError(f"The scan resolution is a number of µm/px such as 0.25, got {text.strip()!r}.") from None
 
 
-def read_turn(text: str) -> tuple[str, list[str]]:
-    """The question and the options of a user's turn as format_question wrote it."""
-    options = re.findall(r"^[A-Z]\. (.+)$", text, re.MULTILINE)
-    return re.sub(r"\n[A-Z]\. .+$", "", text, flags=re.MULTILINE), options
+def make_file(case: Case, answers: dict[int, export.Answer], session: str | None, name: str) -> Path:
+    """Write one of FILES to the session's folder, now that somebody asks for it."""
+    path = intake.private_folder(session, "-files") / name
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    if name == "log.jsonl":
+        path.touch()
+    else:
+        run: dict[str, Any] = {"model": short_name(), "weights_sha256": weights(), "answers": list(answers.values())}
+        write_file(name, path, case, loaded()[0].config, warnings=doubts(case), **run)
+    return path
 
 
-def text_of(message: dict[str, Any]) -> str:
-    """The words of a chat message without the notice: its first block."""
-    content = message["content"]
-    first = content if isinstance(content, str) else content[0] if content else ""
-    return first if isinstance(first, str) else str(first.get("text", ""))
+@functools.cache
+def weights() -> str | None:
+    """Digest of the served model's weights."""
+    return export.weights_digest(model_name())
 
 
 # ---- handlers
 
 
-def open_phantom(progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
-    progress(None, desc="Opening the phantom (generated on first use)")
+def open_example(name: str, progress: gr.Progress) -> str:
+    words_for_it = {"phantom": "Opening the phantom (generated on first use)", "cmu-1": "Fetching CMU-1 (CC0)"}
+    progress(None, desc=words_for_it[name])
     with sentences():
-        return str(phantom.example_slide())
+        return str(EXAMPLES[name]())
+
+
+def open_phantom(progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
+    return open_example("phantom", progress)
 
 
 def open_sample(progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
-    progress(None, desc="Fetching OpenSlide's CMU-1-Small-Region (CC0)")
+    return open_example("cmu-1", progress)
+
+
+def open_upload(file: str, request: gr.Request, progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
+    progress(None, desc="Looking at the file")
     with sentences():
-        return str(fetch_sample(cache_folder()))
+        path = intake.keep_upload(file, request.session_hash)
+        intake.check(path)
+        return str(path)
 
 
-def open_upload(file: str, request: gr.Request) -> str:
+def open_path(text: str, progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
+    progress(None, desc="Looking at the file")
     with sentences():
-        return str(keep_upload(file, request.session_hash))
-
-
-def open_path(text: str) -> str:
-    with sentences():
-        open_slide(text.strip()).close()
+        intake.check(text.strip())
         return str(Path(text.strip()).expanduser())
 
 
+def open_address(request: gr.Request, progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
+    """The slide that the page's address names, if it names one of the examples."""
+    name = dict(request.query_params).get("slide", "")
+    if name not in EXAMPLES:
+        raise gr.Error("", visible=False, print_exception=False)  # nothing to open: what follows is not run
+    return open_example(name, progress)
+
+
 def forget(request: gr.Request) -> None:
-    """The tab was closed: delete what was uploaded in it."""
-    shutil.rmtree(private_folder(request.session_hash), ignore_errors=True)
+    """The tab was closed: delete what was uploaded in it and what was made of it."""
+    for token in _slides.forget(str(request.session_hash)):
+        _cases.pop(token, None)
+    for what in ("", "-files"):
+        shutil.rmtree(intake.private_folder(request.session_hash, what), ignore_errors=True)
 
 
-@gpu
-def look(path: str, resolution: str, progress: gr.Progress = gr.Progress()) -> tuple:  # noqa: B008
-    """Encode the slide and select; returns what the page shows of it, an empty chat and an empty resolution.
-
-    The resolution was this slide's: left in its field it would be taken for the next one's.
-    """
+def show(path: str, resolution: str, request: gr.Request) -> tuple:
+    """The slide itself, at once; what belonged to the one before goes."""
     with sentences():
-        slide_mpp = read_mpp(resolution)
-        opened = encode(path, slide_mpp, progress)
-        progress(1, desc="Drawing")
-        overview, heat, patches = pictures(path, slide_mpp, opened)
+        if not path:
+            raise ValueError("Open a slide first.")
+        with open_slide(path, slide_mpp=read_mpp(resolution)) as slide:
+            token = _slides.add(path, str(request.session_hash))
+            props = slide_props(token, slide, example_name(path))
+        record(request.session_hash, event="open", slide=slide.name, size=slide.size, mpp=slide.mpp)
+    view = gr.HTML(slide=props, bag=None, kept=None, map=None, evidence=None, files=[])
+    return token, view, None, [], {}, "", gr.Accordion(visible=False), f"{slide.name} · being analysed"
+
+
+def look(token: str, path: str, resolution: str, progress: gr.Progress = gr.Progress()) -> tuple:  # noqa: B008
+    """Analyse the slide. The resolution was this slide's: left in its field it would be taken for the next one's."""
+    with sentences():
+        case = analyse(token, path, read_mpp(resolution), progress)
         truth = truth_of(path)
+        secret = planted(truth, case.bag, case.selection)
     asked = questions_for(truth)
     samples = gr.Dataset(samples=[[text] for text, _ in asked], sample_labels=[text for text, _ in asked])
-    secret = gr.Accordion(visible=truth is not None, open=False)
-    return (
-        opened,
-        overview,
-        heat,
-        patches,
-        None,
-        facts(opened),
-        secret,
-        planted(truth, opened),
-        samples,
-        asked,
-        [],  # the chat: old answers are another slide's
-        None,
-        "",
-    )
+    view = gr.HTML(**bag_props(case.bag, case.selection), files=FILES)
+    return case, view, facts(case), gr.Accordion(visible=truth is not None, open=False), secret, samples, asked, ""
 
 
-def encode(path: str, slide_mpp: float | None, progress: gr.Progress) -> Opened:
-    """Slide -> bag -> selection, saying what it is doing."""
-    if not path:
-        raise ValueError("Open a slide first.")
-    progress(None, desc="Loading the model")
-    model, encoder = loaded()
-    progress(None, desc="Finding tissue")
-
-    def encoded(done: int, total: int) -> None:
-        progress((done, total), desc="Encoding patches", unit="patches")
-
-    bag = extract_bag(
-        path,
-        encoder,
-        mpp=model.config.mpp,
-        patch_size=model.config.patch_size,
-        slide_mpp=slide_mpp,
-        progress=encoded,
-    )
-    progress(1, desc="Selecting patches")
-    return Opened(bag, model.select(bag))
-
-
-def pictures(
-    path: str, slide_mpp: float | None, opened: Opened
-) -> tuple[Image.Image, Image.Image, list[tuple[np.ndarray, str]]]:
-    """Overlay, heat map, and the selected patches with rank and score."""
-    bag, selection = opened.bag, opened.selection
-    with open_slide(path, slide_mpp=slide_mpp) as slide:
-        thumbnail, scale = slide.thumbnail(THUMBNAIL)
-        patches = plots.patch_pictures(slide, bag, selection)
-    scores = selection.scores[export.by_rank(selection)].tolist()
-    captions = [f"#{rank} · {score:.2f}" for rank, score in enumerate(scores, 1)]
-    overview = plots.overlay(thumbnail, scale, bag, selection)
-    return overview, plots.heat_map(thumbnail, scale, bag, selection), list(zip(patches, captions))
-
-
-def draw_map(opened: Opened) -> Image.Image:
+def draw_map(case: Case) -> Any:
     with sentences():
-        return plots.umap_plot(plots.umap_coords(opened.bag.features, opened.selection), opened.selection)
+        return gr.HTML(map=map_props(plots.umap_coords(case.bag.features, case.selection)))
+
+
+def offer(case: Case, answers: dict[int, export.Answer], request: gr.Request) -> None:
+    """From now on the downloads hold these answers."""
+    _slides.offer(case.token, functools.partial(make_file, case, answers, request.session_hash))
 
 
 def take_example(index: int, asked: list) -> tuple[str, str]:
@@ -373,29 +323,53 @@ def take_example(index: int, asked: list) -> tuple[str, str]:
     return text, "\n".join(options)
 
 
-def add_turn(question: str, options: str, opened: Opened | None, chat: list) -> tuple:
+def add_turn(question: str, options: str, case: Case | None, chat: list) -> tuple:
     """Put the question into the chat and give the box back empty, with a Stop button while the answer comes."""
-    if opened is None:
+    if case is None:
         raise gr.Error("Open a slide first; the question stays in the box.", print_exception=False)
     if not question.strip():
         raise gr.Error("Write a question first.", print_exception=False)
     with sentences():
         text = format_question(question.strip(), [line.strip() for line in options.splitlines() if line.strip()])
-    return busy(value=""), "", [*chat, {"role": "user", "content": text}], None
+    return busy(value=""), "", [*chat, {"role": "user", "content": inert(text)}]
 
 
 @gpu
-def reply(opened: Opened, chat: list) -> Iterator[tuple[Any, Any]]:
-    """Stream the answer to the last question; with options, their probabilities follow."""
+def reply(case: Case, chat: list) -> Iterator[list]:
+    """Stream the answer to the last question."""
     with sentences():
-        turns = [{"role": m["role"], "content": text_of(m)} for m in chat if m["role"] in ("user", "assistant")]
-        model, text = loaded()[0], ""
-        for piece in model.answer(opened.selection, turns):
+        turns, options = turns_of(chat)
+        text = ""
+        for piece in loaded()[0].answer(case.selection, turns, options):
             text += piece
-            yield [*chat, {"role": "assistant", "content": [text, notice()]}], gr.skip()
-        question, options = read_turn(turns[-1]["content"])
-        if options:
-            yield gr.skip(), dict(zip(options, model.option_probs(opened.selection, question, options).tolist()))
+            yield [*chat, said(text, notice(), [WEIGHING])]
+        if not text:
+            yield [*chat, said("", notice(), [WEIGHING])]
+
+
+@gpu
+def weigh(case: Case, chat: list, answers: dict[int, export.Answer]) -> tuple[list, dict[int, export.Answer], Any]:
+    """What the answer rests on."""
+    with sentences():
+        answer = measure(loaded()[0], case.selection, *turns_of(chat), text_of(chat[-1]).replace("(no answer)", ""))
+    place = len(chat) - 1
+    answers = {i: earlier for i, earlier in answers.items() if i < place} | {place: answer}
+    message = said(answer.text, notice(), about(answer, case.selection))
+    return [*chat[:-1], message], answers, gr.HTML(evidence=evidence_props(case.selection, answer))
+
+
+def evidence_props(selection: Selection, answer: export.Answer) -> dict[str, Any] | None:
+    indices = selection.indices.tolist()
+    return {"indices": indices, "effects": [round(effect, 4) for effect in answer.effects]} if answer.effects else None
+
+
+def log_answer(case: Case, answers: dict[int, export.Answer], request: gr.Request) -> None:
+    answer = answers[max(answers)]
+    record(request.session_hash, event="ask", slide=case.bag.slide, **dataclasses.asdict(answer))
+
+
+def log_views(event: gr.EventData, request: gr.Request) -> None:
+    record(request.session_hash, event="look", views=event._data["views"][:200])
 
 
 def busy(**changes: Any) -> Any:
@@ -406,119 +380,211 @@ def idle() -> Any:
     return gr.Textbox(submit_btn=True, stop_btn=False)
 
 
-def back_to_question(chat: list) -> list:
-    """The chat up to and with the user's last turn."""
-    last = max(i for i, message in enumerate(chat) if message["role"] == "user")
-    return chat[: last + 1]
-
-
 def retry(chat: list) -> tuple[list, Any]:
     """Ask the last question again."""
     return back_to_question(chat), busy()
 
 
-def undo(chat: list) -> tuple[list, str, str]:
+def undo(chat: list, answers: dict[int, export.Answer]) -> tuple[list, dict[int, export.Answer], str, str]:
     """Take back the last question; its words return to the boxes."""
     kept = back_to_question(chat)
     question, options = read_turn(text_of(kept[-1]))
-    return kept[:-1], question, "\n".join(options)
+    answers = {i: answer for i, answer in answers.items() if i < len(kept) - 1}
+    return kept[:-1], answers, question, "\n".join(options)
 
 
 def edit(chat: list, change: gr.EditData) -> tuple[list, Any]:
     """Ask an edited question in place of the old one and of what came after it."""
     place = change.index[0] if isinstance(change.index, (list, tuple)) else change.index
-    return [*chat[:place], {"role": "user", "content": change.value}], busy()
+    return [*chat[:place], {"role": "user", "content": inert(html.unescape(str(change.value)))}], busy()
+
+
+def take_picks(event: gr.EventData, case: Case) -> tuple[dict[str, list[int]], str]:
+    """Which patches were pinned and dropped in the viewer, kept and in words."""
+    total = len(case.bag.coords)
+    picks = {key: [i for i in event._data[key] if 0 <= int(i) < total][:4096] for key in ("pinned", "dropped")}
+    return picks, f"Pinned: {len(picks['pinned'])} · dropped: {len(picks['dropped'])}"
+
+
+@gpu
+def ask_again(
+    case: Case | None, chat: list, answers: dict[int, export.Answer], k: int, selector: str, picks: dict[str, list[int]]
+) -> Iterator[tuple[Any, Any]]:
+    """The last question once more, from other patches; both answers beside each other."""
+    with sentences():
+        if case is None or not chat:
+            raise ValueError("Ask a question first: a what-if asks the same again, from other patches.")
+        first = answers.get(len(chat) - 1)
+        before = (f"{len(case.selection.indices)} patches, learned", text_of(chat[-1]))
+        left = (*before, about(first, case.selection) if first else [])
+        selection = choose(loaded()[0], case, int(k), selector, **picks)
+        title = f"What if: {len(selection.indices)} patches, {selector}"
+        title += "".join(f", {len(picks[key])} {key}" for key in ("pinned", "dropped") if picks[key])
+        turns, options = turns_of(chat)
+        yield (
+            side_by_side([left, (title, "", [])], notice()),
+            gr.HTML(kept=packed(selection.indices, np.int32), evidence=None),
+        )
+        text = ""
+        for piece in loaded()[0].answer(selection, turns, options):
+            text += piece
+            yield side_by_side([left, (title, text, [])], notice()), gr.skip()
+        answer = measure(loaded()[0], selection, turns, options, text)
+        right = (title, answer.text or "(no answer)", about(answer, selection))
+        yield side_by_side([left, right], notice()), gr.HTML(evidence=evidence_props(selection, answer))
+
+
+def own_patches(case: Case | None) -> tuple[str, Any]:
+    """Back from a what-if to what the model selected."""
+    return "", gr.HTML(kept=packed(case.selection.indices, np.int32), evidence=None) if case else gr.skip()
+
+
+def import_regions(file: str, case: Case | None) -> Any:
+    """Regions drawn in QuPath: the patches in them, listed and marked."""
+    with sentences():
+        try:
+            if case is None:
+                raise ValueError("Open a slide first: the regions must be of that slide.")
+            found = export.read_regions(file, case.bag)
+        finally:
+            Path(file).unlink(missing_ok=True)
+    return gr.HTML(members={"indices": found.tolist(), "where": "imported regions", "nonce": uuid.uuid4().hex})
+
+
+# ---- the API: what gradio_client and MCP see
+
+
+def case_of(token: str) -> Case:
+    if token not in _cases:
+        raise ValueError(
+            "This case is not known, or no longer. Call analyze first; a case lives as long as its session."
+        )
+    return _cases[token]
+
+
+def analyze(request: gr.Request, slide: str = "phantom", file: gr.FileData | None = None, slide_mpp: float = 0) -> dict:
+    """Open a whole-slide image, encode its patches and keep those the model selects.
+
+    Args:
+        slide: "phantom" or "cmu-1" for an example; not looked at when a file is given.
+        file: a slide to upload.
+        slide_mpp: micrometres per pixel of the scan, for slides that do not state it; 0 if they do.
+    Returns:
+        case (to be passed to ask and evidence), slide, num_patches, indices and coords (level-0 px) of the kept patches
+        in raster order, ranks (1 = best score), scores of the kept, summary, doubts, notice.
+    """
+    with sentences():
+        path = received(file, request) if file else EXAMPLES[slide]() if slide in EXAMPLES else None
+        if path is None:
+            raise ValueError(f"The slide must be {' or '.join(EXAMPLES)}, or a file, got {slide!r}.")
+        token = _slides.add(path, str(request.session_hash))
+        case = analyse(token, str(path), slide_mpp or None, lambda *_args, **_kwargs: None)
+        _cases[token] = case
+        for old in list(_cases)[:-CASES]:
+            _cases.pop(old, None)
+    kept = case.selection.indices
+    return {
+        "case": token,
+        "slide": case.bag.slide,
+        "num_patches": case.selection.num_patches,
+        "indices": kept.tolist(),
+        "coords": case.bag.coords[kept].tolist(),
+        "ranks": export.ranks(case.selection).tolist(),
+        "scores": case.selection.scores[kept].tolist(),
+        "summary": export.summary(case.bag, case.selection, loaded()[0].config, short_name()),
+        "doubts": doubts(case),
+        "notice": notice(),
+    }
+
+
+def received(file: Any, request: gr.Request) -> Path:
+    """An upload through the API, moved and looked at. Raises ValueError for a path that was not uploaded here."""
+    path = Path(file["path"] if isinstance(file, dict) else file.path).resolve()
+    if not path.is_relative_to(Path(os.environ["GRADIO_TEMP_DIR"]).resolve()):
+        raise ValueError("The file was not uploaded to this server.")
+    kept = intake.keep_upload(path, request.session_hash)
+    intake.check(kept)
+    return kept
+
+
+@gpu
+def ask(case: str, question: str, options: list[str] | None = None) -> dict:
+    """Ask about an analysed slide.
+
+    Args:
+        case: what analyze returned.
+        question: the question, in words.
+        options: answer options of a multiple-choice question.
+    Returns:
+        answer, probabilities (one per option), notice.
+    """
+    with sentences():
+        opened, model, given = case_of(case), loaded()[0], options or []
+        turns = [{"role": "user", "content": question}]
+        text = "".join(model.answer(opened.selection, turns, given))
+        probs = model.option_probs(opened.selection, question, given).tolist() if given else []
+    return {"answer": text.strip(), "probabilities": probs, "notice": notice()}
+
+
+@gpu
+def weigh_evidence(case: str, question: str, answer: str, options: list[str] | None = None) -> dict:
+    """How much an answer loses when each of the kept patches is left out.
+
+    Args:
+        case: what analyze returned.
+        question: the question.
+        answer: an answer to it, such as the one that ask returned.
+        options: answer options, if it was a multiple-choice question.
+    Returns:
+        effects in nats, in the order of analyze's indices; indices; ranks by score; sentence, what they mean; notice.
+    """
+    with sentences():
+        opened = case_of(case)
+        found = measure(loaded()[0], opened.selection, [{"role": "user", "content": question}], options or [], answer)
+    kept = opened.selection
+    lines = {"effects": list(found.effects), "sentence": found.evidence, "notice": notice()}
+    return {"indices": kept.indices.tolist(), "ranks": export.ranks(kept).tolist(), **lines}
 
 
 # ---- layout
-
-CSS = """
-#title h1 { margin-bottom: 0; }
-#title p { color: var(--body-text-color-subdued); margin-top: 2px; }
-#sources { align-items: flex-end; gap: 10px; }
-#sources button { min-height: 44px; white-space: nowrap; }
-#sources .form { border: none; background: transparent; box-shadow: none; gap: 10px; }
-#sources .block { padding: 0; border: none; background: transparent; }
-#facts { border-left: 3px solid var(--primary-500); padding: 2px 12px; }
-#facts p { font-size: 0.9rem; margin: 0; }
-#map img { background: white; }
-#patches .grid-wrap { max-height: none; height: auto; overflow: visible; padding-top: 34px; }
-#patches .grid-container { grid-template-columns: repeat(auto-fill, minmax(88px, 1fr)); gap: 6px; }
-#patches .grid-container .thumbnail-item { height: auto; aspect-ratio: auto; }
-#patches .caption-label { position: static; display: block; max-width: none; text-align: center; padding: 2px; }
-#chat .bot .thought:not(:first-child) { font-size: 0.8rem; font-style: italic; opacity: 0.8; }
-@media (max-width: 720px) { /* on a telephone: slide, answers, map, then the patches */
-  #left { display: contents; }
-  #left > *:last-child { order: 5; }
-}
-.toast-wrap { top: auto !important; bottom: 16px; } /* never over the field that it asks to fill in */
-[data-testid="status-tracker"]:has(.error) { display: none; } /* the message says what is wrong; nothing is covered */
-"""
-
-
-def picture(words_for_it: str, name: str, height: int | None) -> gr.Image:
-    """A picture without a label on top of it; what it shows is said by its tab or title, and to screen readers."""
-    return gr.Image(
-        label=words_for_it,
-        alt_text=words_for_it,
-        show_label=False,
-        height=height,
-        interactive=False,
-        buttons=["fullscreen"],
-        elem_id=name,
-    )
 
 
 def layout(allow_paths: bool) -> tuple[gr.Blocks, SimpleNamespace]:
     """The page and its parts by name."""
     ui = SimpleNamespace()
     with gr.Blocks(title="SparseWSI", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as demo:
-        ui.path, ui.opened, ui.asked = gr.State(""), gr.State(None), gr.State(list(QUESTIONS))
-        gr.Markdown("# SparseWSI\nAsk a whole-slide image, from the patches that matter.", elem_id="title")
+        ui.path, ui.token, ui.case, ui.answers = gr.State(""), gr.State(""), gr.State(None), gr.State({})
+        ui.asked, ui.picks = gr.State(list(QUESTIONS)), gr.State({"pinned": [], "dropped": []})
         with gr.Row(elem_id="sources"):
+            gr.Markdown("# SparseWSI", elem_id="title")
             ui.phantom = gr.Button(
-                "Example: phantom slide", variant="primary", size="md", min_width=200, elem_id="phantom"
+                "Example: phantom slide", variant="primary", size="md", min_width=190, elem_id="phantom"
             )
-            ui.upload = gr.UploadButton("Upload a slide", size="md", min_width=140, elem_id="upload")
-            ui.sample = gr.Button("Fetch CMU-1 (OpenSlide)", size="md", min_width=200, elem_id="sample")
+            ui.upload = gr.UploadButton("Upload a slide", size="md", min_width=130, elem_id="upload")
+            ui.sample = gr.Button("Fetch CMU-1 (OpenSlide)", size="md", min_width=190, elem_id="sample")
             ui.typed = gr.Textbox(
                 label="Path on this machine",
                 placeholder="/slides/case.svs, then Enter",
                 visible=allow_paths,
-                min_width=240,
+                min_width=220,
                 scale=2,
                 elem_id="path",
             )
             ui.mpp = gr.Textbox(
-                label="Scan µm/px",
-                placeholder="as stated",
-                max_length=12,
-                min_width=130,
-                elem_id="mpp",
+                label="Scan µm/px", placeholder="as stated", max_length=12, min_width=120, elem_id="mpp"
             )
         ui.facts = gr.Markdown(facts(None), elem_id="facts")
         with gr.Row():
             with gr.Column(scale=3, min_width=320, elem_id="left"):
-                with gr.Tabs():
-                    with gr.Tab("Selected patches"):
-                        ui.overview = picture("The slide with its selected patches, numbered by rank", "overview", 590)
-                    with gr.Tab("All scores"):
-                        ui.heat = picture("The slide with every patch coloured by its score", "heat", 590)
-                ui.patches = gr.Gallery(
-                    label="Selected patches: rank · score (click to enlarge)",
-                    columns=8,
-                    object_fit="contain",
-                    format="png",
-                    buttons=["fullscreen"],
-                    interactive=False,
-                    elem_id="patches",
-                )
-            with gr.Column(scale=2, min_width=320):
+                ui.view = slide_viewer(elem_id="view")
+            with gr.Column(scale=2, min_width=320, elem_id="right"):
                 ui.chat = gr.Chatbot(
                     label="Answers",
-                    height=340,
+                    height="max(300px, 50vh)",
                     show_label=False,
-                    render_markdown=False,  # what a model writes is shown as text, never run as HTML or images
+                    sanitize_html=True,  # what a model writes is inert() besides
+                    allow_tags=False,
+                    latex_delimiters=[],
                     buttons=["copy"],
                     feedback_options=None,
                     editable="user",
@@ -549,12 +615,30 @@ def layout(allow_paths: bool) -> tuple[gr.Blocks, SimpleNamespace]:
                     max_length=2000,
                     elem_id="options",
                 )
-                ui.probs = gr.Label(
-                    label="Probability of each option", show_heading=False, visible=False, elem_id="probs"
-                )
+                with gr.Accordion("What if? Other patches, the same question", open=False, elem_id="what-if"):
+                    with gr.Row():
+                        ui.k = gr.Slider(8, 256, value=32, step=8, label="Patches", min_width=140, elem_id="k")
+                        ui.selector = gr.Dropdown(
+                            ["learned", *SELECTORS],
+                            value="learned",
+                            label="Selector",
+                            min_width=140,
+                            elem_id="selector",
+                        )
+                    ui.picked = gr.Markdown("Pinned: 0 · dropped: 0", elem_id="picked")
+                    with gr.Row():
+                        ui.again = gr.Button("Ask again", variant="primary", size="md", min_width=110, elem_id="again")
+                        ui.own = gr.Button("Back", size="md", min_width=110, elem_id="own")
+                        ui.regions = gr.UploadButton(
+                            "QuPath regions",
+                            file_types=[".geojson", ".json"],
+                            size="md",
+                            min_width=110,
+                            elem_id="regions",
+                        )
+                    ui.compare = gr.HTML(elem_id="compare", apply_default_css=False)
                 with gr.Accordion("What the generator planted", open=False, visible=False) as ui.secret:
                     ui.planted = gr.Markdown(elem_id="planted")
-                ui.map = picture("Map of the features: selected against discarded patches", "map", None)
         gr.Markdown("Research use only, not for diagnosis. Uploads are deleted when the tab is closed.", elem_id="foot")
     return demo, ui
 
@@ -566,39 +650,59 @@ def wire(demo: gr.Blocks, ui: SimpleNamespace, allow_paths: bool) -> None:
     """Connect clicks with handlers."""
     alone: dict[str, Any] = {"concurrency_id": "gpu", "concurrency_limit": 1, "api_visibility": "private"}
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    seen = [ui.opened, ui.overview, ui.heat, ui.patches, ui.map, ui.facts, ui.secret, ui.planted, ui.examples, ui.asked]
-    seen += [ui.chat, ui.probs, ui.mpp]
+    waiting: dict[str, Any] = {"show_progress_on": ui.facts, "api_visibility": "private"}
+    first = [ui.token, ui.view, ui.case, ui.chat, ui.answers, ui.compare, ui.secret, ui.facts]
+    seen = [ui.case, ui.view, ui.facts, ui.secret, ui.planted, ui.examples, ui.asked, ui.mpp]
 
     sources = [
-        ui.phantom.click(open_phantom, None, ui.path, show_progress_on=ui.overview, **alone),
-        ui.sample.click(open_sample, None, ui.path, show_progress_on=ui.overview, **alone),
-        ui.upload.upload(open_upload, ui.upload, ui.path, show_progress_on=ui.overview, **alone),
+        ui.phantom.click(open_phantom, None, ui.path, **waiting),
+        ui.sample.click(open_sample, None, ui.path, **waiting),
+        ui.upload.upload(open_upload, ui.upload, ui.path, **waiting),
+        demo.load(open_address, None, ui.path, **quiet),
     ]
     if allow_paths:  # never on a page that others can reach: it would read any image on the server
-        sources.append(ui.typed.submit(open_path, ui.typed, ui.path, **alone))
-    sources = [source.success for source in sources] + [ui.mpp.submit]
-    for trigger in sources:
-        shown = trigger(look, [ui.path, ui.mpp], seen, show_progress_on=ui.overview, **alone)
-        shown.success(draw_map, ui.opened, ui.map, show_progress_on=ui.map, api_visibility="private")
+        sources.append(ui.typed.submit(open_path, ui.typed, ui.path, **waiting))
+    for trigger in [*[source.success for source in sources], ui.mpp.submit]:
+        shown = trigger(show, [ui.path, ui.mpp], first, **quiet)
+        looked = shown.success(look, [ui.token, ui.path, ui.mpp], seen, **waiting | alone)
+        looked.success(offer, [ui.case, ui.answers], None, **quiet)
+        looked.success(draw_map, ui.case, ui.view, **quiet)
     demo.unload(forget)
 
     ui.examples.click(take_example, [ui.examples, ui.asked], [ui.question, ui.options], **quiet)
     asked = [
         ui.question.submit(
-            add_turn,
-            [ui.question, ui.options, ui.opened, ui.chat],
-            [ui.question, ui.options, ui.chat, ui.probs],
-            **quiet,
+            add_turn, [ui.question, ui.options, ui.case, ui.chat], [ui.question, ui.options, ui.chat], **quiet
         ),
         ui.chat.retry(retry, ui.chat, [ui.chat, ui.question], **quiet),
         ui.chat.edit(edit, ui.chat, [ui.chat, ui.question], **quiet),
     ]
-    answers = [event.success(reply, [ui.opened, ui.chat], [ui.chat, ui.probs], **alone) for event in asked]
-    for answer in answers:
-        answer.then(idle, None, ui.question, **quiet)
-    ui.question.stop(idle, None, ui.question, cancels=answers, **quiet)
-    ui.chat.undo(undo, ui.chat, [ui.chat, ui.question, ui.options], **quiet)
-    ui.probs.change(lambda probs: gr.Label(visible=bool(probs)), ui.probs, ui.probs, **quiet)
+    answers = [event.success(reply, [ui.case, ui.chat], ui.chat, **quiet | alone) for event in asked]
+    weighed = [
+        event.success(weigh, [ui.case, ui.chat, ui.answers], [ui.chat, ui.answers, ui.view], **quiet | alone)
+        for event in answers
+    ]
+    for event in weighed:
+        event.success(offer, [ui.case, ui.answers], None, **quiet)
+        event.success(log_answer, [ui.case, ui.answers], None, **quiet)
+    for event in [*answers, *weighed]:
+        event.then(idle, None, ui.question, **quiet)
+    ui.question.stop(idle, None, ui.question, cancels=[*answers, *weighed], **quiet)
+    ui.chat.undo(undo, [ui.chat, ui.answers], [ui.chat, ui.answers, ui.question, ui.options], **quiet)
+
+    ui.chat.clear(dict, None, ui.answers, **quiet).success(offer, [ui.case, ui.answers], None, **quiet)
+
+    ui.view.picks(take_picks, ui.case, [ui.picks, ui.picked], **quiet)
+    ui.view.journal(log_views, None, None, **quiet)
+    what_if = [ui.case, ui.chat, ui.answers, ui.k, ui.selector, ui.picks]
+    ui.again.click(ask_again, what_if, [ui.compare, ui.view], **alone, show_progress_on=ui.compare)
+    ui.own.click(own_patches, ui.case, [ui.compare, ui.view], **quiet)
+    ui.regions.upload(import_regions, [ui.regions, ui.case], ui.view, **quiet)
+
+    shared: dict[str, Any] = {"concurrency_id": "gpu", "concurrency_limit": 1}
+    api(analyze, api_name="analyze", **shared)
+    api(ask, api_name="ask", **shared)
+    api(weigh_evidence, api_name="evidence", **shared)
 
 
 def build(allow_paths: bool) -> gr.Blocks:
@@ -609,41 +713,20 @@ def build(allow_paths: bool) -> gr.Blocks:
     return demo.queue(default_concurrency_limit=2)
 
 
-def theme() -> gradio.themes.Base:
-    """Quiet colours, labels without a ground, and fonts of the visitor's machine: no request to a font server."""
-    soft = gradio.themes.Soft(
-        primary_hue="teal", secondary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["monospace"]
-    )
-    return soft.set(
-        body_background_fill="*neutral_50",
-        block_border_width="1px",
-        block_border_color="*neutral_200",
-        input_border_width="1px",
-        input_border_color="*neutral_300",
-        button_secondary_border_color="*neutral_300",
-        block_title_background_fill="transparent",
-        block_title_background_fill_dark="transparent",
-        block_title_padding="0 0 2px 0",
-        block_title_text_color="*body_text_color_subdued",
-        block_title_text_color_dark="*body_text_color_subdued",
-        block_title_text_weight="500",
-        block_label_text_color="*body_text_color_subdued",
-        block_label_text_color_dark="*body_text_color_subdued",
-        block_label_background_fill="*block_background_fill",
-        block_label_background_fill_dark="*block_background_fill",
-        body_text_color_subdued="*neutral_600",
-    )
+def launch_settings(host: str, port: int | None, auth: str | None = None, mcp: bool = False) -> dict[str, Any]:
+    """How the page is served: to this machine only, without sharing, monitoring or a record of runs.
 
-
-def launch_settings(host: str, port: int | None) -> dict[str, Any]:
-    """How the page is served: to this machine only, without sharing, monitoring or a record of runs."""
+    auth: name:password, or several of them with commas between
+    """
     return {
         "server_name": host,
         "server_port": port,
+        "auth": [tuple(pair.split(":", 1)) for pair in auth.split(",")] if auth else None,
+        "app_kwargs": {"routes": _slides.routes()},
         "share": False,
         "ssr_mode": False,
         "pwa": False,
-        "mcp_server": False,
+        "mcp_server": mcp,
         "run_history": False,
         "enable_monitoring": False,
         "show_error": False,
@@ -651,7 +734,7 @@ def launch_settings(host: str, port: int | None) -> dict[str, Any]:
         "max_file_size": "8gb",
         "footer_links": [],
         "theme": theme(),
-        "css": CSS,
+        "css": PAGE_CSS.read_text(encoding="utf-8"),
     }
 
 
@@ -662,17 +745,28 @@ def main() -> int:
     parser.add_argument("--host", default="0.0.0.0" if on_space else "127.0.0.1")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     parser.add_argument("--model", help="folder or hub repository; default $SPARSEWSI_MODEL, else assets/demo-model")
+    parser.add_argument("--auth", default=os.environ.get("SPARSEWSI_AUTH"), help="name:password[,name:password ...]")
+    parser.add_argument(
+        "--log", help="file that views and questions are added to, as JSON lines; default $SPARSEWSI_LOG"
+    )
+    parser.add_argument(
+        "--mcp", action="store_true", help="also serve the API as MCP tools (pip install 'gradio[mcp]')"
+    )
     options = parser.parse_args()
-    if options.model:
-        os.environ["SPARSEWSI_MODEL"] = options.model
+    for name, value in (("SPARSEWSI_MODEL", options.model), ("SPARSEWSI_LOG", options.log)):
+        if value:
+            os.environ[name] = value
     try:
-        os.environ.setdefault("GRADIO_TEMP_DIR", str(private_root() / "gradio"))  # pictures of slides are private too
-        demo = build(allow_paths=options.host in LOOPBACK and not on_space)
+        os.environ.setdefault(
+            "GRADIO_TEMP_DIR", str(intake.private_root() / "gradio")
+        )  # pictures of slides are private too
+        demo = build(allow_paths=options.host in LOOPBACK and not on_space and not options.auth)
         threading.Thread(target=warm_up, name="warm-up", daemon=True).start()
-        _, address, _ = demo.launch(**launch_settings(options.host, options.port), quiet=True, prevent_thread_lock=True)
+        settings = launch_settings(options.host, options.port, options.auth, options.mcp)
+        _, address, _ = demo.launch(**settings, quiet=True, prevent_thread_lock=True)
         print(f"SparseWSI is served at {address}", flush=True)
         demo.block_thread()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0

@@ -1,44 +1,39 @@
-"""The app: what it imports, how it is served, what its handlers promise, and one session in a real browser."""
+"""The app: what it imports, how it is served, what its handlers promise. What it is like to use: test_browser.py."""
 
 import ast
+import dataclasses
 import functools
 import hashlib
+import html
 import http.server
-import os
+import json
 import re
-import shutil
-import socket
 import stat
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import gradio as gr
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import app
-from sparsewsi import phantom
+from sparsewsi import case, chat, export, phantom
 from sparsewsi.bag import Bag
+from sparsewsi.case import Case
 from sparsewsi.config import SparseWSIConfig
+from sparsewsi.export import Answer
 from sparsewsi.llm import load_llm
 from sparsewsi.model import Selection, SparseWSI
 from sparsewsi.prompt import format_question
+from sparsewsi.viewer import intake
 
 ROOT = Path(__file__).resolve().parents[1]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-CHROMIUM_ARGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +164,8 @@ def test_a_path_can_be_opened_only_where_that_is_allowed(allowed, tiny_model, mo
     demo = app.build(allow_paths=allowed)
     assert (app.open_path in [fn.fn for fn in demo.fns.values()]) == allowed
     assert not demo.analytics_enabled
-    assert all(fn.api_visibility == "private" for fn in demo.fns.values() if fn.fn is not None)
+    public = {str(fn.api_name) for fn in demo.fns.values() if fn.fn is not None and fn.api_visibility != "private"}
+    assert public == {"analyze", "ask", "evidence"}
 
 
 # ---- uploads
@@ -180,21 +176,21 @@ def test_an_upload_moves_to_a_folder_of_its_session_that_only_we_can_read(tmp_pa
     source.write_bytes(b"slide")
     for session in ("../../escape", "abc", None):
         source.write_bytes(b"slide")
-        kept = app.keep_upload(source, session)
+        kept = intake.keep_upload(source, session)
         assert not source.exists()
         assert kept.name == "slide.svs"
-        assert kept.parent.parent == app.private_root()
-        for folder in (kept.parent, app.private_root()):
+        assert kept.parent.parent == intake.private_root()
+        for folder in (kept.parent, intake.private_root()):
             assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     app.forget(SimpleNamespace(session_hash="abc"))  # type: ignore[arg-type]
-    assert not app.private_folder("abc").exists()
-    assert app.private_folder("../../escape").exists()
+    assert not intake.private_folder("abc").exists()
+    assert intake.private_folder("../../escape").exists()
 
 
 def test_a_second_upload_replaces_the_first(tmp_path):
     for name in ("one.svs", "two.tiff"):
         (tmp_path / name).write_bytes(b"slide")
-        kept = app.keep_upload(tmp_path / name, "same")
+        kept = intake.keep_upload(tmp_path / name, "same")
     assert [path.name for path in kept.parent.iterdir()] == ["slide.tiff"]
 
 
@@ -223,18 +219,18 @@ def site(tmp_path: Path) -> Iterator[str]:
 def test_the_sample_is_kept_only_when_its_digest_is_right(site, tmp_path):
     good = hashlib.sha256(b"pixels" * 100).hexdigest()
     with pytest.raises(ValueError, match="another file"):
-        app.fetch_sample(tmp_path / "cache", f"{site}/sample", "0" * 64)
+        intake.fetch_sample(tmp_path / "cache", f"{site}/sample", "0" * 64)
     assert not (tmp_path / "cache").exists()
-    path = app.fetch_sample(tmp_path / "cache", f"{site}/sample", good)
+    path = intake.fetch_sample(tmp_path / "cache", f"{site}/sample", good)
     assert path.read_bytes() == b"pixels" * 100
-    assert app.fetch_sample(tmp_path / "cache", "http://127.0.0.1:9/gone", good) == path, "fetched once, then kept"
+    assert intake.fetch_sample(tmp_path / "cache", "http://127.0.0.1:9/gone", good) == path, "fetched once, then kept"
     assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [path.name]
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9/x", "http://no-such-host.invalid/x", "SITE/missing"])
 def test_no_network_is_one_sentence(address, site, tmp_path):
     with pytest.raises(ValueError, match="could not be fetched") as caught:
-        app.fetch_sample(tmp_path, address.replace("SITE", site), timeout=5)
+        intake.fetch_sample(tmp_path, address.replace("SITE", site), timeout=5)
     assert "\n" not in str(caught.value)
 
 
@@ -244,7 +240,7 @@ def test_no_network_is_one_sentence(address, site, tmp_path):
 @pytest.mark.parametrize("options", [[], ["Yes", "No"], ["a. b", "C. fat", "-"]])
 def test_a_turn_is_read_back_as_it_was_asked(options):
     text = format_question("Which tissue?\nLook closely.", options)
-    assert app.read_turn(text) == ("Which tissue?\nLook closely.", options)
+    assert chat.read_turn(text) == ("Which tissue?\nLook closely.", options)
 
 
 def test_resolution_takes_a_decimal_comma_and_refuses_words():
@@ -270,18 +266,71 @@ def test_a_question_without_a_slide_stays_in_the_box():
 
 
 def test_undo_gives_the_words_back_and_edit_drops_what_came_after():
-    chat = [
+    turns = [
         {"role": "user", "content": format_question("Which?", ["fat", "mucin"])},
         {"role": "assistant", "content": [{"type": "text", "text": "fat"}, {"type": "text", "text": "Demo model"}]},
         {"role": "user", "content": [{"type": "text", "text": "Why?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "Because."}]},
     ]
-    assert app.undo(chat) == (chat[:2], "Why?", "")
-    assert app.undo(chat[:2]) == ([], "Which?", "fat\nmucin")
-    assert app.back_to_question(chat) == chat[:3]
-    edited, _ = app.edit(chat, SimpleNamespace(index=2, value="How?"))  # type: ignore[arg-type]
-    assert edited == [*chat[:2], {"role": "user", "content": "How?"}]
-    assert app.text_of(chat[1]) == "fat", "the notice is not said to the model"
+    answers = {1: Answer("Which?", "fat"), 3: Answer("Why?", "Because.")}
+    assert app.undo(turns, answers) == (turns[:2], {1: answers[1]}, "Why?", "")
+    assert app.undo(turns[:2], answers) == ([], {}, "Which?", "fat\nmucin")
+    assert chat.back_to_question(turns) == turns[:3]
+    edited, _ = app.edit(turns, SimpleNamespace(index=2, value="How?"))  # type: ignore[arg-type]
+    assert edited == [*turns[:2], {"role": "user", "content": "How?"}]
+    assert chat.text_of(turns[1]) == "fat", "the notice is not said to the model"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Mostly fat, with foci (two) of mucin: 3.5 mm; 40% - \"yes\" & 'no'?",
+        "<img src=x onerror=alert(1)> ![x](http://evil.example/x.png) [a](javascript:b)",
+        "# big\n* a\n1. b\n~~~\n`code` **bold** _it_ $x$ \\(y\\) www.evil.example a@b.c | t |\n---\n&lt;b&gt;",
+    ],
+)
+def test_what_a_model_writes_is_shown_and_never_run(text):
+    shown = chat.inert(text)
+    assert html.unescape(shown) == text
+    assert not re.search(r"[<>\[\]*`$|\\@]|://|www\.", shown)
+    assert chat.text_of(chat.said(text, "notice")) == text
+    assert "<img" not in chat.side_by_side([("a", text, [])], "notice")
+    assert chat.inert("Mostly fat, with foci of mucin.") == "Mostly fat, with foci of mucin."
+
+
+def tiny_case(model: SparseWSI, n: int = 30) -> Case:
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(n, 1280, generator=generator)
+    coords = torch.tensor([[224 * (i % 6), 224 * (i // 6)] for i in range(n)])
+    bag = Bag(features, coords, 224, 0.5, "efficientnet-lite0", "slide 1", 0.5, "openslide", (1344, 1120))
+    return Case("token", "/nowhere", None, bag, model.select(bag))
+
+
+def test_another_selection_keeps_what_is_pinned_and_never_what_is_dropped(tiny_model):
+    model = SparseWSI.from_pretrained(tiny_model)
+    held = tiny_case(model)
+    own = held.selection.indices.tolist()
+    left_out = [i for i in range(30) if i not in own]
+    for selector in ("learned", "random", "uniform"):
+        chosen = case.choose(model, held, 8, selector, pinned=left_out[:2], dropped=own[:3])
+        indices = chosen.indices.tolist()
+        assert len(indices) == 8
+        assert indices == sorted(indices)
+        assert set(left_out[:2]) <= set(indices)
+        assert not set(own[:3]) & set(indices)
+    assert torch.equal(case.choose(model, held, 6, "learned", [], []).tokens, held.selection.tokens)
+    assert len(case.choose(model, held, 1, "learned", left_out[:2], []).indices) == 2, "what is pinned stays"
+    with pytest.raises(ValueError, match="Every patch was dropped"):
+        case.choose(model, held, 4, "learned", [], range(30))  # type: ignore[arg-type]
+
+
+def test_a_patch_keeps_its_number_in_every_selection(tiny_model):
+    model = SparseWSI.from_pretrained(tiny_model)
+    held = tiny_case(model)
+    assert case.numbers(held.selection).tolist() == export.ranks(held.selection).tolist()
+    other = case.choose(model, held, 10, "random", [], [])
+    order = held.selection.scores.sort(descending=True, stable=True).indices
+    assert order[torch.from_numpy(case.numbers(other)) - 1].tolist() == other.indices.tolist()
 
 
 def test_the_ground_truth_names_foci_and_what_was_selected():
@@ -289,125 +338,61 @@ def test_the_ground_truth_names_foci_and_what_was_selected():
     coords = torch.tensor([[x, y] for y in range(0, 800, 224) for x in range(0, 800, 224)])
     bag = Bag(torch.zeros(len(coords), 4), coords, 224, 0.5, "efficientnet-lite0", "phantom 3", 0.5)
     selection = Selection(torch.arange(5), torch.arange(16.0), torch.zeros(5, 4), 16)
-    text = app.planted(truth, app.Opened(bag, selection))
-    assert app.words(truth.dominant) in text
-    assert all(app.words(kind) in text for kind in truth.present)
+    text = case.planted(truth, bag, selection)
+    assert case.words(truth.dominant) in text
+    assert all(case.words(kind) in text for kind in truth.present)
     counts = [int(n) for n in re.findall(r"(\d+) \w", text.splitlines()[-1].split(":")[1])]
     assert sum(counts) == 5
-    question, options = app.questions_for(truth)[-1]
-    assert question == app.PRESENT_QUESTION
-    assert [option for option in options if option in {app.words(kind) for kind in truth.present}] == [
-        app.words(truth.present[0])
+    question, options = case.questions_for(truth)[-1]
+    assert question == case.PRESENT_QUESTION
+    assert [option for option in options if option in {case.words(kind) for kind in truth.present}] == [
+        case.words(truth.present[0])
     ]
-    assert app.planted(None, app.Opened(bag, selection)) == ""
-    assert app.questions_for(None) == list(app.QUESTIONS)
+    assert case.planted(None, bag, selection) == ""
+    assert case.questions_for(None) == list(case.QUESTIONS)
 
 
-def test_an_answer_streams_with_its_notice_and_ends_with_probabilities(tiny_model, monkeypatch):
+def test_an_answer_streams_with_its_notice_and_is_then_weighed(tiny_model, monkeypatch):
     monkeypatch.setenv("SPARSEWSI_MODEL", str(tiny_model))
-    model, _ = app.loaded()
-    bag = Bag(torch.randn(9, 1280), torch.zeros(9, 2, dtype=torch.int32), 224, 0.5, "efficientnet-lite0", "slide 1")
-    opened = app.Opened(bag, model.select(bag))
-    chat = [{"role": "user", "content": format_question("Which?", ["fat", "liver"])}]
-    steps = list(app.reply(opened, chat))
-    for answered, _ in steps[:-1]:
-        assert answered[-1]["content"][1] == "Demo model, research use only, not for diagnosis."
-    assert sum(steps[-1][1].values()) == pytest.approx(1, abs=1e-5)
-    assert set(steps[-1][1]) == {"fat", "liver"}
+    held = tiny_case(app.loaded()[0])
+    asked = [{"role": "user", "content": format_question("Which?", ["fat", "liver"])}]
+    steps = list(app.reply(held, asked))
+    assert all(step[-1]["content"][-1].startswith("Demo model, research use only") for step in steps)
+    answered, answers, update = app.weigh(held, steps[-1], {})
+    answer = answers[1]
+    assert sum(answer.probs) == pytest.approx(1, abs=1e-5)
+    assert len(answer.effects) == 6
+    blocks = " ".join(answered[-1]["content"])
+    assert all(f"{prob:.0%}" in blocks for prob in answer.probs)
+    cited = re.findall(r"\[#(\d+)\]\(#patch-(\d+)\)", blocks)
+    assert len(cited) == 3
+    assert all(a == b and 1 <= int(a) <= 6 for a, b in cited)
+    assert update.props["evidence"]["indices"] == held.selection.indices.tolist()
 
 
-# ---- one session in a browser
+def test_downloads_are_written_when_asked_for(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEWSI_MODEL", str(tiny_model))
+    app.weights.cache_clear()
+    path = tmp_path / "slide.png"
+    Image.fromarray(np.full((1120, 1344, 3), 200, np.uint8)).save(path)
+    held = dataclasses.replace(tiny_case(app.loaded()[0]), path=str(path), slide_mpp=0.5)
+    answers = {1: Answer("Which <b>?", "fat", ("fat", "liver"), (0.5, 0.5))}
+    app.record("s", event="open", slide="slide 1")
+    for name, _ in app.FILES:
+        text = app.make_file(held, answers, "s", name).read_text()
+        assert "Mustermann" not in text
+        assert name != "report.html" or "research use only, not for diagnosis" in text
+    assert json.loads(app.make_file(held, answers, "s", "log.jsonl").read_text().splitlines()[0])["event"] == "open"
+    app.forget(SimpleNamespace(session_hash="s"))  # type: ignore[arg-type]
+    assert not list(intake.private_root().glob(f"{intake.private_folder('s').name}*"))
 
 
-@pytest.fixture(scope="module")
-def served(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    """The app in its own process, with a small phantom where the bundled example is cached."""
-    home = tmp_path_factory.mktemp("home")
-    example = home / f"phantom-{phantom.EXAMPLE_SEED}-{phantom.EXAMPLE_SIZE}-v{phantom.VERSION}.tiff"
-    phantom.write_phantom(example, seed=3, size=1024)
-    (home / "tmp").mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "SPARSEWSI_CACHE": str(home), "TMPDIR": str(home / "tmp"), "PYTHONUNBUFFERED": "1"}
-    environment.pop("GRADIO_TEMP_DIR", None)
-    command = [sys.executable, "app.py", "--port", str(port), "--model", str(tiny_model)]
-    with (home / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-    try:
-        for _ in range(600):
-            if process.poll() is not None or "served at" in (home / "log").read_text():
-                break
-            time.sleep(0.2)
-        assert "served at" in (home / "log").read_text(), (home / "log").read_text()
-        yield SimpleNamespace(url=f"http://127.0.0.1:{port}", home=home, example=example, log=home / "log")
-    finally:
-        process.terminate()
-        process.wait(20)
+def test_a_file_that_was_not_uploaded_here_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    with pytest.raises(ValueError, match="not uploaded"):
+        app.received({"path": "/etc/hostname"}, SimpleNamespace(session_hash="s"))  # type: ignore[arg-type]
 
 
-@pytest.mark.browser
-def test_from_click_to_patches_and_answer_in_a_browser(served):
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    looks = ROOT / "screenshots"
-    looks.mkdir(exist_ok=True)
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGS)
-        page = browser.new_page(viewport={"width": 1440, "height": 900})
-        page.set_default_timeout(240_000)  # umap's first compilation on a busy machine
-        hosts: set[str] = set()
-        page.on("request", lambda request: hosts.add(request.url.split("/")[2]) if "://" in request.url else None)
-        page.goto(served.url)
-        page.wait_for_selector("#phantom")
-        page.screenshot(path=looks / "empty.png")
-        assert "No slide open" in page.inner_text("#facts")
-
-        page.fill("#question textarea", "Which tissue is this?")
-        page.press("#question textarea", "Enter")
-        page.wait_for_selector("text=Open a slide first")
-        assert page.input_value("#question textarea") == "Which tissue is this?"
-
-        page.click("#phantom")
-        page.wait_for_selector("#overview img")
-        facts = page.inner_text("#facts")
-        assert "phantom 3" in facts
-        assert "6 of" in facts
-        assert "0.5 µm/px (tiff resolution)" in facts
-        assert page.locator("#patches .thumbnail-item").count() == 6
-        assert page.locator("#patches .caption-label").first.inner_text().startswith("#1")
-
-        page.get_by_text(app.PRESENT_QUESTION, exact=True).first.click()
-        page.wait_for_function("document.querySelector('#options textarea').value.includes('\\n')")
-        page.press("#question textarea", "Enter")
-        page.wait_for_selector("#chat .bot >> text=Demo model, research use only, not for diagnosis.")
-        page.wait_for_selector("#probs")
-        page.wait_for_selector("#map img", state="attached")
-        page.click("text=What the generator planted")
-        page.wait_for_selector("#planted >> text=Hidden foci")
-        page.screenshot(path=looks / "answered.png", full_page=True)
-
-        junk = served.home / "junk.svs"
-        junk.write_bytes(b"junk" * 1000)
-        page.fill("#path textarea, #path input", str(junk))
-        page.press("#path textarea, #path input", "Enter")
-        page.wait_for_selector(".toast-body >> text=slide")
-        page.screenshot(path=looks / "error.png")
-        assert page.inner_text("#facts") == facts, "what was open stays open"
-        assert page.locator("#overview img").is_visible()
-
-        page.set_input_files("#upload input[type=file], input[type=file]", str(served.example))
-        root = next((served.home / "tmp").glob("sparsewsi-*"))
-        deadline = time.time() + 60
-        while not list(root.glob("*/slide.tiff")) and time.time() < deadline:
-            page.wait_for_timeout(200)
-        assert list(root.glob("*/slide.tiff")), "the upload lies in a private folder"
-        assert not [p for p in (served.home / "tmp").rglob("*.tiff") if p.name != "slide.tiff"], "and nowhere else"
-        page.close()
-        while list(root.glob("*/slide.tiff")) and time.time() < deadline + 60:
-            time.sleep(0.3)
-        assert not list(root.glob("*/slide.tiff")), "it is deleted when the tab is closed"
-        browser.close()
-    assert hosts == {served.url.split("/")[2]}, "no request to another host"
-    assert "Traceback" not in served.log.read_text()
+def test_login_is_asked_for_where_names_are_given():
+    assert app.launch_settings("127.0.0.1", None)["auth"] is None
+    assert app.launch_settings("127.0.0.1", None, "a:b:c,d:e")["auth"] == [("a", "b:c"), ("d", "e")]

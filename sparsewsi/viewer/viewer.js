@@ -18,7 +18,6 @@ let points = null; // {xy: Float32Array, rows: Int32Array, title}
 const view = { x: 0, y: 0, scale: 0 };
 const shared = { current: -1, members: new Set(), seen: new Set(), marks: new Map(), pinned: new Set(), dropped: new Set() };
 const layers = { boxes: true, heat: false, opacity: 0.55 };
-let rois = []; // imported regions, level-0 px: [[[x, y], ...], ...]
 let mode = "", band = null, lasso = null, size = [0, 0], frame = 0, journal = [], restored = false;
 
 // ---- what Python sends
@@ -28,10 +27,10 @@ const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buff
 function openSlide() {
   const fresh = props.slide && (!slide || slide.token !== props.slide.token);
   slide = props.slide || null;
-  $(".empty").hidden = !!slide;
+  $(".empty").hidden = !!slide; nav.hidden = !slide;
   if (!fresh) return draw();
   tiles.clear(); wanted = [];
-  bag = points = null; kept = []; rois = []; effects = new Map();
+  bag = points = null; kept = []; effects = new Map();
   Object.assign(shared, { current: -1, members: new Set(), seen: new Set(), marks: new Map(), pinned: new Set(), dropped: new Set() });
   layers.heat = false;
   buildMagnifications(); fit(); showAll(); restore();
@@ -68,10 +67,18 @@ function openMap() {
   drawMap();
 }
 
-function openRegions() {
-  rois = (props.rois && props.rois.rings) || [];
-  if (!rois.length || !bag) return draw();
-  setMembers(indicesWhere((x, y) => rois.some((ring) => inside(ring, x, y))), `${rois.length} imported region${rois.length > 1 ? "s" : ""}`);
+function openMembers() { // patches that Python found, such as those in an imported region: {indices, where}
+  if (bag && props.members) setMembers(props.members.indices, props.members.where);
+}
+
+function openFiles() {
+  const names = (slide && props.files) || [];
+  $(".files").hidden = !names.length;
+  $(".files").replaceChildren(...names.flatMap(([name, words], i) => {
+    const link = document.createElement("a");
+    link.href = address(name); link.download = `sparsewsi-${name}`; link.textContent = words;
+    return [document.createTextNode(i ? " · " : "Download: "), link];
+  }));
 }
 
 function ask() { // another part of the page asks for a patch: {rank, nonce}
@@ -329,7 +336,6 @@ function paint() {
   if (bag && layers.heat) drawHeat(pen);
   if (bag && layers.boxes) drawBoxes(pen);
   if (bag) drawMembers(pen);
-  for (const ring of rois) trace(pen, ring.map(([x, y]) => toScreen(x, y)), "#d55e00", true);
   if (band) { pen.setLineDash([6, 4]); pen.lineWidth = 2; pen.strokeStyle = DARK; pen.strokeRect(band[0], band[1], band[2] - band[0], band[3] - band[1]); pen.setLineDash([]); }
   drawScale(); drawNavigator(ratio);
   Object.assign(root.dataset, { x: view.x, y: view.y, scale: view.scale, current: bag && shared.current >= 0 ? bag.rank[shared.current] : "" });
@@ -431,11 +437,10 @@ function drawMembers(pen) {
   for (const index of shared.members) { const [x, y, w] = boxOf(index, 5); pen.strokeRect(x, y, w, w); }
 }
 
-function trace(pen, line, stroke, closed) {
+function trace(pen, line, stroke) {
   if (line.length < 2) return;
   pen.beginPath(); pen.moveTo(...line[0]);
   for (const point of line.slice(1)) pen.lineTo(...point);
-  if (closed) pen.closePath();
   pen.lineWidth = 2.5; pen.strokeStyle = stroke; pen.stroke();
 }
 
@@ -507,7 +512,7 @@ function drawMap() {
     const [x, y] = at(points.place.get(index)), text = `${bag.rank[index]}`;
     pen.lineWidth = 3; pen.strokeStyle = "#fff"; pen.strokeText(text, x + 8, y - 8); pen.fillStyle = DARK; pen.fillText(text, x + 8, y - 8);
   }
-  if (lasso) trace(pen, lasso, "#d55e00", false);
+  if (lasso) trace(pen, lasso, "#d55e00");
 }
 
 function cloud(dims, ratio, at) { // all points, drawn once: the current patch moves over them
@@ -733,7 +738,8 @@ new MutationObserver(() => drawMap()).observe(document.body, { attributes: true,
 size = [stage.clientWidth, stage.clientHeight];
 
 watch("slide", openSlide); watch("bag", openBag); watch("kept", openSelection); watch("evidence", openEvidence);
-watch("map", openMap); watch("rois", openRegions); watch("focus", ask);
+watch("map", openMap); watch("members", openMembers); watch("files", openFiles); watch("focus", ask);
 if (props.slide) openSlide();
 if (props.bag) openBag();
 if (props.map) openMap();
+if (props.files) openFiles();

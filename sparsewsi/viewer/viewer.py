@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
+import gradio.themes
 import numpy as np
 from PIL import Image
 from starlette.concurrency import run_in_threadpool
@@ -29,18 +30,19 @@ from starlette.routing import Route
 
 from sparsewsi.bag import Bag
 from sparsewsi.plots import FeatureMap
-from sparsewsi.slide import Slide, SlideError, open_slide
+from sparsewsi.slide import Slide, open_slide
 
 if TYPE_CHECKING:
     from sparsewsi.model import Selection
 
 HERE = Path(__file__).parent
+PAGE_CSS = HERE / "page.css"
 TILE = 512  # px
 QUALITY = 85
 CACHE_BYTES = 64 << 20  # of JPEG tiles, all slides together
 MOST_OPEN = 8  # slides held open at a time; the others are opened again when they are looked at
 MOST_KNOWN = 256  # tokens; the one not looked at for longest is forgotten first
-DOWNLOADS = {  # what a slide's folder may hand out, nothing else
+DOWNLOADS = {  # what may be asked for beside tiles, nothing else
     "patches.csv": "text/csv",
     "patches.geojson": "application/geo+json",
     "selection.json": "application/json",
@@ -59,8 +61,9 @@ class _Known:
     """A slide that a page shows. The lock is held while it is read, so that it is never closed under a reader."""
 
     path: Path
-    folder: Path | None
+    owner: str
     slide: Slide | None = None
+    make: Callable[[str], Path] | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -73,25 +76,34 @@ class Slides:
         self._room = cache_bytes
         self._lock = threading.Lock()
 
-    def add(self, path: str | Path, folder: Path | None = None) -> str:
-        """A new token for a slide; folder: where its downloads lie. Nothing is opened yet."""
+    def add(self, path: str | Path, owner: str) -> str:
+        """A new token for a slide, in place of the one that its owner, a session, had. Nothing is opened yet."""
+        self.forget(owner)
         token = secrets.token_urlsafe(24)
         with self._lock:
-            self._known[token] = _Known(Path(path), folder)
-            too_many = list(self._known)[: len(self._known) - MOST_KNOWN]
-        for old in too_many:
-            self.forget(old)
+            self._known[token] = _Known(Path(path), owner)
+            too_many = [known.owner for known in self._known.values()][: max(0, len(self._known) - MOST_KNOWN)]
+        for other in too_many:
+            self.forget(other)
         return token
 
-    def forget(self, token: str | None) -> None:
-        """Close a slide and drop its tiles; its token is worth nothing afterwards. An unknown token is ignored."""
+    def offer(self, token: str, make: Callable[[str], Path]) -> None:
+        """What writes a slide's downloads, by their name, when one is asked for."""
         with self._lock:
-            known = self._known.pop(token or "", None)
-            for key in [key for key in self._tiles if key[0] == token]:
+            if token in self._known:
+                self._known[token].make = make
+
+    def forget(self, owner: str) -> list[str]:
+        """Close a session's slides and drop their tiles; returns their tokens, which are worth nothing any more."""
+        with self._lock:
+            tokens = [token for token, known in self._known.items() if known.owner == owner]
+            gone = [self._known.pop(token) for token in tokens]
+            for key in [key for key in self._tiles if key[0] in tokens]:
                 self._room += len(self._tiles.pop(key))
-        if known is not None:
+        for known in gone:
             with known.lock:
                 _close(known)
+        return tokens
 
     def jpeg(self, token: str, name: str, draw: Callable[[Slide], np.ndarray]) -> bytes:
         """A picture of a slide, cached or drawn. Raises KeyError for an unknown token, SlideError from reading."""
@@ -106,6 +118,8 @@ class Slides:
             with other.lock:
                 _close(other)
         with known.lock:
+            if self._known.get(token) is not known:  # forgotten while this waited
+                raise KeyError(token)
             if known.slide is None:
                 known.slide = open_slide(known.path)
             data = _encode(draw(known.slide))
@@ -154,18 +168,16 @@ class Slides:
                 return _jpeg(self.tile(token, *(int(v) for v in found.groups())))
             if found := patch.fullmatch(rest):
                 return _jpeg(self.patch(token, *(int(v) for v in found.groups())))
-            folder = self._known[token].folder
-            if rest not in DOWNLOADS or folder is None or not (folder / rest).is_file():
+            make = self._known[token].make
+            if rest not in DOWNLOADS or make is None:
                 raise KeyError(rest)
             headers = {**HEADERS, "Cache-Control": "no-store", "Content-Security-Policy": "sandbox"}
-            return FileResponse(
-                folder / rest, media_type=DOWNLOADS[rest], filename=f"sparsewsi-{rest}", headers=headers
-            )
+            return FileResponse(make(rest), media_type=DOWNLOADS[rest], filename=f"sparsewsi-{rest}", headers=headers)
 
         async def serve(request: Request) -> Response:
             try:
                 return await run_in_threadpool(find, request.path_params["token"], request.path_params["rest"])
-            except (KeyError, SlideError, OSError):
+            except (KeyError, ValueError, OSError):
                 return Response("Not there.", 404, headers={**HEADERS, "Cache-Control": "no-store"})
 
         return [Route("/gradio_api/slide/{token}/{rest:path}", serve, methods=["GET"])]
@@ -187,15 +199,16 @@ def _jpeg(data: bytes) -> Response:
     return Response(data, media_type="image/jpeg", headers=HEADERS)
 
 
-# ---- the component
+# ---- the component, and how the page around it looks
 
 
 def slide_viewer(**settings: Any) -> gr.HTML:
-    """The component, empty. It is filled by gr.HTML(slide=..., bag=..., kept=..., map=..., evidence=...) as an output;
-    its events are `picks` ({pinned, dropped}: indices of patches) and `journal` ({views}: what was looked at).
+    """The component, empty. As an output it is filled by gr.HTML(slide=..., **bag_props(...), map=..., evidence=...).
+
+    Its events are `picks` ({pinned, dropped}: indices of patches) and `journal` ({views}: what was looked at).
     """
     html, css, js = ((HERE / f"viewer.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
-    nothing = dict.fromkeys(("slide", "bag", "kept", "map", "evidence", "rois", "focus"))
+    nothing = dict.fromkeys(("slide", "bag", "kept", "map", "evidence", "members", "files", "focus"))
     return gr.HTML(
         html_template=html,
         css_template=css,
@@ -221,15 +234,41 @@ def slide_props(token: str, slide: Slide, source: str = "") -> dict[str, Any]:
 
 def bag_props(bag: Bag, selection: Selection) -> dict[str, Any]:
     """The props "bag" (all N patches with scores) and "kept" (the K selected)."""
-    patches = {"coords": _packed(bag.coords, np.int32), "scores": _packed(selection.scores, np.float32)}
-    return {"bag": {**patches, "side": bag.patch_size}, "kept": _packed(selection.indices, np.int32)}
+    patches = {"coords": packed(bag.coords, np.int32), "scores": packed(selection.scores, np.float32)}
+    return {"bag": {**patches, "side": bag.patch_size}, "kept": packed(selection.indices, np.int32)}
 
 
 def map_props(points: FeatureMap) -> dict[str, Any]:
     """The prop "map"."""
-    return {"xy": _packed(points.xy, np.float32), "rows": _packed(points.rows, np.int32), "title": points.title}
+    return {"xy": packed(points.xy, np.float32), "rows": packed(points.rows, np.int32), "title": points.title}
 
 
-def _packed(values: Any, dtype: type) -> str:
+def packed(values: Any, dtype: type) -> str:
     """Numbers as base64 of little-endian bytes: a third of what they take as JSON, and no parsing."""
     return base64.b64encode(np.ascontiguousarray(values, np.dtype(dtype).newbyteorder("<")).tobytes()).decode()
+
+
+def theme() -> gradio.themes.Base:
+    """Quiet colours, labels without a ground, and fonts of the visitor's machine: no request to a font server."""
+    soft = gradio.themes.Soft(
+        primary_hue="teal", secondary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["monospace"]
+    )
+    return soft.set(
+        body_background_fill="*neutral_50",
+        block_border_width="1px",
+        block_border_color="*neutral_200",
+        input_border_width="1px",
+        input_border_color="*neutral_300",
+        button_secondary_border_color="*neutral_300",
+        block_title_background_fill="transparent",
+        block_title_background_fill_dark="transparent",
+        block_title_padding="0 0 2px 0",
+        block_title_text_color="*body_text_color_subdued",
+        block_title_text_color_dark="*body_text_color_subdued",
+        block_title_text_weight="500",
+        block_label_text_color="*body_text_color_subdued",
+        block_label_text_color_dark="*body_text_color_subdued",
+        block_label_background_fill="*block_background_fill",
+        block_label_background_fill_dark="*block_background_fill",
+        body_text_color_subdued="*neutral_600",
+    )
