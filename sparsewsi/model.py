@@ -34,7 +34,7 @@ from sparsewsi.selector import ROWS, SELECTORS, Scorer, hard_topk
 from sparsewsi.slide_encoder import SlideEncoder
 
 PARTS = ("slide_encoder", "scorer", "projector")  # what model.safetensors holds
-FILES = ("config.json", "model.safetensors", "adapter", "README.md", ".gitattributes")
+FILES = ("config.json", "model.safetensors", "adapter", "novelty.safetensors", "README.md", ".gitattributes")
 MAX_NEW_TOKENS = 128
 
 

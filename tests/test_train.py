@@ -252,3 +252,23 @@ def test_the_last_steps_see_what_inference_keeps(settings: TrainConfig, bank_fil
     stage = StageModule(model, sparselearn)
     assert train_step(stage, [example], config, step=7)["n"] == config.num_tokens
     assert all(p.grad is None for p in model.scorer.parameters())
+
+
+def test_a_release_knows_the_slides_it_was_trained_on(settings: TrainConfig, bank_file: Path, tmp_path: Path) -> None:
+    from sparsewsi import novelty
+    from train.checkpoint import release
+    from train.mosaic import load_bank
+
+    folder = tmp_path / "released"
+    checkpoint = train(replace(settings, steps=1, dense=1.0))
+    bank = load_bank(bank_file, "train")
+    with pytest.raises(ValueError, match="at least 4 slides, got 3"):
+        release(checkpoint, folder, demo=True, note="A note.", card="# Card", banks=[bank_file])
+    assert not folder.exists()
+    release(checkpoint, folder, demo=True, note="A note.", card="# Card")
+    assert novelty.load(folder) is None
+    novelty.save(novelty.summarise(bank.features, np.arange(len(bank.kinds)) % 5), folder)
+    release(checkpoint, folder, demo=True, note="Another.", card=None)  # the folder is replaced, summary and all
+    model = SparseWSI.from_pretrained(folder)
+    assert model.config.note == "Another."
+    assert novelty.load(folder) is None

@@ -1,22 +1,28 @@
 """Checkpoints: the artefact as it would be released, and beside it what only training needs.
 
-    python -m train.checkpoint runs/demo2/checkpoints/last assets/demo-model --demo --note "..." --card card.md
+    python -m train.checkpoint runs/demo2/checkpoints/last assets/demo-model --demo --note "..." --card card.md \\
+        --banks runs/real.safetensors runs/phantom.safetensors
 
-writes a checkpoint's model as a release: weights in fp16, no SparseLearn, with its model card.
+writes a checkpoint's model as a release: weights in fp16, no SparseLearn, with its model card and a summary of the
+training features, by which an unusual slide is known (sparsewsi/novelty.py).
 """
 
 import argparse
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sparsewsi import novelty
 from sparsewsi.model import SparseWSI
+from train.mosaic import load_bank
 
 
 def save_state(
@@ -63,11 +69,23 @@ def load_state(checkpoint: Path, sparselearn: nn.Module, optimizer: torch.optim.
     return json.loads((checkpoint / "state" / "step.json").read_text())["step"]
 
 
-def release(checkpoint: Path, folder: Path, *, demo: bool, note: str, card: str | None) -> None:
-    """Write the model of a checkpoint to a folder of its own, in fp16, with its card."""
+def release(
+    checkpoint: Path, folder: Path, *, demo: bool, note: str, card: str | None, banks: Sequence[Path] = ()
+) -> None:
+    """Write the model of a checkpoint to a folder of its own, in fp16, with its card.
+
+    banks: the feature banks it was trained on; their training split is summed up beside the model.
+    """
     model = SparseWSI.from_pretrained(checkpoint / "model")
     model.config = replace(model.config, demo=demo, note=note)
+    trained_on = [load_bank(path, "train") for path in banks]
+    summary = None
+    if trained_on:
+        features = torch.cat([bank.features for bank in trained_on])
+        summary = novelty.summarise(features, np.concatenate([bank.sources for bank in trained_on]))
     model.save_pretrained(folder, dtype=torch.float16, card=card)
+    if summary is not None:
+        novelty.save(summary, folder)
 
 
 def main() -> None:
@@ -77,9 +95,10 @@ def main() -> None:
     parser.add_argument("--demo", action="store_true", help="say wherever answers are shown that this is a demo model")
     parser.add_argument("--note", default="", help="one sentence that is shown with the model")
     parser.add_argument("--card", type=Path, help="the model card, Markdown; default: keep the folder's")
+    parser.add_argument("--banks", type=Path, nargs="*", default=[], help="feature banks it was trained on")
     given = parser.parse_args()
     card = given.card.read_text(encoding="utf-8") if given.card else None
-    release(given.checkpoint, given.folder, demo=given.demo, note=given.note, card=card)
+    release(given.checkpoint, given.folder, demo=given.demo, note=given.note, card=card, banks=given.banks)
 
 
 if __name__ == "__main__":
