@@ -29,10 +29,10 @@ from PIL import Image
 
 # Peer -> what is installed for it.
 VENVS = {
-    "tiffslide": ["tiffslide==2.5.1", "imagecodecs"],
-    "fastslide": ["fastslide"],
-    "tiatoolbox": ["tiatoolbox"],
-    "lazyslide": ["lazyslide"],
+    "tiffslide": ["tiffslide==3.0.1", "imagecodecs"],
+    "fastslide": ["fastslide==0.8.1"],
+    "tiatoolbox": ["tiatoolbox==2.1.3"],
+    "lazyslide": ["lazyslide==0.13.0"],
 }
 CASES = {"on the grid": (256, 256), "off the grid": (224, 224), "half": (512, 256)}  # level-0 px, px of the patch
 Read = Callable[[int, int, int], np.ndarray]  # (x, y, side), level-0 px -> uint8 (side, side, 3)
@@ -63,7 +63,7 @@ def with_fastslide(path: str) -> Read:
     import fastslide
 
     slide = fastslide.FastSlide.from_file_path(path)
-    return lambda x, y, side: np.asarray(slide.read_region((x, y), 0, (side, side)))[..., :3]
+    return lambda x, y, side: slide.read_region((x, y), 0, (side, side)).numpy()[..., :3]
 
 
 def with_tiatoolbox(path: str) -> Read:
