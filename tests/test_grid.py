@@ -128,7 +128,7 @@ def test_the_tables_hold_every_cell(finished: Path, plan: Plan) -> None:
     assert {"scale-gate", "k16", "no-slide-encoder", "learned, asked with K = 8"} & set(tables["table2"]) == {
         "scale-gate", "k16", "no-slide-encoder",
     }  # fmt: skip
-    assert len(tables["table3"]) == 3
+    assert ["needle_recall" in line for line in tables["table3"].values()] == [True, True, False]
     scale = tables["table2"]["scale-gate"]
     assert scale["paper"] == pytest.approx(-2.92)
     learned = tables["table1"]["learned top-K"]

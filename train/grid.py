@@ -35,7 +35,7 @@ from train.checkpoint import latest
 from train.config import RECIPES, TrainConfig
 from train.evaluate import Item, evaluate, majority, mosaic_items, read_records
 from train.mosaic import load_bank
-from train.rivals import Contender, load_contender, load_mil, save_mil, train_mil, training_as
+from train.rivals import AttentionMIL, Contender, load_contender, load_mil, save_mil, train_mil, training_as
 from train.run import train
 
 RECIPE = ("demo-stage1", "demo-stage2")  # the last one is cut in two where its dense steps end
@@ -248,7 +248,7 @@ def run_cell(plan: Plan, cell: Cell, seed: int, folder: Path) -> None:
     evaluate(model, items(plan), total_questions(plan), cell.rows, None, log)
 
 
-def attention_mil(plan: Plan, seed: int, folder: Path):
+def attention_mil(plan: Plan, seed: int, folder: Path) -> AttentionMIL:
     """Attention MIL of a seed, trained on as many bags as the learned cell and its dense part together."""
     path = folder / f"{MIL}.safetensors"
     if not path.is_file():
@@ -306,7 +306,7 @@ def answers(plan: Plan, out: Path, cell: str, row: str) -> Answers | None:
             seed = int(folder.name.removeprefix("seed-"))
             right[seed] = np.array([float(record[row] == record["answer"]) for record in records])
             found = [record[f"{row} recall"] for record in records if f"{row} recall" in record]
-            if found:
+            if found and row != "soft":  # it holds all patches, if only as noise
                 recall[seed] = float(np.mean(found))
             families = np.array([record["family"] for record in records])
     return Answers(right, recall, families) if right else None
