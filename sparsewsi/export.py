@@ -297,8 +297,8 @@ def _answer_html(number: int, answer: Answer, place: np.ndarray) -> str:
         f"<p>{escape(answer.evidence)}</p>" if answer.evidence else "",
     ]
     if answer.effects:
-        by_rank = np.asarray(answer.effects)[place]
-        order = np.argsort(-by_rank, kind="stable")
+        by_rank = [answer.effects[where] for where in place]
+        order = sorted(range(len(by_rank)), key=lambda i: -by_rank[i])  # stable: ties go to the better score
         links = " · ".join(f'<a href="#patch-{i + 1}">#{i + 1}</a> {factor(by_rank[i])}' for i in order)
         out.append(
             "<p>Patches by evidence (how many times less likely the answer gets without the patch; below 1: likelier): "

@@ -115,6 +115,15 @@ def test_the_size_of_a_pass_changes_nothing(model, selection, monkeypatch):
     assert seen == [(i, len(selection.indices) + 2) for i in range(len(selection.indices) + 2)]
 
 
+def test_long_answers_of_a_rounding_llm_must_show_more(tiny_llm, selection):
+    model = make_model(tiny_llm)
+    assert leave_one_out(model, selection, CHAT, "fat " * 40).limit == evidence.MATTERS
+    torch.nn.Module.to(model.llm, torch.bfloat16)
+    assert leave_one_out(model, selection, CHAT, "fat").limit == evidence.MATTERS
+    assert leave_one_out(model, selection, CHAT, "fat " * 40).limit > evidence.MATTERS
+    assert leave_one_out(model, selection, CHAT, "fat", OPTIONS).limit == evidence.MATTERS
+
+
 def test_an_answer_without_a_word_has_no_evidence(model, selection):
     with pytest.raises(ValueError, match="no answer"):
         leave_one_out(model, selection, CHAT, " \n")
@@ -142,7 +151,7 @@ def test_patches_are_ranked_by_evidence_and_cited_by_score():
     ("found", "parts"),
     [
         (made(math.log(8), math.log(3), 0.1), ("#3", "8 times less likely", "1 more of the 3")),
-        (made(math.log(8), 0.2, 0.1, option=True), ("#3", "against the other options", "no other patch")),
+        (made(math.log(8), 0.2, 0.1, option=True), ("#3", "against the other options", "no other patch matters")),
         (made(20.0, 0.0, 0.0), ("more than 1,000 times",)),
         (
             made(0.1, math.log(1.5), 0.1, without_any=math.log(12)),

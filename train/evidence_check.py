@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sparsewsi.evidence import MATTERS, leave_one_out, without
+from sparsewsi.evidence import leave_one_out, without
 from sparsewsi.model import Selection, SparseWSI
 from train.data import Question
 from train.evaluate import Item, mosaic_items, read_records, wilson
@@ -69,7 +69,7 @@ def check(model: SparseWSI, item: Item, kind: str, rng: np.random.Generator) -> 
         "kind": kind,
         "right": answer == question.answer,
         "top is needle": bool(is_needle[first[0]]),
-        "top matters": float(evidence.effects[first[0]]) >= MATTERS,
+        "top matters": float(evidence.effects[first[0]]) >= evidence.limit,
         "share of needles": float(is_needle.mean()),
         **{f"{name} changes": value for name, value in changed.items()},
     }
