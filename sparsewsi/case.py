@@ -115,10 +115,10 @@ def write_file(
 # ---- phantoms, whose content is known
 
 # Questions to start with: text, options. The wording is the one the demo model was trained on.
+# Not which tissue makes up most of a slide: 32 chosen patches do not tell, and nobody is to be led to ask.
 QUESTIONS = (
     ("Describe this slide.", ()),
     (f"Does this slide contain {phantom.WORDS['carcinoma']}?", ("Yes", "No")),
-    ("Which tissue makes up most of this slide?", tuple(phantom.WORDS[kind] for kind in phantom.BACKGROUNDS)),
 )
 PRESENT_QUESTION = "Which of these tissues is present in this slide?"
 
