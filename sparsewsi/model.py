@@ -381,7 +381,7 @@ def _local_folder(folder_or_repo: str | Path, revision: str | None) -> Path:
         raise ValueError(f"the model folder {name} does not exist. Pass a folder or a hub id (owner/name).")
     from huggingface_hub import snapshot_download
 
-    patterns = ["config.json", "model.safetensors", "adapter/*", "README.md"]
+    patterns = ["config.json", "model.safetensors", "adapter/*", "novelty.safetensors", "README.md"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
