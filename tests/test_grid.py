@@ -21,7 +21,7 @@ from train.config import RECIPES, TrainConfig
 from train.data import Example, Question
 from train.grid import Cell, Plan, answers, interval, run_grid, split, stages
 from train.mosaic import BACKGROUNDS, NEEDLE_KINDS, NEEDLES, load_bank
-from train.rivals import StraightThrough, kept_by, load_contender, load_mil, save_mil, train_mil, training_as
+from train.rivals import StraightThrough, kept_by, load_contender, load_mil, save_mil, train_mil
 from train.sparselearn import SparseLearn
 
 
@@ -266,19 +266,6 @@ def test_gumbel_draws_and_repeats_with_its_generator() -> None:
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
     assert int((one.abs().sum(-1) > 0).sum()) == 7
-
-
-def test_training_goes_back_to_what_it_was() -> None:
-    before = run.SparseLearn, run.kept
-
-    def fail() -> None:
-        with training_as(TrainConfig(gate="ste"), "random"):
-            assert run.SparseLearn is StraightThrough
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert (run.SparseLearn, run.kept) == before
 
 
 def test_a_selector_keeps_patches_with_their_places_and_kinds(finished: Path) -> None:

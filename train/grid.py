@@ -23,6 +23,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -35,7 +36,16 @@ from train.checkpoint import latest
 from train.config import RECIPES, TrainConfig
 from train.evaluate import Item, evaluate, majority, mosaic_items, read_records
 from train.mosaic import load_bank
-from train.rivals import AttentionMIL, Contender, load_contender, load_mil, save_mil, train_mil, training_as
+from train.rivals import (
+    AttentionMIL,
+    Contender,
+    kept_by,
+    load_contender,
+    load_mil,
+    save_mil,
+    sparselearn_class,
+    train_mil,
+)
 from train.run import train
 
 RECIPE = ("demo-stage1", "demo-stage2")  # the last one is cut in two where its dense steps end
@@ -181,8 +191,8 @@ def run_stage(config: TrainConfig, selector: str | None = None) -> Path:
     if told.is_file() and TrainConfig(**json.loads(told.read_text())) != config:
         raise ValueError(f"{out} was trained with other settings (see {told}). Choose another --out, or delete it.")
     if not is_trained(config):
-        with training_as(config, selector):
-            train(config)
+        keep = None if selector is None else partial(kept_by, selector)
+        train(config, sparselearn_class(config.gate), keep)
     last = latest(out)
     assert last is not None
     for other in last.parent.iterdir():

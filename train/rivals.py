@@ -11,8 +11,7 @@ N patches, D feature dim, C needle kinds, W width inside.
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +21,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import train.run as run
 from sparsewsi.bag import Bag
 from sparsewsi.model import Selection, SparseWSI
 from sparsewsi.selector import ROWS, SELECTORS, hard_topk
@@ -80,23 +78,6 @@ class StraightThrough(SparseLearn):
 def sparselearn_class(gate: str) -> type[SparseLearn]:
     """The module that a gate of TrainConfig asks for."""
     return StraightThrough if gate in STRAIGHT_THROUGH and gate not in GATES else SparseLearn
-
-
-@contextmanager
-def training_as(config: TrainConfig, selector: str | None = None) -> Iterator[None]:
-    """While this lasts, train.run trains with the gate of the config, and with another selector's hard top-K.
-
-    selector: key of SELECTORS; the steps that config.hard makes hard ones then keep what it keeps.
-    train.run builds both by name; here the names mean something else for a moment.
-    """
-    before = run.SparseLearn, run.kept
-    run.SparseLearn = sparselearn_class(config.gate)  # type: ignore[misc]
-    if selector is not None:
-        run.kept = lambda model, example: kept_by(selector, model, example)
-    try:
-        yield
-    finally:
-        run.SparseLearn, run.kept = before  # type: ignore[misc]
 
 
 def kept_by(selector: str, model: SparseWSI, example: Example) -> Example:

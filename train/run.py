@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -39,6 +40,9 @@ from train.mosaic import NEEDLE_KINDS, MosaicStream, load_bank
 from train.sparselearn import SparseLearn, k_at, tau_at
 
 LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+Keep = Callable[[SparseWSI, Example], Example]  # the example with the patches that are kept
 
 
 class StageModule(nn.Module):
@@ -67,7 +71,9 @@ def answer_loss(model: SparseWSI, visual: Tensor, packed: Packed) -> Tensor:
     return F.cross_entropy(answer_logits(model, visual, packed), packed.targets, reduction="sum")
 
 
-def build(config: TrainConfig, feature_dim: int, encoder: str) -> tuple[SparseWSI, SparseLearn]:
+def build(
+    config: TrainConfig, feature_dim: int, encoder: str, sparselearn_class: type[SparseLearn] = SparseLearn
+) -> tuple[SparseWSI, SparseLearn]:
     """Model and SparseLearn at the start of a stage, with the stage's parts frozen (table in method.md)."""
     if config.stage == 1:
         llm, tokenizer = load_llm(config.llm)
@@ -85,7 +91,7 @@ def build(config: TrainConfig, feature_dim: int, encoder: str) -> tuple[SparseWS
         model = SparseWSI(settings, llm, tokenizer)
     else:
         model = SparseWSI.from_pretrained(artefact(config.init))
-    sparselearn = SparseLearn(
+    sparselearn = sparselearn_class(
         model.config.dim, model.config.num_tokens, kernel=config.kernel, gate=config.gate, denoiser=config.denoiser
     )
     if config.stage == 2:
@@ -149,14 +155,17 @@ def sparsity(config: TrainConfig, step: int, n: int) -> tuple[float, float | Non
     return tau, k_at(round(phase * 1000), 1000, max(config.k_start * n, config.num_tokens), config.num_tokens)
 
 
-def train_step(stage: StageModule, examples: list[Example], config: TrainConfig, step: int) -> dict[str, float]:
+def train_step(
+    stage: StageModule, examples: list[Example], config: TrainConfig, step: int, keep: Keep | None = None
+) -> dict[str, float]:
     """Accumulate the gradient of one step; the loss is normalised over all answer tokens of all processes.
 
-    examples: this process's bags. The noise of a bag is seeded by its number among all bags of the step.
+    examples: this process's bags. keep: what a hard step keeps of them; default `kept`. The noise of a bag is seeded by
+    its number among all bags of the step.
     """
     model = stage.model
     if config.is_hard(step):
-        examples = [kept(model, example) for example in examples]
+        examples = [(keep or kept)(model, example) for example in examples]
     packed = [pack(model.tokenizer, example, model.config.position, model.max_position) for example in examples]
     total = summed(sum(len(item.targets) for item in packed))
     loss = 0.0
@@ -232,8 +241,11 @@ def probe(stage: StageModule, example: Example, config: TrainConfig, step: int) 
     return result
 
 
-def train(config: TrainConfig) -> Path:
-    """Run or resume a stage; returns the last checkpoint's folder."""
+def train(config: TrainConfig, sparselearn_class: type[SparseLearn] = SparseLearn, keep: Keep | None = None) -> Path:
+    """Run or resume a stage; returns the last checkpoint's folder.
+
+    sparselearn_class, keep: rivals take the places of SparseLearn and of what hard steps keep (train/rivals.py).
+    """
     out = Path(config.out)
     banks = tuple(load_bank(Path(path), "train") for path in config.banks)
     if bool(banks) == bool(config.data):
@@ -249,7 +261,7 @@ def train(config: TrainConfig) -> Path:
     torch.manual_seed(config.seed)
     checkpoint = latest(out)
     source = TrainConfig(**{**asdict(config), "init": str(checkpoint)}) if checkpoint and config.stage == 2 else config
-    model, sparselearn = build(source, feature_dim, encoder)
+    model, sparselearn = build(source, feature_dim, encoder, sparselearn_class)
     if checkpoint and config.stage == 1:
         model = SparseWSI.from_pretrained(checkpoint / "model")
         freeze(model, config)
@@ -272,7 +284,7 @@ def train(config: TrainConfig) -> Path:
         first = (step * world_size() + rank()) * config.accumulation
         n = config.patches_at(step)
         examples = [stream.example(first + i, n) for i in range(config.accumulation)]
-        metrics = train_step(stage, examples, config, step)
+        metrics = train_step(stage, examples, config, step, keep)
         norm = float(nn.utils.clip_grad_norm_(parameters, config.clip))
         if not math.isfinite(norm) or not math.isfinite(metrics["loss"]):
             state = f"step {step} has loss {metrics['loss']} and gradient norm {norm}"
