@@ -192,7 +192,8 @@ def facts(case: Case | None) -> str:
     """The lines that always say what the page shows, and what to doubt in it."""
     if case is not None:
         summary = export.summary(case.bag, case.selection, loaded()[0].config, short_name())
-        return f"{inert(summary)}\n\n⚠ {inert(' '.join([*filter(None, [case.bag.note]), *doubts(case)]))}"
+        doubted = " ".join([*filter(None, [case.bag.note]), *doubts(case)])
+        return inert(summary) + (f"\n\n⚠ {inert(doubted)}" if doubted else "")
     if not Path(model_name()).is_dir():
         return f"No slide open · model {inert(short_name())}"
     config = SparseWSIConfig.load(model_name())
@@ -331,7 +332,8 @@ def add_turn(question: str, options: str, case: Case | None, chat: list) -> tupl
         raise gr.Error("Write a question first.", print_exception=False)
     with sentences():
         text = format_question(question.strip(), [line.strip() for line in options.splitlines() if line.strip()])
-    return busy(value=""), "", [*chat, {"role": "user", "content": inert(text)}]
+    answered = chat[:-1] if chat and chat[-1]["role"] == "user" else chat  # a question that was stopped goes
+    return busy(value=""), "", [*answered, {"role": "user", "content": inert(text)}]
 
 
 @gpu
@@ -378,6 +380,13 @@ def busy(**changes: Any) -> Any:
 
 def idle() -> Any:
     return gr.Textbox(submit_btn=True, stop_btn=False)
+
+
+def stopped(chat: list) -> tuple[list, Any]:
+    """What was said so far stays; its evidence is not weighed any more."""
+    if chat and chat[-1]["role"] == "assistant" and WEIGHING in str(chat[-1]["content"]):
+        chat = [*chat[:-1], said(text_of(chat[-1]), notice(), ["Stopped; the evidence was not weighed."])]
+    return chat, idle()
 
 
 def retry(chat: list) -> tuple[list, Any]:
@@ -687,7 +696,7 @@ def wire(demo: gr.Blocks, ui: SimpleNamespace, allow_paths: bool) -> None:
         event.success(log_answer, [ui.case, ui.answers], None, **quiet)
     for event in [*answers, *weighed]:
         event.then(idle, None, ui.question, **quiet)
-    ui.question.stop(idle, None, ui.question, cancels=[*answers, *weighed], **quiet)
+    ui.question.stop(stopped, ui.chat, [ui.chat, ui.question], cancels=[*answers, *weighed], **quiet)
     ui.chat.undo(undo, [ui.chat, ui.answers], [ui.chat, ui.answers, ui.question, ui.options], **quiet)
 
     ui.chat.clear(dict, None, ui.answers, **quiet).success(offer, [ui.case, ui.answers], None, **quiet)

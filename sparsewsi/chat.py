@@ -60,9 +60,9 @@ def about(answer: Answer, selection: Selection) -> list[str]:
         blocks.append(f"Probability of each option (the model's own, not calibrated): {chances}")
     if answer.effects:
         effects, patches = np.asarray(answer.effects), numbers(selection)
-        most = np.argsort(-effects, kind="stable")[:3]
-        links = ", ".join(f"[#{patches[i]}](#patch-{patches[i]}) (÷ {factor(float(effects[i]))})" for i in most)
-        blocks.append(f"Evidence: {links}. {answer.evidence}")
+        most = [i for i in np.argsort(-effects, kind="stable")[:3] if effects[i] > 0]
+        links = ", ".join(f"[#{patches[i]}](#patch-{patches[i]}) {factor(float(effects[i]))}×" for i in most)
+        blocks.append(f"Evidence (how many times less likely without the patch): {links or 'none'}. {answer.evidence}")
     return blocks
 
 

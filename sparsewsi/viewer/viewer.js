@@ -334,8 +334,8 @@ function paint() {
   pen.imageSmoothingEnabled = true;
   drawTiles(pen, ratio);
   if (bag && layers.heat) drawHeat(pen);
-  if (bag && layers.boxes) drawBoxes(pen);
   if (bag) drawMembers(pen);
+  if (bag && layers.boxes) drawBoxes(pen);
   if (band) { pen.setLineDash([6, 4]); pen.lineWidth = 2; pen.strokeStyle = DARK; pen.strokeRect(band[0], band[1], band[2] - band[0], band[3] - band[1]); pen.setLineDash([]); }
   drawScale(); drawNavigator(ratio);
   Object.assign(root.dataset, { x: view.x, y: view.y, scale: view.scale, current: bag && shared.current >= 0 ? bag.rank[shared.current] : "" });
@@ -454,7 +454,7 @@ function drawScale() {
   bar.querySelector("span").textContent = length >= 1000 ? `${length / 1000} mm` : `${length} µm`;
   root.dataset.bar = length;
   const m = magnification(), over = view.scale > 1.3 ? ` (scan enlarged ${view.scale.toFixed(1)}×)` : "";
-  times.textContent = `${m >= 10 ? m.toFixed(0) : m >= 1 ? m.toFixed(1) : m.toFixed(2)}×${over}`;
+  times.textContent = `${+m.toFixed(m < 10 ? 2 : 1)}×${over}`;
 }
 
 function drawNavigator(ratio) {
@@ -685,6 +685,15 @@ document.addEventListener("click", (event) => {
   event.preventDefault(); event.stopPropagation();
   go(indexOfRank(+link.getAttribute("href").split("#patch-")[1]));
   if (stage.getBoundingClientRect().bottom < 80 || stage.getBoundingClientRect().top > window.innerHeight - 80) stage.scrollIntoView({ block: "center" });
+}, true);
+
+// A file's name may name a patient: it does not leave the browser. The file itself is not copied.
+document.addEventListener("change", (event) => {
+  const input = event.target;
+  if (!root.isConnected || !input.matches || !input.matches("input[type=file]") || !input.files.length) return;
+  const renamed = new DataTransfer();
+  for (const file of input.files) renamed.items.add(new File([file], `slide${(file.name.match(/[.][a-zA-Z0-9]{1,8}$/) || [""])[0]}`, { type: file.type }));
+  input.files = renamed.files;
 }, true);
 
 // ---- address and journal
