@@ -55,16 +55,16 @@ def align(model: SparseWSI, banks: Sequence[Bank], steps: int, seed: int = 0, lr
 @torch.no_grad()
 def _standardise(inlet: nn.Linear, mean: Tensor, spread: Tensor) -> None:
     """Change the first layer so that it does to raw features what it did to standardised ones."""
-    inlet.weight /= spread
-    inlet.bias -= inlet.weight @ mean
+    inlet.weight.div_(spread)
+    inlet.bias.sub_(inlet.weight @ mean)
 
 
 @torch.no_grad()
 def _words(model: SparseWSI) -> dict[str, Tensor]:
     """Of each kind the mean input vector (H,) of the pieces of its word."""
-    table = model.llm.get_input_embeddings().weight
+    embed = model.llm.get_input_embeddings()
     pieces = {kind: text_ids(model.tokenizer, f" {word}") for kind, word in WORDS.items()}
-    return {kind: table[ids].float().mean(0) for kind, ids in pieces.items()}
+    return {kind: embed(torch.tensor(ids, device=model.device)).float().mean(0) for kind, ids in pieces.items()}
 
 
 def _draw(bank: Bank, generator: np.random.Generator) -> tuple[np.ndarray, list[str]]:
