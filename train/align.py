@@ -28,7 +28,7 @@ def align(model: SparseWSI, banks: Sequence[Bank], steps: int, seed: int = 0, lr
     Kinds, and within a kind the slides a patch may come from, are drawn with equal chances.
     """
     words = _words(model)  # kind -> (H,)
-    everything = torch.cat([bank.features for bank in banks]).float()
+    everything = torch.cat([bank.features for bank in banks]).to(model.device, torch.float32)
     mean, spread = everything.mean(0), everything.std(0) + 1e-3  # (D,)
     _standardise(model.slide_encoder.inlet, mean, spread)
     generator = np.random.default_rng(seed)
@@ -39,7 +39,8 @@ def align(model: SparseWSI, banks: Sequence[Bank], steps: int, seed: int = 0, lr
     distance = torch.zeros(())
     for _ in range(steps):
         drawn = [_draw(bank, generator) for bank in banks]
-        features = torch.cat([bank.features[rows] for bank, (rows, _) in zip(banks, drawn)]).float()
+        features = torch.cat([bank.features[rows] for bank, (rows, _) in zip(banks, drawn)])
+        features = features.to(model.device, torch.float32)
         target = torch.stack([words[kind] for _, kinds in drawn for kind in kinds])
         x = model.slide_encoder(mean + F.dropout(features - mean, DROPOUT))
         y = model.projector(x + NOISE * torch.randn_like(x))

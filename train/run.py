@@ -59,7 +59,7 @@ class StageModule(nn.Module):
         model = self.model
         visual = []
         for features, generator in zip(bags, generators):
-            x = model.slide_encoder(features.float())  # (N, D_v)
+            x = model.slide_encoder(features.to(model.device, torch.float32))  # (N, D_v)
             if k is not None:
                 x = self.sparselearn(x, model.scorer(x), tau, k=k, generator=generator)
             visual.append(model.project(x))
@@ -68,7 +68,8 @@ class StageModule(nn.Module):
 
 def answer_loss(model: SparseWSI, visual: Tensor, packed: Packed) -> Tensor:
     """Summed NLL of the answer tokens, given the projected visual tokens; logits only where an answer is."""
-    return F.cross_entropy(answer_logits(model, visual, packed), packed.targets, reduction="sum")
+    logits = answer_logits(model, visual, packed)
+    return F.cross_entropy(logits, packed.targets.to(logits.device), reduction="sum")
 
 
 def build(
@@ -173,7 +174,7 @@ def train_step(
     tau, k = sparsity(config, step, n)
     first = config.seed * 1_000_003 + step * 1009 + rank() * len(examples)
     for group in passes(packed, config.tokens_per_pass):
-        generators = [torch.Generator().manual_seed(first + number) for number in group]
+        generators = [torch.Generator(model.device).manual_seed(first + number) for number in group]
         bags = [examples[number].features for number in group]
         part = stage(bags, join([packed[number] for number in group]), tau, k, generators) / total
         part.backward()
@@ -230,7 +231,7 @@ def probe(stage: StageModule, example: Example, config: TrainConfig, step: int) 
 
     n = len(example.indices)
     tau, k = sparsity(config, step, n)
-    scores = stage.model.scorer(stage.model.slide_encoder(example.features.float()))
+    scores = stage.model.scorer(stage.model.encode(example.features))
     keep = hard_topk(scores, stage.model.config.num_tokens)
     needles = [i for i, kind in enumerate(example.kinds) if kind in NEEDLE_KINDS]
     found = len(set(keep.tolist()) & set(needles)) / len(needles) if needles else float("nan")
@@ -267,7 +268,7 @@ def train(config: TrainConfig, sparselearn_class: type[SparseLearn] = SparseLear
         freeze(model, config)
     if config.align and not checkpoint:
         align(model, banks, config.align, config.seed)
-    stage = StageModule(model, sparselearn).train()
+    stage = StageModule(model, sparselearn.to(model.device)).train()
     if config.activation_checkpointing:
         model.llm.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(parameter_groups(stage, config), betas=(0.9, 0.98))
