@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import sys
 import threading
 import uuid
@@ -765,10 +766,9 @@ def main() -> int:
     for name, value in (("SPARSEWSI_MODEL", options.model), ("SPARSEWSI_LOG", options.log)):
         if value:
             os.environ[name] = value
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # a service that is stopped leaves no slide behind
     try:
-        os.environ.setdefault(
-            "GRADIO_TEMP_DIR", str(intake.private_root() / "gradio")
-        )  # pictures of slides are private too
+        os.environ.setdefault("GRADIO_TEMP_DIR", str(intake.private_root() / "gradio"))  # uploads start there
         demo = build(allow_paths=options.host in LOOPBACK and not on_space and not options.auth)
         threading.Thread(target=warm_up, name="warm-up", daemon=True).start()
         settings = launch_settings(options.host, options.port, options.auth, options.mcp)

@@ -145,6 +145,7 @@ def served(browser, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) 
         process.terminate()
         process.wait(20)
     assert "Traceback" not in (home / "out").read_text()
+    assert not list((home / "tmp").glob("sparsewsi-*")), "what was private is gone with the process"
 
 
 def new_page(browser, served, **settings):

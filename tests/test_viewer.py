@@ -359,7 +359,7 @@ def test_05_patches_are_read_one_after_the_other(open_viewer):
     assert not page.locator(".card").is_visible()
     page.select_option(".patches select", "evidence")
     assert page.locator(".item b").first.inner_text() == f"#{KEPT}", "the order by evidence is another"
-    assert page.locator(".item em").first.inner_text() == "+1.00"
+    assert page.locator(".item em").first.inner_text() == "2.72×"
 
 
 @pytest.mark.browser

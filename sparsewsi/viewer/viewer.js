@@ -135,11 +135,11 @@ function setMembers(indices, where) {
 function describe(index) {
   const effect = effects.get(index), um = slide && slide.mpp ? centre(index).map((v) => Math.round(v * slide.mpp).toLocaleString("en")) : null;
   return [`#${bag.rank[index]}`, `score ${bag.scores[index].toFixed(2)} (top ${top(bag.rank[index] / bag.n)} %)`,
-    effect === undefined ? "" : `evidence ${signed(effect)}`, um ? `at ${um[0]}, ${um[1]} µm` : "", kept.includes(index) ? "" : "left out"].filter(Boolean).join(" · ");
+    effect === undefined ? "" : `evidence ${times(effect)}`, um ? `at ${um[0]}, ${um[1]} µm` : "", kept.includes(index) ? "" : "left out"].filter(Boolean).join(" · ");
 }
 
 const top = (share) => (share < 0.01 ? (100 * share).toFixed(1) : Math.ceil(100 * share));
-const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
+const times = (effect) => (effect > Math.log(1000) ? "> 1000×" : `${+Math.exp(effect).toPrecision(3)}×`); // less likely without it
 function say(text) { $(".said").textContent = text; }
 
 function toggle(set, other, index) {
@@ -180,7 +180,7 @@ function fillStrip() {
     item.type = "button"; item.className = "item"; item.dataset.index = index; item.title = describe(index);
     item.innerHTML = `<img alt="" loading="lazy" draggable="false"><span><b>#${bag.rank[index]}</b> <em></em></span><u></u>`;
     item.querySelector("img").src = patchAddress(index, 168);
-    item.querySelector("em").textContent = $(".patches select").value === "evidence" && effect !== undefined ? signed(effect) : bag.scores[index].toFixed(2);
+    item.querySelector("em").textContent = $(".patches select").value === "evidence" && effect !== undefined ? times(effect) : bag.scores[index].toFixed(2);
     item.onclick = () => go(index);
     item.ondblclick = enlarge;
     return item;
@@ -445,16 +445,16 @@ function trace(pen, line, stroke) {
 }
 
 function drawScale() {
-  const bar = $(".scale"), times = $(".mag");
+  const bar = $(".scale"), said = $(".mag");
   bar.hidden = !slide.mpp;
-  if (!slide.mpp) { times.textContent = "scale unknown"; return; }
+  if (!slide.mpp) { said.textContent = "scale unknown"; return; }
   const room = Math.min(150, size[0] / 3), um = (room * slide.mpp) / view.scale, ten = 10 ** Math.floor(Math.log10(um));
   const length = [5, 2, 1].map((v) => v * ten).find((v) => v <= um);
   bar.querySelector("i").style.width = `${(length * view.scale) / slide.mpp}px`;
   bar.querySelector("span").textContent = length >= 1000 ? `${length / 1000} mm` : `${length} µm`;
   root.dataset.bar = length;
   const m = magnification(), over = view.scale > 1.3 ? ` (scan enlarged ${view.scale.toFixed(1)}×)` : "";
-  times.textContent = `${+m.toFixed(m < 10 ? 2 : 1)}×${over}`;
+  said.textContent = `${+m.toFixed(m < 10 ? 2 : 1)}×${over}`;
 }
 
 function drawNavigator(ratio) {
