@@ -508,8 +508,11 @@ function drawMap() {
     pen.lineWidth = 3; pen.strokeStyle = BLUE; pen.beginPath(); pen.arc(x, y, 10, 0, 7); pen.stroke();
   }
   const named = dims[0] > 500 ? kept : kept.filter((index) => index === shared.current);
-  for (const index of named) if (points.place.has(index)) { // all numbers only where they can be read
+  const written = [];
+  for (const index of named) if (points.place.has(index)) { // the best first; a number that would cover another is left out
     const [x, y] = at(points.place.get(index)), text = `${bag.rank[index]}`;
+    if (written.some(([a, b]) => Math.abs(a - x) < 26 && Math.abs(b - y) < 13)) continue;
+    written.push([x, y]);
     pen.lineWidth = 3; pen.strokeStyle = "#fff"; pen.strokeText(text, x + 8, y - 8); pen.fillStyle = DARK; pen.fillText(text, x + 8, y - 8);
   }
   if (lasso) trace(pen, lasso, "#d55e00");
