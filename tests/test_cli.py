@@ -60,8 +60,15 @@ def test_a_slide_becomes_an_answer_and_six_files_twice_the_same(tiny_model, tiny
         ):
             assert part in said.out
         records.append((out / "selection.json").read_text())
-    assert records[0] == records[1]
-    record = json.loads(records[0])
+    record, again = (json.loads(text) for text in records)
+    # Matrix products may differ by a unit in the last place with where their operands lie in memory.
+    assert again["selection"].pop("scores") == pytest.approx(record["selection"]["scores"], rel=1e-5, abs=1e-5)
+    probs = [answer.pop("probs") for answer in again["answers"]]
+    assert probs == [pytest.approx(answer["probs"], abs=1e-4) for answer in record["answers"]]
+    bare = json.loads(records[0])
+    bare["selection"].pop("scores")
+    assert [answer.pop("probs") for answer in bare["answers"]]
+    assert again == bare
     assert len(record["selection"]["indices"]) == 6
     assert len(record["selection"]["scores"]) == record["patches"]["count"]
     assert sum(record["answers"][0]["probs"]) == pytest.approx(1, abs=1e-5)
@@ -76,6 +83,8 @@ def test_a_saved_bag_gives_the_patches_of_its_slide_without_the_slide(tiny_model
     for source, name in ((tiny_slide, "slide"), (tmp_path / "bag.safetensors", "bag")):
         assert main([str(source), "--model", str(tiny_model), "--k", "3", "--out", str(tmp_path / name)]) == 0
     slide, bag = (json.loads((tmp_path / name / "selection.json").read_text()) for name in ("slide", "bag"))
+    scores = slide["selection"].pop("scores")
+    assert bag["selection"].pop("scores") == pytest.approx(scores, rel=1e-5, abs=1e-5)
     assert bag["selection"] == slide["selection"]
     assert bag["answers"] == slide["answers"]
     assert Image.open(tmp_path / "bag" / "overlay.png").size[0] >= 1000
