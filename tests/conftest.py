@@ -66,3 +66,21 @@ def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     llm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_llm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained artefact on the tiny LLM and the default patch encoder."""
+    import torch
+
+    from sparsewsi.config import SparseWSIConfig
+    from sparsewsi.llm import load_llm
+    from sparsewsi.model import SparseWSI
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-model"
+    llm, tokenizer = load_llm(str(tiny_llm))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = SparseWSIConfig(llm=str(tiny_llm), dim=32, heads=4, num_tokens=6, demo=True, note="Untrained.")
+        SparseWSI(config, llm, tokenizer).save_pretrained(folder)
+    return folder

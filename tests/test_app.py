@@ -26,26 +26,12 @@ import app
 from sparsewsi import case, chat, export, phantom
 from sparsewsi.bag import Bag
 from sparsewsi.case import Case
-from sparsewsi.config import SparseWSIConfig
 from sparsewsi.export import Answer
-from sparsewsi.llm import load_llm
 from sparsewsi.model import Selection, SparseWSI
 from sparsewsi.prompt import format_question
 from sparsewsi.viewer import intake
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tiny_llm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained artefact on the tiny LLM and the default patch encoder."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-model"
-    llm, tokenizer = load_llm(str(tiny_llm))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = SparseWSIConfig(llm=str(tiny_llm), dim=32, heads=4, num_tokens=6, demo=True)
-        SparseWSI(config, llm, tokenizer).save_pretrained(folder)
-    return folder
 
 
 # ---- what imports what

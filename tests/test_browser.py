@@ -24,12 +24,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 from sparsewsi import case, phantom
-from sparsewsi.config import SparseWSIConfig
-from sparsewsi.llm import load_llm
-from sparsewsi.model import SparseWSI
 
 ROOT = Path(__file__).resolve().parents[1]
 LOOKS = ROOT / "screenshots"
@@ -65,18 +61,6 @@ def browser() -> Iterator:
         opened = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGS)
         yield opened
         opened.close()
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tiny_llm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained artefact on the tiny LLM and the default patch encoder."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-model"
-    llm, tokenizer = load_llm(str(tiny_llm))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = SparseWSIConfig(llm=str(tiny_llm), dim=32, heads=4, num_tokens=6, demo=True)
-        SparseWSI(config, llm, tokenizer).save_pretrained(folder)
-    return folder
 
 
 @contextmanager

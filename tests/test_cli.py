@@ -9,30 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from sparsewsi.__main__ import main
 from sparsewsi.bag import extract_bag, save_bag
-from sparsewsi.config import SparseWSIConfig
-from sparsewsi.llm import load_llm
 from sparsewsi.model import SparseWSI
 from sparsewsi.phantom import write_phantom
 
 FILES = {"report.html", "overlay.png", "umap.png", "patches.csv", "patches.geojson", "selection.json"}
 ASK = ["--question", "Which tissue is this?", "--option", "fat", "--option", "liver"]
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tiny_llm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained artefact on the tiny LLM and the default patch encoder."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-model"
-    llm, tokenizer = load_llm(str(tiny_llm))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = SparseWSIConfig(llm=str(tiny_llm), dim=32, heads=4, num_tokens=6, demo=True, note="Untrained.")
-        SparseWSI(config, llm, tokenizer).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
