@@ -615,6 +615,7 @@ def test_npy(tmp_path: Path):
     np.save(tmp_path / "a.npy", features)
     with pytest.warns(UserWarning, match="no coordinates"):
         assert np.array_equal(load_bag(tmp_path / "a.npy").features.numpy(), features.astype(np.float16))
+    # Pickles written here on purpose: that they are refused unless vouched for is what is tested.
     np.save(tmp_path / "b.npy", {"feature": features}, allow_pickle=True)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"can run code.*allow_pickle=True"):
         load_bag(tmp_path / "b.npy")

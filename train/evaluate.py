@@ -43,7 +43,7 @@ from sparsewsi.prompt import text_ids
 from train.benchmarks import BENCHMARKS, closed_questions, without_features
 from train.data import Example, FeatureFolder, Packed, Question, Record, answer_logits, evenly, pack
 from train.mosaic import FAMILIES, NEEDLE_KINDS, Facts, ask, balanced_set, load_bank
-from train.scoring import add_readings, majority, markdown, picture, summary, wilson  # noqa: F401
+from train.scoring import add_readings, majority, markdown, picture, summary
 
 ROWS = ("learned", "random", "uniform", "all", "text-only")
 WITHOUT_K = ("all", "text-only")

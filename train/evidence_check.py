@@ -23,8 +23,9 @@ from tqdm import tqdm
 from sparsewsi.evidence import leave_one_out, without
 from sparsewsi.model import Selection, SparseWSI
 from train.data import Question
-from train.evaluate import Item, mosaic_items, read_records, wilson
+from train.evaluate import Item, mosaic_items, read_records
 from train.mosaic import WORDS
+from train.scoring import wilson
 
 DROPPED = 3
 KINDS = {word: kind for kind, word in WORDS.items()}

@@ -34,7 +34,7 @@ from sparsewsi.model import SparseWSI
 from sparsewsi.selector import SELECTORS, Scorer
 from train.checkpoint import latest
 from train.config import RECIPES, TrainConfig
-from train.evaluate import Item, evaluate, majority, mosaic_items, read_records
+from train.evaluate import Item, evaluate, mosaic_items, read_records
 from train.mosaic import load_bank
 from train.rivals import (
     AttentionMIL,
@@ -47,6 +47,7 @@ from train.rivals import (
     train_mil,
 )
 from train.run import train
+from train.scoring import majority
 
 RECIPE = ("demo-stage1", "demo-stage2")  # the last one is cut in two where its dense steps end
 FREE = tuple(SELECTORS)  # selectors without training
