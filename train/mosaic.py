@@ -98,9 +98,12 @@ def _article_free(kinds: list[str]) -> str:
 
 
 def caption(facts: Facts) -> Question:
-    """The stage-1 pair: a request to describe the slide and its description."""
-    foci = f" with foci of {_article_free(list(facts.present))}" if facts.present else ""
-    return Question("Describe this slide.", f"Mostly {WORDS[facts.dominant]}{foci}.", (), "caption")
+    """The stage-1 pair: a request to describe the slide and its description.
+
+    It names the foci alone: K patches do not tell which background tissue most of the other N - K are.
+    """
+    foci = f"Foci of {_article_free(list(facts.present))}." if facts.present else "No foci."
+    return Question("Describe this slide.", foci, (), "caption")
 
 
 def ask(facts: Facts, family: str, rng: np.random.Generator) -> Question | None:
