@@ -1,13 +1,16 @@
 """A cohort's features: nothing lost, nothing done twice, and one bad slide spoils no other."""
 
 import csv
+import functools
 import json
 import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -25,16 +28,16 @@ from train.extract import Child, Job, Report, Row, Settings, extract_slide, find
 SETTINGS = Settings("mean-colour", 0.5, 64)
 
 
-def mean_colour_encoder(seconds: float = 0.0) -> PatchEncoder:
-    """A real, tiny encoder, D = 3, that takes its time."""
+def mean_colour_encoder(seconds: float = 0.0, repeats: int = 1) -> PatchEncoder:
+    """A real, tiny encoder, D = 3 * repeats, that takes its time."""
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         time.sleep(seconds)
-        return x.mean((2, 3))
+        return x.mean((2, 3)).repeat(1, repeats)
 
     return PatchEncoder(
         "mean-colour",
-        dim=3,
+        dim=3 * repeats,
         patch_size=64,
         mpp=0.5,
         licence="none",
@@ -121,25 +124,31 @@ def test_two_slides_of_one_name_are_both_told(tmp_path: Path):
 
 
 @pytest.mark.skipif(not hasattr(os, "seteuid"), reason="POSIX permissions")
-def test_a_folder_without_permission_is_told():
-    import tempfile
-
-    with tempfile.TemporaryDirectory(dir="/tmp") as name:
-        root = Path(name)
-        (root / "closed").mkdir()
-        (root / "a.svs").write_bytes(b"1")
-        root.chmod(0o755)
-        (root / "closed").chmod(0)
+def test_what_may_not_be_read_is_told_and_the_rest_is_done(monkeypatch):
+    monkeypatch.setattr(extract, "_encoder", lambda *_: mean_colour_encoder())
+    attempt = functools.partial(extract._attempt, settings=SETTINGS, device=None, part_seconds=9.0)
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # pytest's own folder is closed to other users
+        slides, out = Path(name), Path(name, ".features")
+        for folder in (slides / "closed", out):
+            folder.mkdir()
+        assert attempt(job_of(write_slide(slides / "good.tiff", 512)), out=out).outcome == "done"
+        write_slide(slides / "locked.tiff", 512).chmod(0)
+        slides.chmod(0o755), out.chmod(0o777), (slides / "closed").chmod(0)
         user = os.geteuid()
         try:
             if user == 0:
                 os.seteuid(65534)  # root may read anything
             jobs = {job.stem: job for job in find_slides([name])}
+            assert "lacks the permission" in attempt(jobs["locked"], out=out).warnings
         finally:
             os.seteuid(user)
-            (root / "closed").chmod(0o755)
-    assert "Permission denied" in jobs["closed"].problem
-    assert not jobs["a"].problem
+            (slides / "closed").chmod(0o755)
+        extract.extract_all([jobs["closed"], jobs["good"]], SETTINGS, out)
+        assert list(outputs(out)) == ["good.safetensors"]
+        with (out / "report.csv").open(newline="") as file:
+            reported = {row["slide"]: row for row in csv.DictReader(file)}
+        assert {stem: row["outcome"] for stem, row in reported.items()} == {"closed": "failed", "good": "done"}
+        assert "Permission denied" in reported["closed"]["warnings"]
 
 
 def test_ranks_come_from_torchrun_a_slurm_array_or_both():
@@ -248,31 +257,71 @@ def test_what_was_made_of_another_file_is_made_again_and_strangers_are_left_alon
 
 
 def _slowly(path: Path, out: Path) -> None:
-    extract_slide(job_of(path), SETTINGS, out, mean_colour_encoder(seconds=0.01), 0.0)
+    extract_slide(job_of(path), SETTINGS, out, mean_colour_encoder(seconds=0.02), 0.0)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
-def test_killed_at_any_moment_it_ends_with_the_same_file(tmp_path: Path):
-    path = write_slide(tmp_path / "a.tiff")
+def test_killed_at_five_random_moments_it_ends_with_the_same_file(tmp_path: Path):
+    path = write_slide(tmp_path / "a.tiff", 2048)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir(), killed.mkdir()
     _slowly(path, whole)
     context = multiprocessing.get_context("forkserver")  # a process without threads to fork from
     context.set_forkserver_preload([__name__])
     rng = random.Random(0)
-    for kill in range(6):
+    for _ in range(5):
+        before = set(killed.glob(".a.parts/*"))
         process = context.Process(target=_slowly, args=(path, killed))
         process.start()
-        if kill < 5:
-            deadline = time.monotonic() + 60
-            while not any(killed.glob(".a.parts/*")) and process.is_alive() and time.monotonic() < deadline:
-                time.sleep(0.001)
-            time.sleep(rng.uniform(0, 0.05))
-            process.kill()
+        deadline = time.monotonic() + 60
+        while set(killed.glob(".a.parts/*")) == before and process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.06))  # a part takes 0.04 s
+        process.kill()
         process.join(60)
-        assert all(load_bag(done) for done in killed.glob("*.safetensors"))  # whole, or not there
+        assert process.exitcode == -signal.SIGKILL  # it was at work
+        assert not outputs(killed)
+    context.Process(target=_slowly, args=(path, killed)).run()
     assert outputs(killed) == outputs(whole)
     assert [entry.name for entry in killed.iterdir()] == ["a.safetensors"]
+
+
+def test_a_full_disk_is_reported_and_with_room_again_the_rest_is_done(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(extract, "_encoder", lambda *_: mean_colour_encoder(repeats=200))
+    attempt = functools.partial(extract._attempt, settings=SETTINGS, device=None, part_seconds=0.0)
+    slides, disk, whole = tmp_path / "slides", tmp_path / "disk", tmp_path / "whole"
+    for folder in (slides, disk, whole):
+        folder.mkdir()
+    jobs = [job_of(write_slide(slides / f"{name}.tiff", seed=i)) for i, name in enumerate("abcd")]
+    assert all(attempt(job, out=whole).outcome == "done" for job in jobs)
+    room = 2.5 * len(outputs(whole)["a.safetensors"])  # a slide needs twice its size: its parts, then its file
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={room:.0f}", "tmpfs", str(disk)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        pytest.skip("a small file system can be mounted by root only")
+    try:
+        report = Report(disk, 0)
+        rows = [attempt(job, out=disk) for job in jobs]
+        for row in rows:
+            report.add(row)
+        report.finish()
+        outcomes = [row.outcome for row in rows]
+        assert outcomes[0] == "done"
+        assert "failed" in outcomes
+        assert all("No space left" in row.warnings for row in rows if row.outcome == "failed")
+        assert outputs(disk).items() < outputs(whole).items()  # what is there is whole
+        assert not [path for path in disk.rglob("*") if path.suffix == ".partial"]
+        subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True, timeout=30)
+        for job in jobs:
+            if finished(job, disk) is None:
+                report.add(attempt(job, out=disk))
+        report.finish()
+        assert outputs(disk) == outputs(whole)
+        with (disk / "report.csv").open(newline="") as file:
+            assert [row["outcome"] for row in csv.DictReader(file)] == ["done"] * 4
+    finally:
+        subprocess.run(["umount", str(disk)], check=True, timeout=30)
 
 
 # ---- the child, the report
