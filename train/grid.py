@@ -6,16 +6,18 @@
 
 A cell is a training run followed by an evaluation. All cells of a seed branch from one dense checkpoint (alpha = 1),
 the dense part of the demo's recipe, and differ only in what follows; the few that need another slide encoder have a
-dense part of their own. Every cell starts with the same new scorer. The questions are the same for all cells and seeds,
-one mosaic each, from the banks' test split.
+dense part of their own. Every cell starts with the same new scorer. The questions are the same for all cells of a seed
+and others for the next seed, one mosaic each, from the banks' test split in turn. Rows that show the LLM all N patches
+are asked of the first ones only (--long-questions): they cost ten times as much.
 
 Started again after a kill, the grid goes on where it was: trainings from their last checkpoint, evaluations from their
 last question. The tables are written anew after every cell, from what there is by then.
 
-Table 1: selectors. A selector without training is asked with the LLM of the learned cell, with the LLM of the dense
-checkpoint, which has met no selection yet, and with an LLM tuned on its own selection for as many steps as the learned
-cell was trained ("tuned"). Table 2: ablations, as paired differences from the learned cell. Table 3: the training path
-and the inference path of the learned cell. Intervals are 95 % percentiles of a bootstrap over questions and seeds.
+Table 1: selectors. A selector without training is asked with the LLM of the dense checkpoint, which has met no
+selection yet, and with an LLM tuned on its own selection for as many steps as the learned cell was trained ("tuned");
+random choice and attention MIL also with the LLM of the learned cell. Table 2: ablations, as paired differences from the learned cell. Table 3: the training path
+and the inference path of the learned cell. Intervals are 95 % percentiles of a bootstrap over seeds and the questions
+of each.
 """
 
 import argparse
@@ -24,7 +26,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +55,7 @@ RECIPE = ("demo-stage1", "demo-stage2")  # the last one is cut in two where its 
 FREE = tuple(SELECTORS)  # selectors without training
 MIL = "attention-mil"
 SWEEP = (8, 16, 64, 128)  # K other than 32
+LONG = ("all", "soft")  # rows of N tokens
 PAPER_SCHEDULE = {"tau_start": 2.0, "tau_end": 0.1, "k_start": 0.0, "anneal": 1.0, "hard": 0.0}
 MODEL_FIELDS = ("scorer_attention", "num_tokens")  # of the changes, those that the start of a cell is made with
 DIAGNOSIS = ("diagnosis",)  # families of questions; all others are microscopy
@@ -81,7 +84,7 @@ def tuned(selector: str) -> Cell:
 CELLS = (
     Cell(
         "learned", 1, {},
-        ("learned", "text-only", *FREE, MIL, "soft", "denoised", *(f"learned@{k}" for k in SWEEP), "all"),
+        ("learned", "text-only", "random", MIL, "soft", "denoised", *(f"learned@{k}" for k in SWEEP), "all"),
     ),
     Cell("dense", 1, {}, ("text-only", *FREE, MIL, "all"), train=False),
     Cell("straight-through", 1, {"gate": "ste"}),
@@ -95,7 +98,7 @@ CELLS = (
     Cell("paper-tau", 2, {"tau_start": 2.0, "tau_end": 0.1}),
     Cell("constant-tau", 2, {"tau_start": 0.05, "tau_end": 0.05}),
     Cell("fixed-k", 2, {"k_start": 0.0}),
-    Cell("no-hard-steps", 2, {"hard": 0.0}),
+    Cell("hard-steps", 2, {"hard": 0.25}),
     Cell("paper-schedule", 2, PAPER_SCHEDULE),
     Cell("paper-schedule-from-scratch", 2, PAPER_SCHEDULE, scratch=True),
     *(Cell(f"k{k}", 2, {"num_tokens": k}) for k in SWEEP),
@@ -116,7 +119,8 @@ class Plan:
     steps: int = 60  # of a cell; 0: the recipe's
     accumulation: int = 0  # 0: the recipe's
     n: int = 1024  # patches of a test mosaic
-    questions: int = 1000
+    questions: int = 1000  # of each seed
+    long_questions: int = 200  # of which the rows of N tokens are asked
     changes: dict = field(default_factory=dict)  # further fields of TrainConfig, for all stages and cells
 
 
@@ -225,15 +229,17 @@ def make_start(dense: Path, folder: Path, config: TrainConfig) -> None:
 # ---- evaluation
 
 
-def items(plan: Plan) -> Iterator[Item]:
-    """The questions, as many from each bank."""
+def items(plan: Plan, seed: int) -> Iterator[Item]:
+    """The questions of a seed, from each bank in turn."""
     share = plan.questions // len(plan.banks)
-    return chain.from_iterable(mosaic_items(Path(bank), "test", share, plan.n, 0) for bank in plan.banks)
+    for together in zip(*(mosaic_items(Path(bank), "test", share, plan.n, seed) for bank in plan.banks)):
+        yield from together
 
 
-def total_questions(plan: Plan) -> int:
-    """How many `items` gives."""
-    return plan.questions // len(plan.banks) * len(plan.banks)
+def asked(plan: Plan, row: str = "") -> int:
+    """How many questions of a seed a row is asked."""
+    everything = plan.questions // len(plan.banks) * len(plan.banks)
+    return min(everything, plan.long_questions) if row in LONG else everything
 
 
 def run_cell(plan: Plan, cell: Cell, seed: int, folder: Path) -> None:
@@ -256,7 +262,9 @@ def run_cell(plan: Plan, cell: Cell, seed: int, folder: Path) -> None:
         assert isinstance(model, Contender)
     if MIL in cell.rows:
         model.add_selector(MIL, attention_mil(plan, seed, folder).select)
-    evaluate(model, items(plan), total_questions(plan), cell.rows, None, log)
+    for rows in (tuple(row for row in cell.rows if row not in LONG), tuple(row for row in cell.rows if row in LONG)):
+        if rows:
+            evaluate(model, islice(items(plan, seed), asked(plan, rows[0])), asked(plan, rows[0]), rows, None, log)
 
 
 def attention_mil(plan: Plan, seed: int, folder: Path) -> AttentionMIL:
@@ -274,20 +282,19 @@ def attention_mil(plan: Plan, seed: int, folder: Path) -> AttentionMIL:
 def is_answered(plan: Plan, cell: Cell, log: Path) -> bool:
     """Whether all questions of a cell have been asked of all its rows."""
     records = read_records(log)
-    return len(records) >= total_questions(plan) and all(row in r for r in records.values() for row in cell.rows)
+    return all(row in records.get(number, {}) for row in cell.rows for number in range(asked(plan, row)))
 
 
 # ---- tables
 
 
 def interval(values: np.ndarray, draws: int = DRAWS) -> tuple[float, float, float]:
-    """Mean of values (S seeds, Q questions) and its 95 % interval, both axes resampled (seed 0)."""
+    """Mean of values (S seeds, Q questions) and its 95 % interval: seeds resampled, then the questions of each."""
     seeds, questions = values.shape
     rng = np.random.default_rng(0)
-    by_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), draws) / seeds
-    by_question = rng.multinomial(questions, np.full(questions, 1 / questions), draws) / questions
-    means = ((by_seed @ values) * by_question).sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
+    drawn = values[rng.integers(seeds, size=(draws, seeds))]  # (draws, S, Q)
+    weights = rng.multinomial(questions, np.full(questions, 1 / questions), (draws, seeds)) / questions
+    low, high = np.quantile(np.einsum("dsq,dsq->d", drawn, weights) / seeds, [0.025, 0.975])
     return float(values.mean()), float(low), float(high)
 
 
@@ -309,8 +316,9 @@ def answers(plan: Plan, out: Path, cell: str, row: str) -> Answers | None:
     """What is known of a row of a cell; None before one seed is complete. "majority" is a row of every cell."""
     right, recall, families = {}, {}, np.empty(0, str)
     for folder in sorted(out.glob("seed-*")):
-        records = [record for _, record in sorted(read_records(folder / cell / "records.jsonl").items())]
-        if len(records) < total_questions(plan):
+        known = read_records(folder / cell / "records.jsonl")
+        records = [known[number] for number in sorted(known) if number < asked(plan, row)]
+        if len(records) < asked(plan, row):
             continue
         majority(records)
         if all(row in record for record in records):
@@ -339,11 +347,12 @@ def entry(found: Answers) -> dict:
 
 
 def difference(one: Answers, other: Answers) -> dict | None:
-    """Paired difference, one minus other, over the seeds that both have."""
+    """Paired difference, one minus other, over the seeds and the first questions that both have."""
     seeds = sorted(set(one.right) & set(other.right))
     if not seeds:
         return None
-    values = np.stack([one.right[seed] - other.right[seed] for seed in seeds])
+    both = min(len(one.families), len(other.families))
+    values = np.stack([one.right[seed][:both] - other.right[seed][:both] for seed in seeds])
     by_seed = {seed: float(value.mean()) for seed, value in zip(seeds, values)}
     return {"difference": interval(values), "seeds": seeds, "by_seed": by_seed}
 
@@ -356,8 +365,8 @@ def table_rows() -> dict[int, list[Row]]:
     one: list[Row] = [("learned top-K", "learned", "learned", None)]
     one += [(f"{cell} top-K", cell, "learned", None) for cell in ("straight-through", "gumbel")]
     for selector in (MIL, *FREE):
-        one.append((f"{selector}, LLM of learned", "learned", selector, None))
         one.append((f"{selector}, LLM of dense", "dense", selector, None))
+        one += [(f"{selector}, LLM of learned", "learned", selector, None)] * (selector in CELLS[0].rows)
         one += [(f"{selector}, LLM tuned on it", f"{selector}-tuned", selector, None)] * (selector in FREE)
     for row in ("all", "text-only"):
         one += [(f"{row}, LLM of {cell}", cell, row, None) for cell in ("dense", "learned")]
@@ -394,8 +403,9 @@ def write_tables(plan: Plan, out: Path) -> str:
         if entries:
             sections.append(f"## {titles[number]}\n\n{markdown(entries, with_paper=number == 2)}")
     sections.append(
-        f"{total_questions(plan)} questions on mosaics of {plan.n} patches, the same for all; points with 95 % "
-        "intervals of a bootstrap over questions and seeds; differences are paired by question and seed."
+        f"{asked(plan)} questions a seed ({asked(plan, 'all')} for rows of N tokens) on mosaics of {plan.n} patches, "
+        "the same for all rows; points with 95 % intervals of a bootstrap over seeds and the questions of each; "
+        "differences are paired by question and seed."
     )
     text = "\n\n".join(sections) + "\n"
     for path, content in ((out / "tables.json", json.dumps(record, indent=2) + "\n"), (out / "tables.md", text)):
@@ -407,14 +417,17 @@ def write_tables(plan: Plan, out: Path) -> str:
 
 def markdown(entries: dict[str, dict], with_paper: bool) -> str:
     """Lines of a table as Markdown."""
-    head = ["row", "overall", "microscopy", "diagnosis", "needle recall", "minus learned", "seeds"]
+    head = ["row", "overall", "microscopy", "diagnosis", "needle recall", "minus learned", "seeds x questions"]
     head += ["the paper's", "agreement"] * with_paper
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, found in entries.items():
         cells = [name, *(points(found.get(part)) for part in ("overall", "microscopy", "diagnosis"))]
         cells.append(f"{100 * found['needle_recall']:.0f} %" if "needle_recall" in found else "")
         against = found.get("against_learned")
-        cells += [points(against["difference"], "+") if against else "", str(len(found["seeds"]))]
+        cells += [
+            points(against["difference"], "+") if against else "",
+            f"{len(found['seeds'])} x {found['questions']}",
+        ]
         if with_paper:
             paper = found["paper"]
             cells += [f"{paper:+.1f}" if paper is not None else "", agreement(against, paper)]
@@ -451,9 +464,10 @@ def seconds(plan: Plan, cell: Cell, seed: int, folder: Path) -> float:
             for step in range(own.steps):
                 tokens = own.num_tokens if own.is_hard(step) else own.patches_at(step)
                 left += own.accumulation * (0.3 + 0.005 * tokens)
-    asked = len(read_records(folder / cell.name / "records.jsonl"))
-    each = sum(0.35 + 0.0022 * plan.n * (row in ("all", "soft")) for row in cell.rows)
-    return left + each * max(0, total_questions(plan) - asked)
+    known = read_records(folder / cell.name / "records.jsonl").values()
+    for row in cell.rows:
+        left += (0.3 + 0.002 * plan.n * (row in LONG)) * max(0, asked(plan, row) - sum(row in one for one in known))
+    return left
 
 
 def overview(plan: Plan, cells: Sequence[Cell], seeds: Sequence[int], out: Path) -> str:
@@ -511,12 +525,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Plan.steps, help="of a cell; 0: the recipe's")
     parser.add_argument("--accumulation", type=int, default=0, help="bags a step; default: the recipe's")
     parser.add_argument("--n", type=int, default=Plan.n, help="patches of a test mosaic")
-    parser.add_argument("--questions", type=int, default=Plan.questions)
+    parser.add_argument("--questions", type=int, default=Plan.questions, help="of each seed")
+    parser.add_argument("--long-questions", type=int, default=Plan.long_questions, help="for rows of N tokens")
     parser.add_argument("--dry-run", action="store_true")
     given = parser.parse_args()
     plan = Plan(
         tuple(given.banks), tuple(given.recipe), tuple(given.init), given.llm, given.dense_steps, given.steps,
-        given.accumulation, given.n, given.questions,
+        given.accumulation, given.n, given.questions, given.long_questions,
     )  # fmt: skip
     cells = [cell for cell in CELLS if not given.only or cell.name in given.only]
     if given.dry_run:
