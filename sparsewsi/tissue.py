@@ -14,6 +14,7 @@ decide what belongs together: gaps and fat are filled, specks dropped, pen marks
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,7 @@ SPECK_MM2 = 0.015  # tissue and marks smaller than this are dropped
 FAT_MM2 = 0.05  # fat smaller than this is taken for scratches
 HOLE_MM2 = 0.03  # holes smaller than this, 0.2 mm across, are lumina and gaps within tissue
 GAP_UM = 64.0  # gaps narrower than this are closed
+STRIP = 128  # rows of mask px handled at once
 LOST = 16  # mask px: side of the squares in which damage is looked for, 128 um
 DEFAULT_GLASS = (245.0, 245.0, 245.0)  # where a slide shows no glass
 
@@ -200,22 +202,24 @@ def _mask_scale(slide: Slide, mpp: float) -> float:
 def _tissue_of(rgb: np.ndarray, um: float) -> tuple[np.ndarray, str]:
     """Mask of an image of um um/px, uint8 (h, w, 3) -> bool (h, w), and the reason if it is empty."""
     cell = max(2, round(CELL_UM / um))  # mask px
-    image = Image.fromarray(rgb)
-    cells = np.asarray(image.reduce(cell))  # mean colours, uint8 (rows, columns, 3)
+    cells = np.concatenate([strip.reduce(cell) for _, strip in _strips(rgb, cell)])  # mean colours (rows, columns, 3)
     if _is_dark_field(cells):
         return np.zeros(rgb.shape[:2], bool), (
             "The slide is dark all over, as in fluorescence; tissue is only found on bright slides stained with H&E."
         )
     glass = _glass(cells)
-    stained, foreign = _classify(image, glass)
-    stained_share, foreign_share = _share(stained, cell), _share(foreign, cell)
+    stained, shares = np.empty(rgb.shape[:2], bool), []
+    for rows, strip in _strips(rgb, cell):
+        stained[rows], foreign = _classify(strip, glass)
+        shares.append((_share(stained[rows], cell), _share(foreign, cell), _share(_darker(strip, cell), cell)))
+    stained_share, foreign_share, darker_share = (np.concatenate(parts) for parts in zip(*shares))
 
     cell_um = cell * um
     density = np.log((np.array(glass, np.float32) + OFFSET) / (cells + np.float32(OFFSET)))
     stain = density[..., 1] - density[..., 2]
     marks = _marks(foreign_share, density, cell_um)
     tissue = stained_share > 0.5
-    tissue |= _fat(image, stain, cell, tissue, cell_um)
+    tissue |= _fat(darker_share, stain, tissue, cell_um)
     tissue = _close(tissue & ~marks, GAP_UM / cell_um)
     tissue = _fill_holes(tissue, (stain > 0.01) | (density[..., 1] > 0.1), cell_um) & ~marks
     tissue = _drop_small(tissue, SPECK_MM2, cell_um)
@@ -229,6 +233,13 @@ def _tissue_of(rgb: np.ndarray, um: float) -> tuple[np.ndarray, str]:
     if marks.any():
         return mask, "No stained tissue was found on the slide, only dark or pen-coloured marks."
     return mask, "No tissue was found: the slide is blank, or too pale to be told from glass."
+
+
+def _strips(rgb: np.ndarray, cell: int) -> Iterator[tuple[slice, Image.Image]]:
+    """(rows, image) of strips that are whole rows of cells, few enough to stay in the processor's cache."""
+    step = cell * max(1, STRIP // cell)
+    for top in range(0, len(rgb), step):
+        yield slice(top, top + step), Image.fromarray(rgb[top : top + step])
 
 
 def _is_dark_field(cells: np.ndarray) -> bool:
@@ -312,22 +323,26 @@ def _marks(foreign_share: np.ndarray, density: np.ndarray, cell_um: float) -> np
     return _dilated(with_core[labels], 64 / cell_um)
 
 
-def _fat(image: Image.Image, stain: np.ndarray, cell: int, tissue: np.ndarray, cell_um: float) -> np.ndarray:
+def _darker(image: Image.Image, cell: int) -> np.ndarray:
+    """Px that absorb more green than the mean of their cell, bool (h, w): lines on pale ground."""
+    band = image.getchannel(1)
+    mean = np.asarray(band.reduce(cell).point([max(0, v - 6) for v in range(256)]))
+    return np.asarray(band) < _spread(mean, cell, (image.height, image.width))
+
+
+def _fat(darker_share: np.ndarray, stain: np.ndarray, tissue: np.ndarray, cell_um: float) -> np.ndarray:
     """Cells of fat: a net of thin membranes, so pale that only the mean over 0.16 mm shows that they are pink.
 
     Scratches and dust make sparser lines, and grey ones. Cells beside tissue do not count, as its rim would pass for
     fat, but what is less than 3 cells wide may itself be a membrane.
     """
-    band = image.getchannel(1)
-    mean = np.asarray(band.reduce(cell).point([max(0, v - 6) for v in range(256)]))
-    lines = _share(np.asarray(band) < _spread(mean, cell, (image.height, image.width)), cell)
     counted = 1 - _dilated(_opened(tissue, 3), 1).astype(np.float32)
     span = max(1, round(160 / cell_um))
     weight = ndimage.uniform_filter(counted, span)
     safe = np.maximum(weight, 1e-6)
     mean_stain = ndimage.uniform_filter(np.clip(stain, -0.05, 0.05) * counted, span) / safe
-    mean_lines = ndimage.uniform_filter(lines * counted, span) / safe
-    fat = (counted > 0) & (weight > 0.1) & (mean_stain > 0.002) & (mean_lines > 0.05)
+    mean_darker = ndimage.uniform_filter(darker_share * counted, span) / safe
+    fat = (counted > 0) & (weight > 0.1) & (mean_stain > 0.002) & (mean_darker > 0.05)
     # A strand of tissue has such surroundings too, but they are narrow; nets of fat are not.
     return _drop_small(fat & _opened(fat | tissue, 288 / cell_um), FAT_MM2, cell_um)
 

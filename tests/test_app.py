@@ -43,6 +43,7 @@ LEVELS = {
     **dict.fromkeys(("train.run", "train.evaluate", "train.extract"), 6),
     **dict.fromkeys(("train.checkpoint", "train.data", "train.mosaic"), 5),
     **dict.fromkeys(("train.benchmarks", "train.scoring"), 5),
+    "train.sharding": 2,
     **dict.fromkeys(("sparsewsi.model", "sparsewsi.viewer", "sparsewsi.viewer.viewer"), 4),
     **dict.fromkeys(("sparsewsi.case", "sparsewsi.chat"), 4),
     **dict.fromkeys(("sparsewsi.evidence", "sparsewsi.export", "sparsewsi.novelty", "sparsewsi.plots"), 3),

@@ -17,12 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sparsewsi import novelty
 from sparsewsi.model import SparseWSI
 from train.mosaic import load_bank
+from train.sharding import gathered, load_optimizer_state, optimizer_state
 
 
 def save_state(
@@ -30,26 +32,35 @@ def save_state(
 ) -> Path:
     """Write checkpoints/<step>/{model,state} under a temporary name, rename it, then point checkpoints/last at it.
 
-    A process killed at any moment leaves either the old `last` or the new one, never half a checkpoint.
+    A process killed at any moment leaves either the old `last` or the new one, never half a checkpoint. Of several
+    processes all must call it, as sharded weights are gathered; the first one writes.
     """
     final = folder / "checkpoints" / f"{step:06d}"
+    moments = optimizer_state(optimizer)
+    with gathered(model):
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            _write(final, step, model, sparselearn, moments)
+    return final
+
+
+def _write(final: Path, step: int, model: SparseWSI, sparselearn: nn.Module, moments: dict) -> None:
+    """The files of a checkpoint. What a killed process left half written is removed first."""
+    for leftover in final.parent.glob(".*.part"):
+        leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover)
     temporary = final.with_name(f".{final.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "state").mkdir(parents=True)
     model.save_pretrained(temporary / "model")
     save_file(
         {name: value.contiguous() for name, value in sparselearn.state_dict().items()},
         temporary / "state" / "sparselearn.safetensors",
     )
-    torch.save(optimizer.state_dict(), temporary / "state" / "optimizer.pt")
+    torch.save(moments, temporary / "state" / "optimizer.pt")
     (temporary / "state" / "step.json").write_text(json.dumps({"step": step}))
-    shutil.rmtree(final, ignore_errors=True)
+    shutil.rmtree(final, ignore_errors=True)  # one that `last` does not point at yet: the run was killed in between
     temporary.rename(final)
     link = final.with_name(".last.part")
-    link.unlink(missing_ok=True)
     link.symlink_to(final.name)
     os.replace(link, final.with_name("last"))
-    return final
 
 
 def latest(folder: Path) -> Path | None:
@@ -65,7 +76,8 @@ def load_state(checkpoint: Path, sparselearn: nn.Module, optimizer: torch.optim.
     """
     sparselearn.load_state_dict(load_file(checkpoint / "state" / "sparselearn.safetensors"))
     if optimizer is not None:
-        optimizer.load_state_dict(torch.load(checkpoint / "state" / "optimizer.pt", weights_only=True))
+        moments = torch.load(checkpoint / "state" / "optimizer.pt", map_location="cpu", weights_only=True)
+        load_optimizer_state(optimizer, moments)
     return json.loads((checkpoint / "state" / "step.json").read_text())["step"]
 
 

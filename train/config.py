@@ -60,6 +60,8 @@ class TrainConfig:
     checkpoint_every: int = 50
     activation_checkpointing: bool = False
     tokens_per_pass: int = 768  # bags share a pass of the LLM up to this length
+    fsdp: bool = False  # under torchrun: shard an LLM that does not fit over the processes; then one bag a pass
+    trackio: str = ""  # name of a trackio project that gets the metrics too (pip install trackio)
 
     def save(self, path: Path) -> None:
         """Write as JSON."""

@@ -6,9 +6,12 @@ one after another.
 
 import functools
 import re
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +22,7 @@ from sparsewsi.bag import UNKNOWN_ENCODER, Bag, check_bag, load_bag
 from sparsewsi.model import SparseWSI
 from sparsewsi.prompt import build_prompt, end_of_turn, text_ids, visual_positions
 
-IGNORE = -100  # the label of a position that carries no loss
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,14 +59,32 @@ class Example:
 
 @dataclass(frozen=True)
 class Packed:
-    """Token ids, positions, mask and targets of bags with their questions, without the visual tokens themselves."""
+    """Token ids, positions, targets of bags with their questions, and who sees whom; without the visual tokens."""
 
     text_ids: Tensor  # (T,) of each bag the prefix, then the questions with their answers
     order: Tensor  # (L,) where each place of the sequence comes from: text i is i, visual token j is T + j
     position_ids: Tensor  # (L,)
-    mask: Tensor  # (L, L) bool: True where a query (row) may see a key (column)
+    bag: Tensor  # (L,) number of the bag a place belongs to
+    question: Tensor  # (L,) number of the question from 1; 0 for prefix and visual tokens, which all questions see
     keep: Tensor  # (A,) places in the sequence whose next token is part of an answer
     targets: Tensor  # (A,) those next tokens
+
+    @property
+    def mask(self) -> Tensor:
+        """(L, L) bool: True where a query (row) may see a key (column)."""
+        return visible(self.bag, self.question)
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether every place sees all before it: one bag with one question."""
+        return not self.bag.any() and int(self.question.max()) <= 1
+
+
+def visible(bag: Tensor, question: Tensor) -> Tensor:
+    """(L, L) bool, on the tensors' device: a query sees what lies before it in its bag, but for other questions."""
+    causal = torch.ones(len(bag), len(bag), dtype=torch.bool, device=bag.device).tril()
+    mine = (question[None, :] == 0) | (question[None, :] == question[:, None])
+    return causal & mine & (bag[None, :] == bag[:, None])
 
 
 def pack(tokenizer: PreTrainedTokenizerBase, example: Example, position: str, max_position: int | None) -> Packed:
@@ -94,10 +115,9 @@ def pack(tokenizer: PreTrainedTokenizerBase, example: Example, position: str, ma
         targets.append(segment[-length:])
     text = torch.cat([prefix, *segments])
     order = torch.cat([torch.arange(at), len(text) + torch.arange(n), torch.arange(at, len(text))])
-    group = torch.cat(owner)  # (L,)
-    causal = torch.ones(len(group), len(group), dtype=torch.bool).tril()
-    mask = causal & ((group[None, :] == 0) | (group[None, :] == group[:, None]))
-    return Packed(text, order, torch.cat(positions), mask, torch.cat(keep), torch.cat(targets))
+    asked = torch.cat(owner)  # (L,)
+    bag = torch.zeros_like(asked)
+    return Packed(text, order, torch.cat(positions), bag, asked, torch.cat(keep), torch.cat(targets))
 
 
 def join(parts: Sequence[Packed]) -> Packed:
@@ -118,7 +138,8 @@ def join(parts: Sequence[Packed]) -> Packed:
         torch.cat([part.text_ids for part in parts]),
         torch.cat(orders),
         torch.cat([part.position_ids for part in parts]),
-        torch.block_diag(*(part.mask for part in parts)).bool(),
+        torch.cat([torch.full_like(part.bag, number) for number, part in enumerate(parts)]),
+        torch.cat([part.question for part in parts]),
         torch.cat(keeps),
         torch.cat([part.targets for part in parts]),
     )
@@ -137,6 +158,19 @@ def passes(packed: Sequence[Packed], most: int) -> list[list[int]]:
     return groups
 
 
+def attention_mask(packed: Packed, device: torch.device, plain: bool) -> Tensor:
+    """The mask as transformers takes it: (1, 1, L, L) bool, or (1, L) of ones.
+
+    plain: use the second form where the sequence is causal. transformers then passes no mask but is_causal to SDPA,
+    which alone lets it take the flash kernel and grouped keys; a dense mask forbids both. Not on the CPU, where there
+    is nothing to gain and sums would come out in another order. No mask at all would be wrong: position ids that jump
+    are then read as several sequences.
+    """
+    if plain and packed.is_causal:
+        return torch.ones(1, len(packed.order), dtype=torch.long, device=device)
+    return visible(packed.bag.to(device), packed.question.to(device))[None, None]
+
+
 def answer_logits(model: SparseWSI, visual: Tensor, packed: Packed) -> Tensor:
     """Logits (A, V) float32 of the answers' tokens, given the projected visual tokens (N, H) of all bags."""
     device = model.device
@@ -145,12 +179,30 @@ def answer_logits(model: SparseWSI, visual: Tensor, packed: Packed) -> Tensor:
     with torch.autocast(sequence.device.type, torch.bfloat16, enabled=text.dtype == torch.bfloat16):
         output = model.llm(
             inputs_embeds=sequence,
-            attention_mask=packed.mask[None, None].to(device),
+            attention_mask=attention_mask(packed, device, device.type == "cuda"),
             position_ids=packed.position_ids[None].to(device),
             logits_to_keep=packed.keep.to(device),
             use_cache=False,
         )
     return output.logits[0].float()
+
+
+def ahead(make: Callable[[int], T], numbers: Iterable[int], depth: int = 2) -> Iterator[T]:
+    """make(number) for each number in turn, made by `depth` threads while the caller works with those before.
+
+    What make raises is raised here, when its turn comes.
+    """
+    made: deque[Future[T]] = deque()
+    pool = ThreadPoolExecutor(depth)
+    try:
+        for number in numbers:
+            made.append(pool.submit(make, number))
+            if len(made) > depth:
+                yield made.popleft().result()
+        while made:
+            yield made.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # ---- questions about slides whose features lie in files

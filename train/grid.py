@@ -15,9 +15,9 @@ last question. The tables are written anew after every cell, from what there is 
 
 Table 1: selectors. A selector without training is asked with the LLM of the dense checkpoint, which has met no
 selection yet, and with an LLM tuned on its own selection for as many steps as the learned cell was trained ("tuned");
-random choice and attention MIL also with the LLM of the learned cell. Table 2: ablations, as paired differences from the learned cell. Table 3: the training path
-and the inference path of the learned cell. Intervals are 95 % percentiles of a bootstrap over seeds and the questions
-of each.
+random choice and attention MIL also with the LLM of the learned cell. Table 2: ablations, as paired differences from
+the learned cell. Table 3: the training path and the inference path of the learned cell. Intervals are 95 % percentiles
+of a bootstrap over seeds and the questions of each.
 """
 
 import argparse

@@ -5,17 +5,24 @@
     python -m train.run stage1 --data captions.json --features features/ --out runs/stage1
 
 The recipe named first gives the settings (train/config.py); flags change them. A run that finds checkpoints in its
-folder goes on from the last one and continues as if it had not been interrupted. Under `torchrun --nproc_per_node=P -m
-train.run ...` each of P processes takes --accumulation bags a step, and gradients are summed over all bags of all
-processes: two processes equal one with twice the accumulation.
+folder goes on from the last one and continues as if it had not been interrupted, whatever killed it. Under `torchrun
+--nproc_per_node=P -m train.run ...` each of P processes, on a GPU of its own where there are any, takes --accumulation
+bags a step, and gradients are summed over all bags of all processes: two processes equal one with twice the
+accumulation. --fsdp shards an LLM that does not fit (train/sharding.py).
+
+metrics.jsonl gets a line a step: loss, tau, K and N of the first process's first bag, answer tokens, tokens the LLM saw
+and tokens a second over all processes, gradient norm, seconds, peak memory of the first process (GB; of the GPU where
+there is one), and every tenth step hardness and needle recall. --trackio PROJECT shows the same in trackio.
 """
 
+import importlib.util
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -28,15 +35,16 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from sparsewsi.config import SparseWSIConfig
-from sparsewsi.llm import load_llm
+from sparsewsi.llm import default_device, default_dtype, load_llm
 from sparsewsi.model import SparseWSI
 from sparsewsi.selector import hard_topk
 from train.align import align
 from train.benchmarks import training_set
 from train.checkpoint import latest, load_state, save_state
 from train.config import RECIPES, TrainConfig
-from train.data import Example, Packed, answer_logits, join, pack, passes
-from train.mosaic import NEEDLE_KINDS, MosaicStream, load_bank
+from train.data import Example, Packed, SlideVQADataset, ahead, answer_logits, join, pack, passes
+from train.mosaic import NEEDLE_KINDS, Bank, MosaicStream, load_bank
+from train.sharding import clip_gradients, is_sharded, shard
 from train.sparselearn import SparseLearn, k_at, tau_at
 
 LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -53,12 +61,15 @@ class StageModule(nn.Module):
         self.model, self.sparselearn = model, sparselearn
 
     def forward(
-        self, bags: list[Tensor], packed: Packed, tau: float, k: float | None, generators: list[torch.Generator]
+        self, bags: list[Tensor], packed: Packed, tau: float, ks: list[float | None], generators: list[torch.Generator]
     ) -> Tensor:
-        """bags: (N, D) features each. k = None trains densely, alpha = 1. Returns the summed NLL, a float32 scalar."""
+        """bags: (N, D) features each. ks: K of each bag; None trains densely, alpha = 1.
+
+        Returns the summed NLL, a float32 scalar.
+        """
         model = self.model
         visual = []
-        for features, generator in zip(bags, generators):
+        for features, k, generator in zip(bags, ks, generators):
             x = model.slide_encoder(features.to(model.device, torch.float32))  # (N, D_v)
             if k is not None:
                 x = self.sparselearn(x, model.scorer(x), tau, k=k, generator=generator)
@@ -75,9 +86,16 @@ def answer_loss(model: SparseWSI, visual: Tensor, packed: Packed) -> Tensor:
 def build(
     config: TrainConfig, feature_dim: int, encoder: str, sparselearn_class: type[SparseLearn] = SparseLearn
 ) -> tuple[SparseWSI, SparseLearn]:
-    """Model and SparseLearn at the start of a stage, with the stage's parts frozen (table in method.md)."""
+    """Model and SparseLearn at the start of a stage, with the stage's parts frozen (table in method.md).
+
+    An LLM that is to be sharded is left in the CPU's memory.
+    """
+    device = default_device()
+    half = default_dtype(device) == torch.float16  # of older GPUs: its gradients would need scaling
+    dtype = torch.float32 if half else default_dtype(device)
+    place = torch.device("cpu") if config.fsdp else device
     if config.stage == 1:
-        llm, tokenizer = load_llm(config.llm)
+        llm, tokenizer = load_llm(config.llm, device=place, dtype=dtype)
         settings = SparseWSIConfig(
             llm=config.llm,
             encoder=encoder,
@@ -91,7 +109,7 @@ def build(
         )
         model = SparseWSI(settings, llm, tokenizer)
     else:
-        model = SparseWSI.from_pretrained(artefact(config.init))
+        model = SparseWSI.from_pretrained(artefact(config.init), device=place, dtype=dtype)
     sparselearn = sparselearn_class(
         model.config.dim, model.config.num_tokens, kernel=config.kernel, gate=config.gate, denoiser=config.denoiser
     )
@@ -168,19 +186,22 @@ def train_step(
     if config.is_hard(step):
         examples = [(keep or kept)(model, example) for example in examples]
     packed = [pack(model.tokenizer, example, model.config.position, model.max_position) for example in examples]
-    total = summed(sum(len(item.targets) for item in packed))
+    total, tokens = summed(sum(len(item.targets) for item in packed), sum(len(item.order) for item in packed))
     loss = 0.0
     n = len(examples[0].indices)
     tau, k = sparsity(config, step, n)
     first = config.seed * 1_000_003 + step * 1009 + rank() * len(examples)
-    for group in passes(packed, config.tokens_per_pass):
+    # Sharded weights are fetched in every pass by all processes together: the number of passes must not depend on bags.
+    for group in passes(packed, 0 if config.fsdp else config.tokens_per_pass):
         generators = [torch.Generator(model.device).manual_seed(first + number) for number in group]
         bags = [examples[number].features for number in group]
-        part = stage(bags, join([packed[number] for number in group]), tau, k, generators) / total
+        ks = [sparsity(config, step, len(bag))[1] for bag in bags]
+        part = stage(bags, join([packed[number] for number in group]), tau, ks, generators) / total
         part.backward()
         loss += part.item()
     sum_gradients(stage)
-    return {"loss": summed(loss), "tau": tau, "k": k or n, "n": n, "answer_tokens": total}
+    (loss,) = summed(loss)
+    return {"loss": loss, "tau": tau, "k": k or n, "n": n, "answer_tokens": total, "tokens": tokens}
 
 
 @torch.no_grad()
@@ -202,21 +223,45 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def summed(value: float) -> float:
-    """Sum of a number over all processes."""
+def seat(environment: Mapping[str, str], gpus: int) -> tuple[str, torch.device]:
+    """Backend and device of this process, given torchrun's environment and the GPUs of the machine.
+
+    Raises ValueError for more processes on a machine than it has GPUs.
+    """
+    if not gpus:
+        return "gloo", torch.device("cpu")
+    local = int(environment.get("LOCAL_RANK", "0"))
+    if local >= gpus:
+        raise ValueError(f"process {local} of this machine has no GPU: there are {gpus}. Lower --nproc_per_node.")
+    return "nccl", torch.device("cuda", local)
+
+
+def summed(*values: float) -> list[float]:
+    """Sums of numbers over all processes."""
     if not dist.is_initialized():
-        return value
-    total = torch.tensor(value, dtype=torch.float64)
+        return list(values)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
-    return total.item()
+    return total.tolist()
+
+
+def agree(stage: nn.Module) -> None:
+    """Give all processes the first one's trained weights: GPUs that computed the same may differ in the last bit."""
+    if dist.is_initialized():
+        for parameter in stage.parameters():
+            if parameter.requires_grad and not is_sharded(parameter):
+                dist.broadcast(parameter.data, 0)
 
 
 def sum_gradients(stage: nn.Module) -> None:
     """Sum the gradients over all processes in one message.
 
     DistributedDataParallel would average and would want every parameter used; in dense steps the scorer is not.
+    Gradients of sharded parameters have been summed on their way back.
     """
     gradients = [parameter.grad for parameter in stage.parameters() if parameter.grad is not None]
+    gradients = [gradient for gradient in gradients if not is_sharded(gradient)]
     if dist.is_initialized() and gradients:
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
@@ -242,12 +287,63 @@ def probe(stage: StageModule, example: Example, config: TrainConfig, step: int) 
     return result
 
 
-def train(config: TrainConfig, sparselearn_class: type[SparseLearn] = SparseLearn, keep: Keep | None = None) -> Path:
-    """Run or resume a stage; returns the last checkpoint's folder.
+def peak_memory(device: torch.device) -> float:
+    """The most memory this process has held, GB: of the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
 
-    sparselearn_class, keep: rivals take the places of SparseLearn and of what hard steps keep (train/rivals.py).
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def cut_metrics(path: Path, done: int) -> None:
+    """Drop the lines of steps that will be done again, and one that a killed process left half written."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] < done:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
+
+
+@contextmanager
+def recording(config: TrainConfig, done: int) -> Iterator[Callable[[dict[str, float]], None]]:
+    """A function that writes a step's metrics to metrics.jsonl and to trackio, if asked for; the first process alone.
+
+    metrics.jsonl is the record and holds every step once; trackio keeps the steps that a killed run did twice, twice.
     """
-    out = Path(config.out)
+    path, board = Path(config.out) / "metrics.jsonl", None
+    if rank() == 0:
+        config.save(Path(config.out) / "train_config.json")
+        cut_metrics(path, done)
+        if config.trackio:
+            import trackio as board  # type: ignore[import-not-found]
+
+            board.init(project=config.trackio, name=Path(config.out).name, config=asdict(config), resume="allow")
+
+    def record(metrics: dict[str, float]) -> None:
+        if rank() == 0:
+            with path.open("a") as log:
+                log.write(json.dumps(metrics) + "\n")
+            if board is not None:
+                board.log(metrics, step=int(metrics["step"]))
+
+    try:
+        yield record
+    finally:
+        if board is not None:
+            board.finish()
+
+
+def training_data(config: TrainConfig) -> tuple[MosaicStream | SlideVQADataset, tuple[Bank, ...], int, str]:
+    """What to train on, the banks if it comes from these, feature dim and encoder."""
     banks = tuple(load_bank(Path(path), "train") for path in config.banks)
     if bool(banks) == bool(config.data):
         raise ValueError("pass training data: either --banks (python -m train.mosaic bank) or --data with --features")
@@ -255,51 +351,80 @@ def train(config: TrainConfig, sparselearn_class: type[SparseLearn] = SparseLear
         raise ValueError("--align needs the labelled patches of --banks; pass --align 0 with --data")
     if banks:
         stream = MosaicStream(banks, config.seed, config.stage, config.questions_per_bag)
-        feature_dim, encoder = banks[0].features.shape[1], banks[0].encoder
-    else:
-        stream = training_set(config.data, config.features, config.seed, config.questions_per_bag)
-        feature_dim, encoder = stream.feature_dim, stream.encoder
+        return stream, banks, banks[0].features.shape[1], banks[0].encoder
+    stream = training_set(config.data, config.features, config.seed, config.questions_per_bag)
+    return stream, (), stream.feature_dim, stream.encoder
+
+
+def optimizer_of(stage: StageModule, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW: fused on a GPU; one parameter after another where sharded ones lie beside whole ones."""
+    fused = True if stage.model.device.type == "cuda" and not config.fsdp else None
+    foreach = False if config.fsdp else None
+    return torch.optim.AdamW(parameter_groups(stage, config), betas=(0.9, 0.98), fused=fused, foreach=foreach)
+
+
+def train(config: TrainConfig, sparselearn_class: type[SparseLearn] = SparseLearn, keep: Keep | None = None) -> Path:
+    """Run or resume a stage; returns the last checkpoint's folder.
+
+    sparselearn_class, keep: rivals take the places of SparseLearn and of what hard steps keep (train/rivals.py).
+    """
+    out = Path(config.out)
+    if config.trackio and importlib.util.find_spec("trackio") is None:
+        raise ValueError("--trackio needs trackio. pip install trackio, or leave it out: metrics.jsonl holds the same.")
+    stream, banks, feature_dim, encoder = training_data(config)
     torch.manual_seed(config.seed)
     checkpoint = latest(out)
     source = TrainConfig(**{**asdict(config), "init": str(checkpoint)}) if checkpoint and config.stage == 2 else config
     model, sparselearn = build(source, feature_dim, encoder, sparselearn_class)
     if checkpoint and config.stage == 1:
-        model = SparseWSI.from_pretrained(checkpoint / "model")
+        model = SparseWSI.from_pretrained(checkpoint / "model", llm=(model.llm, model.tokenizer))  # type: ignore[arg-type]
         freeze(model, config)
     if config.align and not checkpoint:
         align(model, banks, config.align, config.seed)
-    stage = StageModule(model, sparselearn.to(model.device)).train()
+    if config.fsdp:
+        shard(model.llm, default_device())
+    stage = StageModule(model, sparselearn).train()
+    for part in (model.slide_encoder, model.scorer, model.projector, sparselearn):
+        part.to(model.device)
+    agree(stage)
     if config.activation_checkpointing:
         model.llm.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(parameter_groups(stage, config), betas=(0.9, 0.98))
+    optimizer = optimizer_of(stage, config)
+    rates = [(group["base_lr"], group["weight_decay"]) for group in optimizer.param_groups]
     done = load_state(checkpoint, sparselearn, optimizer) if checkpoint else 0
+    for group, (rate, decay) in zip(optimizer.param_groups, rates):  # flags that changed count, not the checkpoint's
+        group |= {"base_lr": rate, "weight_decay": decay}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if rank() == 0:
-        config.save(out / "train_config.json")
-    steps = range(done, config.steps)
-    for step in tqdm(steps, initial=done, total=config.steps, desc=f"stage {config.stage}", disable=rank() > 0 or None):
-        start = time.perf_counter()
-        torch.manual_seed(config.seed * 1_000_003 + step)  # dropout, if any: the same after a resume
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * learning_rate(step, config)
+
+    def examples_of(step: int) -> list[Example]:
         first = (step * world_size() + rank()) * config.accumulation
-        n = config.patches_at(step)
-        examples = [stream.example(first + i, n) for i in range(config.accumulation)]
-        metrics = train_step(stage, examples, config, step, keep)
-        norm = float(nn.utils.clip_grad_norm_(parameters, config.clip))
-        if not math.isfinite(norm) or not math.isfinite(metrics["loss"]):
-            state = f"step {step} has loss {metrics['loss']} and gradient norm {norm}"
-            raise RuntimeError(f"{state}. Lower --lr; the run resumes from {latest(out)}.")
-        optimizer.step()
-        optimizer.zero_grad()
-        metrics |= {"step": step, "grad_norm": norm, "seconds": time.perf_counter() - start}
-        if step % 10 == 0:
-            metrics |= probe(stage, examples[0], config, step)
-        if rank() == 0:
-            with (out / "metrics.jsonl").open("a") as log:
-                log.write(json.dumps(metrics) + "\n")
+        return [stream.example(first + i, config.patches_at(step)) for i in range(config.accumulation)]
+
+    steps = range(done, config.steps)
+    bar = tqdm(steps, initial=done, total=config.steps, desc=f"stage {config.stage}", disable=rank() > 0 or None)
+    with recording(config, done) as record, closing(ahead(examples_of, steps)) as loaded:
+        start = time.perf_counter()
+        for step, examples in zip(bar, loaded):
+            torch.manual_seed(config.seed * 1_000_003 + step)  # dropout, if any: the same after a resume
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * learning_rate(step, config)
+            metrics = train_step(stage, examples, config, step, keep)
+            clip = clip_gradients if config.fsdp else nn.utils.clip_grad_norm_
+            norm = float(clip(parameters, config.clip))
+            if not math.isfinite(norm) or not math.isfinite(metrics["loss"]):
+                state = f"step {step} has loss {metrics['loss']} and gradient norm {norm}"
+                raise RuntimeError(f"{state}. Lower --lr; the run resumes from {latest(out)}.")
+            optimizer.step()
+            optimizer.zero_grad()
+            seconds = time.perf_counter() - start
+            metrics |= {"step": step, "grad_norm": norm, "seconds": seconds}
+            metrics |= {"tokens_per_second": metrics["tokens"] / seconds, "peak_memory_gb": peak_memory(model.device)}
+            if step % 10 == 0:
+                metrics |= probe(stage, examples[0], config, step)
+            record(metrics)
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
                 save_state(out, step + 1, model, sparselearn, optimizer)
+            start = time.perf_counter()
     if dist.is_initialized():
         dist.barrier()
     last = latest(out)
@@ -314,8 +439,11 @@ def main() -> None:
     parser = HfArgumentParser(TrainConfig)  # type: ignore[arg-type]
     parser.set_defaults(**asdict(RECIPES[name]()))
     (config,) = parser.parse_args_into_dataclasses(sys.argv[2:])
+    backend, device = seat(os.environ, torch.cuda.device_count())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("gloo")
+        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
     last = train(config)
     if rank() == 0:
         print(last)
