@@ -7,7 +7,7 @@ one after another.
 import functools
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -187,7 +187,7 @@ def answer_logits(model: SparseWSI, visual: Tensor, packed: Packed) -> Tensor:
     return output.logits[0].float()
 
 
-def ahead(make: Callable[[int], T], numbers: Iterable[int], depth: int = 2) -> Iterator[T]:
+def ahead(make: Callable[[int], T], numbers: Iterable[int], depth: int = 2) -> Generator[T]:
     """make(number) for each number in turn, made by `depth` threads while the caller works with those before.
 
     What make raises is raised here, when its turn comes.
