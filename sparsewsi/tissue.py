@@ -33,7 +33,7 @@ SPECK_MM2 = 0.015  # tissue and marks smaller than this are dropped
 FAT_MM2 = 0.05  # fat smaller than this is taken for scratches
 HOLE_MM2 = 0.03  # holes smaller than this, 0.2 mm across, are lumina and gaps within tissue
 GAP_UM = 64.0  # gaps narrower than this are closed
-STRIP = 128  # rows of mask px handled at once
+STRIP = 256  # rows of mask px handled at once
 LOST = 16  # mask px: side of the squares in which damage is looked for, 128 um
 DEFAULT_GLASS = (245.0, 245.0, 245.0)  # where a slide shows no glass
 
@@ -128,10 +128,15 @@ def _coverage(mask: np.ndarray, left: np.ndarray, top: np.ndarray, side: float) 
     left, top, side in mask px, fractions allowed; what lies beyond the mask counts as False.
     """
     sums = np.stack([_row_sum(mask, start, start + side) for start in top])  # (rows, w)
-    # A sum over [0, edge) is piecewise linear in the edge, so interpolating the running sum is exact.
     running = np.concatenate([np.zeros((len(top), 1)), np.cumsum(sums, axis=1)], axis=1)
-    edges = np.arange(mask.shape[1] + 1)
-    return np.stack([np.interp(left + side, edges, row) - np.interp(left, edges, row) for row in running]) / side**2
+
+    def below(edge: np.ndarray) -> np.ndarray:
+        """Sums over [0, edge), piecewise linear in the edge."""
+        edge = np.clip(edge, 0, mask.shape[1])
+        whole = np.minimum(edge.astype(int), mask.shape[1] - 1)
+        return running[:, whole] + (edge - whole) * sums[:, whole]
+
+    return (below(left + side) - below(left)) / side**2
 
 
 def _row_sum(mask: np.ndarray, start: float, stop: float) -> np.ndarray:
@@ -202,7 +207,8 @@ def _mask_scale(slide: Slide, mpp: float) -> float:
 def _tissue_of(rgb: np.ndarray, um: float) -> tuple[np.ndarray, str]:
     """Mask of an image of um um/px, uint8 (h, w, 3) -> bool (h, w), and the reason if it is empty."""
     cell = max(2, round(CELL_UM / um))  # mask px
-    cells = np.concatenate([strip.reduce(cell) for _, strip in _strips(rgb, cell)])  # mean colours (rows, columns, 3)
+    # Mean colours of the cells, uint8 (rows, columns, 3).
+    cells = np.concatenate([np.asarray(strip.reduce(cell)) for _, strip in _strips(rgb, cell)])
     if _is_dark_field(cells):
         return np.zeros(rgb.shape[:2], bool), (
             "The slide is dark all over, as in fluorescence; tissue is only found on bright slides stained with H&E."
@@ -227,7 +233,7 @@ def _tissue_of(rgb: np.ndarray, um: float) -> tuple[np.ndarray, str]:
     # Whole cells inside, single px along the rim: the outline is as fine as the mask.
     inside = ndimage.binary_erosion(tissue, border_value=1)
     rim = _dilated(tissue, 1) & ~marks
-    mask = _spread(inside, cell, stained.shape) | (stained & _spread(rim, cell, stained.shape))
+    mask = _spread(rim.view(np.uint8) + inside, cell, stained.shape) + stained > 1
     if mask.any():
         return mask, ""
     if marks.any():
@@ -343,6 +349,8 @@ def _fat(darker_share: np.ndarray, stain: np.ndarray, tissue: np.ndarray, cell_u
     mean_stain = ndimage.uniform_filter(np.clip(stain, -0.05, 0.05) * counted, span) / safe
     mean_darker = ndimage.uniform_filter(darker_share * counted, span) / safe
     fat = (counted > 0) & (weight > 0.1) & (mean_stain > 0.002) & (mean_darker > 0.05)
+    if not fat.any():
+        return fat
     # A strand of tissue has such surroundings too, but they are narrow; nets of fat are not.
     return _drop_small(fat & _opened(fat | tissue, 288 / cell_um), FAT_MM2, cell_um)
 
@@ -353,7 +361,7 @@ def _share(mask: np.ndarray, cell: int) -> np.ndarray:
 
 
 def _spread(cells: np.ndarray, cell: int, shape: tuple[int, ...]) -> np.ndarray:
-    return cells.repeat(cell, 0).repeat(cell, 1)[: shape[0], : shape[1]]
+    return cells.repeat(cell, 1).repeat(cell, 0)[: shape[0], : shape[1]]
 
 
 def _label(cells: np.ndarray, diagonal: bool = True) -> np.ndarray:
