@@ -190,6 +190,18 @@ def encode_patches(
     Yields (features of the patches that could be read, (<= b, D) float32; which could, (b,) bool). A patch that lies in
     a damaged part of the file is skipped, never encoded as something else. Close the generator before the slide.
     """
+    with closing(read_patches(slide, coords, mpp, patch_size, batch_size)) as batches:
+        for pixels, fine in batches:
+            yield encoder(pixels), fine
+
+
+def read_patches(
+    slide: Slide, coords: np.ndarray, mpp: float, patch_size: int, batch_size: int = 32
+) -> Generator[tuple[np.ndarray, np.ndarray]]:
+    """encode_patches without the encoder.
+
+    Yields (pixels of the patches that could be read, uint8 (<= b, patch_size, patch_size, 3); which could, (b,) bool).
+    """
 
     def read(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         pixels = np.empty((len(part), patch_size, patch_size, 3), np.uint8)
@@ -204,8 +216,7 @@ def encode_patches(
 
     parts = [coords[i : i + batch_size] for i in range(0, len(coords), batch_size)]
     with closing(_read_ahead(read, parts)) as batches:  # the threads end before the slide is closed
-        for pixels, fine in batches:
-            yield encoder(pixels), fine
+        yield from batches
 
 
 def bag_of(

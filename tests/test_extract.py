@@ -1,5 +1,6 @@
 """A cohort's features: nothing lost, nothing done twice, and one bad slide spoils no other."""
 
+import contextlib
 import csv
 import functools
 import json
@@ -16,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import tifffile
 import torch
@@ -50,6 +52,7 @@ def mean_colour_encoder(seconds: float = 0.0, repeats: int = 1) -> PatchEncoder:
 
 def write_slide(path: Path, size: int = 1024, tissue: bool = True, mpp: float | None = 0.5, seed: int = 0) -> Path:
     """A tiled JPEG TIFF with a disc of tissue."""
+    path.parent.mkdir(exist_ok=True)
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:size, :size]
     pixels = np.full((size, size, 3), 244, np.uint8)
@@ -223,7 +226,7 @@ def test_an_interrupted_slide_goes_on_where_it_was(tmp_path: Path, monkeypatch):
 def test_parts_of_other_settings_are_not_used(tmp_path: Path):
     job = job_of(write_slide(tmp_path / "a.tiff"))
     (tmp_path / ".a.parts").mkdir()
-    extract._save_part(tmp_path / ".a.parts", 0, "another slide's", [torch.zeros(5, 3).half()], [np.ones(5, bool)])
+    extract._save_part(tmp_path / ".a.parts", 0, "another slide's", torch.zeros(5, 3).half(), torch.ones(5).bool())
     assert extract_slide(job, SETTINGS, tmp_path, mean_colour_encoder()).resumed_at == 0
 
 
@@ -409,3 +412,45 @@ def test_a_cohort_with_bad_slides_killed_and_started_again(cohort: Path, tmp_pat
     assert extract.main([str(cohort), "--max-patches", "9", "--out", str(tmp_path / "killed")]) == 2
     assert "max_patches 12 (now 9)" in capsys.readouterr().err
     assert json.loads((tmp_path / "killed" / "extract.json").read_text())["max_patches"] == 12
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+def test_ray_gives_the_same_files_though_a_reader_and_an_encoder_are_killed(tmp_path: Path):
+    pytest.importorskip("ray", reason="needs the extra [cluster]")
+    for i in range(3):
+        write_slide(tmp_path / "slides" / f"{i}.tiff", 1024 + 256 * i, seed=i)
+    zero_a_tile(write_slide(tmp_path / "slides" / "zeroed.tiff"), 5)
+    write_slide(tmp_path / "slides" / "nompp.tiff", 512, mpp=None)
+    command = [str(tmp_path / "slides"), "--part-seconds", "0", "--out"]
+    assert extract.main([*command, str(tmp_path / "processes"), "--device", "cpu"]) == 1
+    run = [sys.executable, "-m", "train.extract", *command, str(tmp_path / "ray"), "--engine", "ray", "--encoders", "1"]
+    process = subprocess.Popen(run, cwd=Path(extract.__file__).parents[1], stderr=subprocess.DEVNULL)
+    try:
+        killed = kill_a_descendant(process, "ray::MapBatches(_read_on_ray)")
+        killed += kill_a_descendant(process, "ray::MapWorker(MapBatches(_EncodeOnRay)).submit")
+        assert process.wait(200) == 1
+    finally:
+        process.kill()
+    assert killed == 2
+    assert outputs(tmp_path / "ray") == outputs(tmp_path / "processes")
+    tables = [rows_of_report(tmp_path / engine) for engine in ("ray", "processes")]
+    assert tables[0] == tables[1]
+    assert tables[0]["nompp"]["outcome"] == "failed"
+
+
+def rows_of_report(folder: Path) -> dict[str, dict[str, str]]:
+    with (folder / "report.csv").open(newline="") as file:
+        return {row["slide"]: row | {"seconds": "", "time": ""} for row in csv.DictReader(file)}
+
+
+def kill_a_descendant(process: subprocess.Popen, title: str) -> int:
+    """Wait until there is a process of that title below this one and kill it; 0 if there never is."""
+    family, deadline = psutil.Process(process.pid), time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        for one in family.children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if "".join(one.cmdline()).startswith(title):
+                    one.kill()
+                    return 1
+        time.sleep(0.01)
+    return 0

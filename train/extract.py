@@ -24,6 +24,7 @@ import glob
 import hashlib
 import io
 import json
+import logging
 import multiprocessing
 import os
 import shutil
@@ -31,7 +32,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -47,9 +48,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from sparsewsi.bag import Bag, bag_of, choose_coords, encode_patches, load_bag, replacing, save_bag
+from sparsewsi.bag import Bag, bag_of, choose_coords, encode_patches, load_bag, read_patches, replacing, save_bag
 from sparsewsi.encoders import PatchEncoder, load_encoder
-from sparsewsi.slide import open_slide
+from sparsewsi.slide import Slide, open_slide
 
 SLIDE_SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi"}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
@@ -227,38 +228,82 @@ def extract_slide(job: Job, settings: Settings, out: Path, encoder: PatchEncoder
     Raises SlideError, ValueError or OSError if it cannot be done.
     """
     began = time.monotonic()
-    final, folder = out / f"{job.stem}.safetensors", out / f".{job.stem}.parts"
+    with open_slide(job.path, slide_mpp=job.slide_mpp) as slide:
+        coords, identity = _plan(slide, job, settings)
+        work = Unfinished(_parts(job, out), identity, coords, encoder.dim, part_seconds)
+        _tell(work.done, len(coords))
+        todo = coords[work.done :]
+        with closing(encode_patches(slide, encoder, todo, settings.mpp, settings.patch_size)) as batches:
+            for features, fine in batches:
+                work.add(np.arange(work.done, work.done + len(fine)), features.half(), fine)
+                _tell(work.done, len(coords))
+        return _finish(work, slide, job, settings, out, began)
+
+
+def _plan(slide: Slide, job: Job, settings: Settings) -> tuple[np.ndarray, str]:
+    """What to read: (coords (N, 2), an identity that parts of this very work bear)."""
+    coords = choose_coords(slide, settings.mpp, settings.patch_size, settings.max_patches)
+    facts = [asdict(settings), slide.name, job.bytes, slide.mpp, len(coords)]
+    return coords, hashlib.sha256(json.dumps(facts).encode() + coords.tobytes()).hexdigest()
+
+
+def _parts(job: Job, out: Path) -> Path:
+    return out / f".{job.stem}.parts"
+
+
+def _finish(work: Unfinished, slide: Slide, job: Job, settings: Settings, out: Path, began: float) -> Row:
+    """Write the slide's file from all its patches, and forget the parts."""
+    fine = work.readable
+    features = work.features if fine.all() else work.features[torch.from_numpy(fine)]
+    bag = bag_of(slide, settings.encoder, work.coords, fine, features, settings.mpp, settings.patch_size)
+    final = out / f"{job.stem}.safetensors"
     for leftover in out.glob(f".{glob.escape(final.name)}.*.partial"):
         leftover.unlink(missing_ok=True)
-    with open_slide(job.path, slide_mpp=job.slide_mpp) as slide:
-        coords = choose_coords(slide, settings.mpp, settings.patch_size, settings.max_patches)
-        facts = [asdict(settings), encoder.name, slide.name, job.bytes, slide.mpp, len(coords)]
-        identity = hashlib.sha256(json.dumps(facts).encode() + coords.tobytes()).hexdigest()
-        resumed_at = done = _resume(folder, identity)
-        _tell(done, len(coords))
-        features: list[Tensor] = []
-        readable: list[np.ndarray] = []
-        saved = time.monotonic()
-        todo = coords[done:]
-        with closing(encode_patches(slide, encoder, todo, settings.mpp, settings.patch_size)) as batches:
-            for part, fine in batches:
-                features.append(part.half())
-                readable.append(fine)
-                _tell(done + sum(map(len, readable)), len(coords))
-                if time.monotonic() - saved >= part_seconds:
-                    _save_part(folder, done, identity, features, readable)
-                    done += sum(map(len, readable))
-                    features, readable, saved = [], [], time.monotonic()
-        whole, fine = _join(folder, encoder.dim, len(coords), features, readable)
-        bag = bag_of(slide, encoder.name, coords, fine, whole, settings.mpp, settings.patch_size)
     save_bag(bag, final, made_from={"bytes": job.bytes, "slide_mpp": job.slide_mpp})
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(_parts(job, out), ignore_errors=True)
     return replace(
         _row_of(job.stem, bag),
         seconds=round(time.monotonic() - began, 2),
-        resumed_at=resumed_at,
-        unreadable=coords[~fine].tolist(),
+        resumed_at=work.resumed_at,
+        unreadable=work.coords[~fine].tolist(),
     )
+
+
+class Unfinished:
+    """The patches of one slide that are encoded: all in memory, the first so many on disk, whatever order they come in.
+
+    features (N, D) float16 (rows of unreadable patches mean nothing), readable (N,) bool; done: patches 0 to done - 1
+    are here; resumed_at: how many of them an earlier run left.
+    """
+
+    def __init__(self, folder: Path, identity: str, coords: np.ndarray, dim: int, part_seconds: float):
+        self._folder, self._identity, self._part_seconds = folder, identity, part_seconds
+        self.coords = coords
+        self.features = torch.empty(len(coords), dim, dtype=torch.float16)
+        self.readable = np.zeros(len(coords), bool)
+        self._here = np.zeros(len(coords), bool)
+        self.resumed_at = self.done = self._saved = _resume(folder, identity)
+        for path in folder.glob("*.safetensors"):
+            part, start = load_file(path), int(path.stem)
+            fine = part["readable"].numpy()
+            self._put(np.arange(start, start + len(fine)), part["features"], fine)
+        self._since = time.monotonic()
+
+    def add(self, index: np.ndarray, features: Tensor, fine: np.ndarray) -> None:
+        """Patches number index (b,): which could be read, fine (b,) bool, and the features of those (fine.sum(), D)."""
+        self._put(index, features, fine)
+        missing = ~self._here[self.done :]
+        self.done += int(missing.argmax()) if missing.any() else len(missing)
+        if time.monotonic() - self._since >= self._part_seconds and self.done > self._saved:
+            part = slice(self._saved, self.done)
+            kept = torch.from_numpy(self.readable[part])
+            _save_part(self._folder, self._saved, self._identity, self.features[part][kept], kept)
+            self._saved, self._since = self.done, time.monotonic()
+
+    def _put(self, index: np.ndarray, features: Tensor, fine: np.ndarray) -> None:
+        self.features[torch.from_numpy(index[fine])] = features
+        self.readable[index] = fine
+        self._here[index] = True
 
 
 def _resume(folder: Path, identity: str) -> int:
@@ -278,33 +323,11 @@ def _resume(folder: Path, identity: str) -> int:
     return done
 
 
-def _save_part(folder: Path, start: int, identity: str, features: list[Tensor], readable: list[np.ndarray]) -> None:
+def _save_part(folder: Path, start: int, identity: str, features: Tensor, readable: Tensor) -> None:
     """The patches from number `start` on, atomically: features (readable patches, D), readable (b,) bool."""
-    part = {"features": torch.cat(features), "readable": torch.from_numpy(np.concatenate(readable))}
+    part = {"features": features.contiguous(), "readable": readable}
     with replacing(folder / f"{start:09d}.safetensors") as partial:
         save_file(part, partial, metadata={"identity": identity})
-
-
-def _join(
-    folder: Path, dim: int, count: int, features: list[Tensor], readable: list[np.ndarray]
-) -> tuple[Tensor, np.ndarray]:
-    """The parts on disk, then what is in memory: (features of the readable (n, D), which are readable (count,))."""
-    whole, fine = torch.empty(count, dim, dtype=torch.float16), np.zeros(count, bool)
-    kept = done = 0
-
-    def add(part: Tensor, flags: np.ndarray) -> None:
-        nonlocal kept, done
-        whole[kept : kept + len(part)] = part
-        fine[done : done + len(flags)] = flags
-        kept, done = kept + len(part), done + len(flags)
-
-    for path in sorted(folder.glob("*.safetensors")):
-        part = load_file(path)
-        add(part["features"], part["readable"].numpy())
-    for part, flags in zip(features, readable):
-        add(part, flags)
-    assert done == count
-    return whole[:kept], fine
 
 
 def _row_of(stem: str, bag: Bag) -> Row:
@@ -373,14 +396,16 @@ def _attempt(job: Job, settings: Settings, out: Path, device: str | None, part_s
     _tell(0, 0)
     try:
         return extract_slide(job, settings, out, _encoder(settings.encoder, device), part_seconds)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:  # its parts would keep the report from being written
-            shutil.rmtree(out / f".{job.stem}.parts", ignore_errors=True)
-        return Row(job.stem, "failed", warnings=f"{error.strerror or error}.")
-    except ValueError as error:
-        return Row(job.stem, "failed", warnings=str(error))
     except Exception as error:  # one slide never stops the batch
-        return Row(job.stem, "failed", warnings=f"{type(error).__name__}: {error}")
+        return _failed(job, out, error)
+
+
+def _failed(job: Job, out: Path, error: Exception) -> Row:
+    if isinstance(error, OSError):
+        if error.errno == errno.ENOSPC:  # its parts would keep the report from being written
+            shutil.rmtree(_parts(job, out), ignore_errors=True)
+        return Row(job.stem, "failed", warnings=f"{error.strerror or error}.")
+    return Row(job.stem, "failed", warnings=str(error) if isinstance(error, ValueError) else repr(error))
 
 
 class Child:
@@ -460,6 +485,12 @@ class Report:
         except OSError as error:
             print(f"The report cannot be written: {error.strerror}.", file=sys.stderr)
 
+    def add_if_new(self, row: Row) -> None:
+        """Add a row of a slide that was worked on, or whose row says something else than the last."""
+        known = self.rows.get(row.slide)
+        if row.seconds or known is None or (known.outcome, known.warnings) != (row.outcome, row.warnings):
+            self.add(row)
+
     def finish(self) -> None:
         """Write the table of all slides so far. Every rank does so; the last one to end writes the complete one."""
         rows = sorted(self.read().values(), key=lambda row: row.slide)
@@ -473,6 +504,208 @@ class Report:
             os.replace(partial, self._table)
         except OSError as error:
             print(f"report.csv cannot be written: {error.strerror}.", file=sys.stderr)
+
+
+# ---- on a Ray cluster
+
+
+def extract_all_on_ray(
+    jobs: list[Job],
+    settings: Settings,
+    out: Path,
+    *,
+    encoders: int | None = None,
+    part_seconds: float = 20.0,
+    stall_seconds: float = 1800.0,
+) -> list[Row]:
+    """extract_all on the Ray cluster of RAY_ADDRESS, or on this machine: tasks read slides, a pool of actors encodes.
+
+    encoders: actors in the pool; default one per GPU, without any one per two CPUs
+    Slides, OUT and this program lie on a disk that all machines see. Only this process writes, and what it has not got
+    of a slide when it is stopped is read again. A task or actor that dies is started again, a slide that kills its task
+    every time is reported. Raises ValueError without Ray, and if the encoder cannot be loaded.
+    """
+    try:
+        import ray
+        import ray.exceptions
+        from ray.data import ActorPoolStrategy, DataContext
+    except ImportError as error:
+        raise ValueError("--engine ray needs Ray; install the extra: pip install -e '.[cluster]'.") from error
+
+    report, rows = Report(out, 0), {}
+    todo: list[tuple[int, Job, str, int]] = []  # number, job, what an earlier run left: identity, patches
+
+    def record(job: Job, row: Row) -> None:
+        rows[job.path] = row
+        report.add_if_new(row)
+        bar.update(max(1, job.bytes))
+        bar.set_postfix_str(f"{len(rows)}/{len(jobs)} slides", refresh=False)
+        if row.outcome == "failed":
+            bar.write(f"{job.stem}: {row.warnings}", file=sys.stderr)
+
+    with tqdm(total=sum(max(1, job.bytes) for job in jobs), unit="B", unit_scale=True, disable=None) as bar:
+        for job in jobs:
+            row = _done_or_not_to_be_done(job, out)
+            if row is not None:
+                record(job, row)
+                continue
+            identity = _identity_of(_parts(job, out))
+            todo.append((len(todo), job, identity, _resume(_parts(job, out), identity)))
+        if todo:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+            if not ray.is_initialized():
+                ray.init(log_to_driver=False, logging_level=logging.ERROR)
+            gpus, cpus = (int(ray.cluster_resources().get(name, 0)) for name in ("GPU", "CPU"))
+            pool = encoders or gpus or max(1, cpus // 2)
+            if (need := 1 + (0 if gpus else pool)) > cpus:
+                raise ValueError(f"{pool} encoders and a reader need {need} CPUs, Ray has {cpus}; lower --encoders.")
+            context = DataContext.get_current()
+            context.enable_progress_bars = context.print_on_execution_start = False
+            context.target_max_block_size = 16 << 20  # about 100 patches
+            context.max_errored_blocks = -1  # a slide that kills its task is missing at the end, and stops no other
+            stream = (
+                ray.data.range(len(todo), override_num_blocks=len(todo))
+                .map_batches(
+                    _read_on_ray,  # type: ignore[arg-type]  # Ray's types leave fn_kwargs out
+                    batch_size=1,
+                    fn_kwargs={"todo": todo, "settings": settings, "stall_seconds": stall_seconds},
+                    num_cpus=1,
+                    max_retries=2,
+                )
+                .map_batches(
+                    _EncodeOnRay,
+                    batch_size=64,
+                    fn_constructor_args=(settings.encoder,),
+                    compute=ActorPoolStrategy(size=pool),
+                    num_gpus=1 if gpus else 0,
+                )
+            )
+            try:
+                for job, row in _collect(stream, todo, settings, out, part_seconds):
+                    record(job, row)
+            except ray.exceptions.RayError as error:
+                raise ValueError(f"Ray gave up: {error}") from error
+        for _, job, _, _ in todo:
+            if job.path not in rows:
+                text = "Not all of its patches arrived: the process that read or encoded them died or stood still."
+                record(job, Row(job.stem, "failed", warnings=text))
+    report.finish()
+    return [rows[job.path] for job in jobs]
+
+
+def _identity_of(folder: Path) -> str:
+    """What the parts of a folder are parts of; "" if there is none."""
+    try:
+        with safe_open(folder / f"{0:09d}.safetensors", "pt") as file:
+            return file.metadata()["identity"]
+    except (SafetensorError, OSError, TypeError, KeyError):
+        return ""
+
+
+def _read_on_ray(
+    batch: dict[str, np.ndarray], todo: list[tuple[int, Job, str, int]], settings: Settings, stall_seconds: float
+) -> Iterator[dict[str, np.ndarray]]:
+    """A task: rows of slide number `id`. If it stands still it ends its process, as a crash does, and runs again."""
+    rows = _rows_of(*todo[int(batch["id"][0])], settings)
+    while True:
+        watch = threading.Timer(stall_seconds, os._exit, (1,))
+        watch.daemon = True
+        watch.start()
+        try:
+            some = next(rows, None)
+        finally:
+            watch.cancel()
+        if some is None:
+            return
+        yield some
+
+
+def _rows_of(
+    number: int, job: Job, left_identity: str, left: int, settings: Settings
+) -> Iterator[dict[str, np.ndarray]]:
+    """One slide: a row of index -1 with what is to be read, as JSON (or what is wrong), and then its patches.
+
+    Ray may read a slide several times and mix the results, so they depend on the arguments and the slide alone.
+    """
+    side = settings.patch_size
+
+    def rows(index: np.ndarray, pixels: np.ndarray, fine: np.ndarray, plan: str = "") -> dict[str, np.ndarray]:
+        if not fine.all():  # of a fixed size, as Ray has it; what is not fine is never encoded
+            readable, pixels = pixels, np.zeros((len(fine), side, side, 3), np.uint8)
+            pixels[fine] = readable
+        plans = np.full(len(index), plan, object)
+        return {"number": np.full(len(index), number), "index": index, "pixels": pixels, "fine": fine, "plan": plans}
+
+    def head(**plan: Any) -> dict[str, np.ndarray]:
+        return rows(np.array([-1]), np.zeros((0, side, side, 3), np.uint8), np.array([False]), json.dumps(plan))
+
+    began = time.time()  # another machine's clock, for the report alone
+    try:
+        with open_slide(job.path, slide_mpp=job.slide_mpp) as slide:
+            coords, identity = _plan(slide, job, settings)
+            yield head(identity=identity, coords=coords.tolist(), began=began)
+            done = left if identity == left_identity else 0
+            with closing(read_patches(slide, coords[done:], settings.mpp, side)) as batches:
+                for pixels, fine in batches:
+                    yield rows(np.arange(done, done + len(fine)), pixels, fine)
+                    done += len(fine)
+    except Exception as error:  # one slide never stops the batch
+        yield head(problem=str(error) if isinstance(error, ValueError) else repr(error))
+
+
+class _EncodeOnRay:
+    """An actor: pixels in, features out."""
+
+    def __init__(self, encoder: str):
+        self._encoder = load_encoder(encoder)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        pixels, fine = batch.pop("pixels"), batch["fine"]
+        features = np.zeros((len(fine), self._encoder.dim), np.float16)
+        features[fine] = self._encoder(pixels[fine]).half().numpy()
+        return batch | {"features": features}
+
+
+def _collect(
+    stream: Any, todo: list[tuple[int, Job, str, int]], settings: Settings, out: Path, part_seconds: float
+) -> Iterator[tuple[Job, Row]]:
+    """Put together what comes in any order, and write a slide once all of it is here."""
+    works: dict[int, tuple[Unfinished, float]] = {}
+    early: dict[int, list[tuple[np.ndarray, Tensor, np.ndarray]]] = {}  # before the row that says what is to be read
+    over: set[int] = set()
+    for batch in stream.iter_batches(batch_size=None, batch_format="numpy"):
+        for number in map(int, np.unique(batch["number"])):
+            if number in over:
+                continue
+            job = todo[number][1]
+            try:
+                mine = batch["number"] == number
+                index, fine, features = (batch[key][mine] for key in ("index", "fine", "features"))
+                if index.min() < 0:
+                    plan = json.loads(batch["plan"][mine][index.argmin()])
+                    if "problem" in plan:
+                        raise ValueError(plan["problem"])
+                    coords = np.array(plan["coords"], np.int32).reshape(-1, 2)
+                    work = Unfinished(_parts(job, out), plan["identity"], coords, features.shape[1], part_seconds)
+                    works[number] = work, time.monotonic() - max(0.0, time.time() - plan["began"])
+                patches = index >= 0
+                kept = torch.from_numpy(features[patches & fine])
+                early.setdefault(number, []).append((index[patches], kept, fine[patches]))
+                if number not in works:
+                    continue
+                work, began = works[number]
+                for part in early.pop(number):
+                    work.add(*part)
+                if work.done < len(work.coords):
+                    continue
+                with open_slide(job.path, slide_mpp=job.slide_mpp) as slide:
+                    row = _finish(work, slide, job, settings, out, began)
+            except Exception as error:  # one slide never stops the batch
+                row = _failed(job, out, error)
+            over.add(number)
+            works.pop(number, None)
+            early.pop(number, None)
+            yield job, row
 
 
 # ---- all slides
@@ -525,9 +758,7 @@ def extract_all(
                     child.call(_encoder_name, settings.encoder, device)
                     encoder_is_fine = True
                 row = _twice(child, job, settings, out, device, part_seconds, functools.partial(show, job))
-            known = report.rows.get(job.stem)
-            if row.seconds or known is None or (known.outcome, known.warnings) != (row.outcome, row.warnings):
-                report.add(row)
+            report.add_if_new(row)
             rows.append(row)
             behind += max(1, job.bytes)
             bar.update(behind - bar.n)
@@ -565,6 +796,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-patches", type=int, help="per slide, evenly spaced")
     parser.add_argument("--slide-mpp", type=float, help="um/px of level 0 of all slides (a CSV states it per slide)")
     parser.add_argument("--device", help="default: this rank's GPU, or the CPU")
+    parser.add_argument(
+        "--engine", choices=("processes", "ray"), default="processes", help="ray: see extract_all_on_ray"
+    )
+    parser.add_argument("--encoders", type=int, help="with --engine ray: how many encode; default one per GPU")
     parser.add_argument("--part-seconds", type=float, default=20.0, help="put what is encoded on disk that often")
     parser.add_argument("--stall-seconds", type=float, default=1800.0, help="give a slide up that stands still so long")
     options = parser.parse_args(arguments)
@@ -574,18 +809,18 @@ def main(arguments: list[str] | None = None) -> int:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         rank, ranks = rank_of(os.environ)
+        if options.engine == "ray" and ranks > 1:
+            raise ValueError(
+                "--engine ray shares the slides out itself: start it once, not with torchrun or in an array."
+            )
         jobs = share(find_slides(options.slides, options.slide_mpp), rank, ranks)
         options.out.mkdir(parents=True, exist_ok=True)
         check_settings(options.out, settings)
-        rows = extract_all(
-            jobs,
-            settings,
-            options.out,
-            rank=rank,
-            device=device,
-            part_seconds=options.part_seconds,
-            stall_seconds=options.stall_seconds,
-        )
+        seconds = {"part_seconds": options.part_seconds, "stall_seconds": options.stall_seconds}
+        if options.engine == "ray":
+            rows = extract_all_on_ray(jobs, settings, options.out, encoders=options.encoders, **seconds)
+        else:
+            rows = extract_all(jobs, settings, options.out, rank=rank, device=device, **seconds)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
