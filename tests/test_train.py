@@ -1,10 +1,15 @@
 """Training on a tiny real LLM: the loss is what it says, stages freeze what they must, a resumed run equals another."""
 
+import importlib.util
+import itertools
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
-from dataclasses import replace
+import time
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,11 +19,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import train.run as run
 from sparsewsi.model import SparseWSI
-from train.config import TrainConfig
-from train.data import Example, Question, join, pack, passes
-from train.mosaic import BACKGROUNDS, NEEDLES
-from train.run import StageModule, answer_loss, build, sparsity, train, train_step
+from train.checkpoint import latest, load_state, save_state
+from train.config import RECIPES, TrainConfig
+from train.data import Example, Question, ahead, answer_logits, attention_mask, join, pack, passes
+from train.mosaic import BACKGROUNDS, NEEDLES, MosaicStream, load_bank
+from train.run import StageModule, answer_loss, build, seat, sparsity, train, train_step
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +115,6 @@ def test_stages_train_what_the_table_says(settings: TrainConfig) -> None:
 
 
 def test_every_trained_part_gets_a_gradient(settings: TrainConfig, bank_file: Path) -> None:
-    from train.mosaic import MosaicStream, load_bank
-
     model, sparselearn = build(settings, 24, "made-up")
     stage = StageModule(model, sparselearn)
     stream = MosaicStream((load_bank(bank_file, "train"),), 0, 1)
@@ -152,8 +157,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(settings: TrainConfig, tmp_pa
     train(config)
     broken = replace(config, out=str(tmp_path / "broken"), checkpoint_every=2)
     with pytest.MonkeyPatch.context() as patch:
-        import train.run as run
-
         real, calls = run.train_step, []
 
         def fail(*arguments, **keywords):
@@ -183,35 +186,243 @@ def test_the_trained_artefact_is_the_model_that_was_trained(settings: TrainConfi
     assert losses(settings.out)[-1] > 0
 
 
-def test_two_processes_equal_one_with_twice_the_accumulation(settings: TrainConfig, tmp_path: Path) -> None:
+def test_metrics_hold_speed_and_memory(settings: TrainConfig) -> None:
+    train(settings)
+    for step in metrics(settings.out):
+        assert step["tokens"] > step["answer_tokens"]
+        assert step["tokens_per_second"] == pytest.approx(step["tokens"] / step["seconds"])
+        assert 0.05 < step["peak_memory_gb"] < 64
+
+
+def test_a_lower_rate_counts_when_a_run_goes_on(settings: TrainConfig) -> None:
+    first = train(replace(settings, steps=2))
+    last = train(replace(settings, steps=3, lr=1e-12, lr_encoder=1e-13))
+    before, after = (SparseWSI.from_pretrained(folder / "model").trained_state() for folder in (first, last))
+    assert first != last
+    assert all(torch.allclose(before[name], after[name], rtol=0, atol=1e-9) for name in before)
+
+
+def command(config: TrainConfig, *launcher: str) -> list[str]:
+    """What starts a training from the shell."""
+    recipe = f"stage{config.stage}"
+    plain = asdict(RECIPES[recipe]())
+    flags = {name: value for name, value in asdict(config).items() if value != plain[name]}
+    words = [[f"--{name}", *map(str, value if isinstance(value, list) else [value])] for name, value in flags.items()]
+    return [sys.executable, *launcher, "-m", "train.run", recipe, *itertools.chain(*words)]
+
+
+SHELL = {"cwd": Path(__file__).resolve().parents[1], "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_equal_one_with_twice_the_accumulation(settings: TrainConfig, tmp_path: Path, fsdp: bool) -> None:
     # One bag a pass: a bf16 LLM rounds otherwise when other bags share the pass.
     one = replace(settings, out=str(tmp_path / "one"), accumulation=4, tokens_per_pass=1)
+    if fsdp:  # LoRA's weights are sharded too
+        one = replace(one, stage=2, init=str(train(replace(settings, steps=1))))
     train(one)
-    flags = {
-        "out": tmp_path / "two",
-        "accumulation": 2,
-        "steps": one.steps,
-        "llm": one.llm,
-        "dim": one.dim,
-        "patches": one.patches,
-        "tokens_per_pass": one.tokens_per_pass,
-    }
-    flags |= {"num_tokens": one.num_tokens, "dense": one.dense, "anneal": one.anneal, "k_start": one.k_start}
-    flags |= {"questions_per_bag": one.questions_per_bag, "warmup": one.warmup, "lr": one.lr, "banks": one.banks[0]}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "train.run"]
-    command += ["stage1", *(text for name, value in flags.items() for text in (f"--{name}", str(value)))]
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    two = replace(one, out=str(tmp_path / "two"), accumulation=2, fsdp=fsdp)
+    done = subprocess.run(command(two, *TORCHRUN), capture_output=True, text=True, **SHELL)
     assert done.returncode == 0, done.stderr[-2000:]
     for name in ("loss", "grad_norm"):  # the gradient itself: AdamW would forgive a wrong scale
-        assert metrics(tmp_path / "two")[0][name] == pytest.approx(metrics(tmp_path / "one")[0][name], rel=1e-4)
+        assert metrics(two.out)[0][name] == pytest.approx(metrics(one.out)[0][name], rel=1e-4)
     # Sums in another order differ in the last bit, which AdamW's first steps turn into signs of near-zero gradients.
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=5e-3)
+    assert losses(two.out) == pytest.approx(losses(one.out), rel=5e-3)
+    if fsdp:  # one process goes on where the two were: the files are the same
+        link = tmp_path / "two" / "checkpoints" / "last"
+        link.unlink()
+        link.symlink_to("000002")
+        sharded = losses(two.out)
+        train(replace(one, out=two.out))
+        assert losses(two.out) == pytest.approx(sharded, rel=1e-4)
+
+
+def test_sharding_says_what_it_needs(settings: TrainConfig) -> None:
+    with pytest.raises(ValueError, match="torchrun"):
+        train(replace(settings, fsdp=True))
+
+
+def test_a_run_killed_at_a_random_moment_goes_on_as_if_nothing_had_happened(
+    settings: TrainConfig, tmp_path: Path
+) -> None:
+    whole = replace(settings, steps=24, checkpoint_every=4)
+    train(whole)
+    killed = replace(whole, out=str(tmp_path / "killed"))
+    log = tmp_path / "killed" / "metrics.jsonl"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(
+        command(killed), cwd=SHELL["cwd"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not (log.is_file() and len(log.read_text().splitlines()) > 5):
+        assert process.poll() is None
+        time.sleep(0.01)
+    delay = random.uniform(0, 0.5)
+    time.sleep(delay)
+    process.kill()
+    assert process.wait() in (-signal.SIGKILL, 0)
+    with log.open("a") as file:
+        file.write('{"loss": 1.2')  # a kill within a write
+    checkpoint = latest(tmp_path / "killed")
+    assert checkpoint is not None, delay
+    done = json.loads((checkpoint / "state" / "step.json").read_text())["step"]
+    assert 0 <= len(log.read_text().splitlines()) - 1 - done <= whole.checkpoint_every, delay
+    train(killed)
+    assert [step["step"] for step in metrics(killed.out)] == list(range(24)), delay
+    assert losses(killed.out) == losses(whole.out), delay
+
+
+class Saved(torch.nn.Linear):
+    """As much of a model as a checkpoint needs."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        folder.mkdir()
+        save_file(self.state_dict(), folder / "model.safetensors")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    part = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(part.parameters())
+
+    def save(step: int) -> None:
+        torch.nn.init.constant_(part.weight, step)
+        save_state(tmp_path, step, Saved(2, 2), part, optimizer)  # type: ignore[arg-type]
+
+    def newest() -> int:
+        checkpoint = latest(tmp_path)
+        assert checkpoint is not None
+        step = load_state(checkpoint, part, optimizer)
+        assert (part.weight == step).all()
+        assert (checkpoint / "model" / "model.safetensors").is_file()
+        return step
+
+    save(1)
+    for operation in itertools.count(1):
+        before = newest()
+        child = os.fork()
+        if child == 0:
+            left = itertools.count(operation - 1, -1)
+
+            def kill(event: str, arguments: tuple, left: itertools.count = left) -> None:
+                if event.split(".")[0] in ("open", "os", "shutil") and str(tmp_path) in str(arguments):  # noqa: SIM102
+                    if next(left) == 0:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            try:
+                sys.addaudithook(kill)
+                save(before + 1)
+            finally:
+                os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if not os.WIFSIGNALED(status):
+            break
+        assert newest() in (before, before + 1), operation
+    assert newest() == before + 1
+    assert operation > 10
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_what_is_loaded_ahead_comes_in_turn_and_raises_in_turn() -> None:
+    def make(number: int) -> int:
+        time.sleep(0.002 * (number % 3))
+        if number == 5:
+            raise ValueError("five")
+        return number
+
+    loaded = ahead(make, range(10))
+    assert [next(loaded) for _ in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="five"):
+        next(loaded)
+
+
+def test_a_single_question_needs_no_dense_mask(settings: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU is given: SDPA gets is_causal and no mask, which the flash kernel needs; the logits are the same."""
+    model, _ = build(settings, 24, "made-up")
+    model.llm.float().train()
+    model.llm.gradient_checkpointing_enable({"use_reentrant": False})
+    indices = torch.tensor([0, 3, 4, 9, 20, 21, 22, 40, 41])
+    questions = (Question("Which tissue?", "mucin"), Question("Which organ?", "colon"))
+    features = torch.randn(9, 24, generator=torch.Generator().manual_seed(0))
+    visual = model.project(model.slide_encoder(features))
+    one = pack(model.tokenizer, Example(features, indices, 50, questions[:1]), "original", None)
+    two = pack(model.tokenizer, Example(features, indices, 50, questions), "original", None)
+    assert (one.is_causal, two.is_causal, join([one, one]).is_causal) == (True, False, False)
+    assert torch.equal(one.mask, torch.ones_like(one.mask).tril())
+    cpu = torch.device("cpu")
+    assert attention_mask(one, cpu, plain=True).shape == (1, len(one.order))
+    assert attention_mask(two, cpu, plain=True).shape == (1, 1, len(two.order), len(two.order))
+    dense = answer_logits(model, visual, one)
+    asked, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*arguments, **keywords):
+        asked.append((keywords.get("attn_mask"), keywords.get("is_causal")))
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr("train.data.attention_mask", lambda packed, device, plain: attention_mask(packed, device, True))
+    torch.testing.assert_close(answer_logits(model, visual, one), dense, rtol=1e-4, atol=1e-4)
+    assert asked
+    assert all(mask is None and causal for mask, causal in asked)
+
+
+def test_each_bag_of_a_step_has_its_own_k(settings: TrainConfig, bank_file: Path) -> None:
+    model, sparselearn = build(settings, 24, "made-up")
+    seen, real = [], sparselearn.forward
+    sparselearn.forward = lambda *a, k, **b: (seen.append(k), real(*a, k=k, **b))[1]  # type: ignore[method-assign]
+    stream = MosaicStream((load_bank(bank_file, "train"),), 0, 1)
+    train_step(
+        StageModule(model, sparselearn), [stream.example(i, n) for i, n in enumerate((20, 60))], settings, step=2
+    )
+    assert seen == [sparsity(settings, 2, 20)[1], sparsity(settings, 2, 60)[1]]
+    assert seen[0] < seen[1]
+
+
+def test_every_process_has_a_gpu_of_its_own() -> None:
+    assert seat({"LOCAL_RANK": "1"}, 2) == ("nccl", torch.device("cuda:1"))
+    assert seat({}, 1) == ("nccl", torch.device("cuda:0"))
+    assert seat({"LOCAL_RANK": "1"}, 0) == ("gloo", torch.device("cpu"))
+    with pytest.raises(ValueError, match="process 2 of this machine has no GPU: there are 2"):
+        seat({"LOCAL_RANK": "2"}, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_training_runs_on_a_gpu(settings: TrainConfig) -> None:
+    one_question = replace(settings, questions_per_bag=1, tokens_per_pass=1)
+    last = train(replace(one_question, stage=2, init=str(train(settings)), out=settings.out + "-2"))
+    assert SparseWSI.from_pretrained(last / "model").device.type == "cuda"
+    assert all(np.isfinite(losses(settings.out + "-2")))
+
+
+FAKE_TRACKIO = """
+calls = []
+def init(**keywords): calls.append(("init", keywords["project"], keywords["name"], keywords["resume"]))
+def log(metrics, step): calls.append(("log", step, metrics["loss"]))
+def finish(): calls.append(("finish",))
+"""
+
+
+def test_trackio_gets_the_metrics_where_it_is_asked_for(
+    settings: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = replace(settings, steps=2, trackio="slides")
+    if importlib.util.find_spec("trackio") is None:
+        with pytest.raises(ValueError, match="pip install trackio"):
+            train(asked)
+    (tmp_path / "trackio.py").write_text(FAKE_TRACKIO)
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    train(asked)
+    first, *logged, last = sys.modules["trackio"].calls
+    monkeypatch.delitem(sys.modules, "trackio")
+    assert first == ("init", "slides", "stage1", "allow")
+    assert logged == [("log", step, loss) for step, loss in enumerate(losses(asked.out))]
+    assert last == ("finish",)
 
 
 def test_alignment_turns_patches_towards_their_tissues_words(settings: TrainConfig, bank_file: Path) -> None:
     from train.align import _words, align
-    from train.mosaic import load_bank
 
     bank = load_bank(bank_file, "train")
     torch.manual_seed(0)
@@ -233,7 +444,6 @@ def test_alignment_turns_patches_towards_their_tissues_words(settings: TrainConf
 
 def test_the_last_steps_see_what_inference_keeps(settings: TrainConfig, bank_file: Path) -> None:
     from sparsewsi.bag import Bag
-    from train.mosaic import MosaicStream, load_bank
     from train.run import kept
 
     config = replace(settings, steps=8, dense=0.25, anneal=0.5, hard=0.25, patches_hard=50)
@@ -258,7 +468,6 @@ def test_the_last_steps_see_what_inference_keeps(settings: TrainConfig, bank_fil
 def test_a_release_knows_the_slides_it_was_trained_on(settings: TrainConfig, bank_file: Path, tmp_path: Path) -> None:
     from sparsewsi import novelty
     from train.checkpoint import release
-    from train.mosaic import load_bank
 
     folder = tmp_path / "released"
     checkpoint = train(replace(settings, steps=1, dense=1.0))
