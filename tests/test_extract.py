@@ -112,6 +112,9 @@ def test_slides_are_found_in_folders_patterns_and_tables(tmp_path: Path):
     for bad in (str(tmp_path / "nowhere"), str(tmp_path / "*.bif")):
         with pytest.raises(ValueError, match="no slide, folder or CSV"):
             find_slides([bad])
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(ValueError, match="no slide in the folder"):
+        find_slides([str(tmp_path / "bare")])
     (tmp_path / "other.csv").write_text("path\na/x.svs\n")
     with pytest.raises(ValueError, match=r"column `slide`.*got path"):
         find_slides([str(tmp_path / "other.csv")])
@@ -123,7 +126,7 @@ def test_two_slides_of_one_name_are_both_told(tmp_path: Path):
         (tmp_path / name / "x.svs").write_bytes(b"1")
     jobs = find_slides([str(tmp_path)])
     assert len(jobs) == 2
-    assert all("2 slides are named x" in job.problem for job in jobs)
+    assert all("2 slides would write x.safetensors" in job.problem and "b/x.svs" in job.problem for job in jobs)
 
 
 @pytest.mark.skipif(not hasattr(os, "seteuid"), reason="POSIX permissions")
@@ -159,6 +162,10 @@ def test_ranks_come_from_torchrun_a_slurm_array_or_both():
     assert rank_of({"RANK": "3", "WORLD_SIZE": "4"}) == (3, 4)
     array = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "5"}
     assert rank_of(array) == (2, 4)
+    assert rank_of({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) == (0, 1)  # a batch script, before any srun
+    step = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4"}
+    assert rank_of(step) == (3, 4)
+    assert rank_of(step | {"RANK": "1", "WORLD_SIZE": "2"}) == (1, 2)
     assert rank_of(array | {"RANK": "1", "WORLD_SIZE": "2"}) == (5, 8)
     with pytest.raises(ValueError, match="one range"):
         rank_of({"SLURM_ARRAY_TASK_ID": "90", "SLURM_ARRAY_TASK_COUNT": "3"})
@@ -174,6 +181,40 @@ def test_a_thousand_slides_are_shared_evenly_and_each_once():
     assert [job.stem for job in share(jobs[::-1], 3, 8)] == [job.stem for job in parts[3]]
     empty = [Job(Path(f"{i}"), str(i)) for i in range(10)]
     assert [len(share(empty, rank, 2)) for rank in range(2)] == [5, 5]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are bytes, links need no permission")
+def test_odd_names_links_and_strangers_in_the_way(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(extract, "_encoder", lambda *_: mean_colour_encoder())
+    slides, out = tmp_path / "slides", tmp_path / "out"
+    out.mkdir()
+    names = ["Präparat 1 (HE)", "we[i]rd*%s", "a.b.c", os.fsdecode(b"latin-\xfc")]
+    for name in names:
+        write_slide(slides / f"{name}.tiff", 512)
+    write_slide(tmp_path / "elsewhere" / "linked.tiff", 512)
+    (slides / "to a folder").symlink_to(tmp_path / "elsewhere")
+    (slides / "to itself").symlink_to(slides)
+    (slides / "to a slide.tiff").symlink_to(slides / "a.b.c.tiff")
+    (slides / "to nothing.svs").symlink_to(tmp_path / "nothing")
+    write_slide(slides / "half.tiff", 512)
+    jobs = find_slides([str(slides)])
+    assert sorted(job.stem for job in jobs) == sorted([*names, "half", "linked", "to a slide", "to nothing"])
+    report = Report(out, 0)
+    for _ in range(2):
+        for job in jobs:
+            row = extract._done_or_not_to_be_done(job, out) or extract._attempt(job, SETTINGS, out, None, 0.0)
+            report.add_if_new(row)
+        whole = out / "half.safetensors"
+        whole.write_bytes(whole.read_bytes()[:-40])
+    report.finish()
+    rows = Report(out, 0).rows
+    assert {stem for stem, row in rows.items() if row.outcome != "done"} == {"half", "to nothing", names[3]}
+    assert "rename it" in rows[names[3]].warnings
+    assert "no whole feature file" in rows["half"].warnings
+    assert "No such file" in rows["to nothing"].warnings
+    with (out / "report.csv").open(newline="", encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == len(jobs)
+    assert len(list(out.glob("*.safetensors"))) == len(jobs) - 2
 
 
 # ---- one slide
@@ -255,7 +296,7 @@ def test_what_was_made_of_another_file_is_made_again_and_strangers_are_left_alon
         file.write(b"more")  # as when a copy had not been complete
     assert finished(job_of(path), tmp_path) is None
     (tmp_path / "a.safetensors").write_bytes(b"something else")
-    with pytest.raises(ValueError, match="Move it"):
+    with pytest.raises(ValueError, match="Delete or move it"):
         finished(job, tmp_path)
 
 

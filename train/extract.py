@@ -48,7 +48,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from sparsewsi.bag import Bag, bag_of, choose_coords, encode_patches, load_bag, read_patches, replacing, save_bag
+from sparsewsi.bag import bag_of, choose_coords, encode_patches, read_patches, replacing, save_bag
 from sparsewsi.encoders import PatchEncoder, load_encoder
 from sparsewsi.slide import Slide, open_slide
 
@@ -124,8 +124,13 @@ def find_slides(sources: Iterable[str], slide_mpp: float | None = None) -> list[
 def _slides_of_folder(folder: Path, slide_mpp: float | None) -> list[Job]:
     jobs: list[Job] = []
     closed: list[OSError] = []
-    for where, folders, names in os.walk(folder, onerror=closed.append):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    seen: set[str] = set()  # links may lead in a circle
+    for where, folders, names in os.walk(folder, onerror=closed.append, followlinks=True):
+        if os.path.realpath(where) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(where))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         suffixes = {name: Path(name).suffix.lower() for name in names if not name.startswith(".")}
         if ".dcm" in suffixes.values():
             jobs.append(_job(Path(where), slide_mpp))
@@ -133,6 +138,8 @@ def _slides_of_folder(folder: Path, slide_mpp: float | None) -> list[Job]:
         jobs += [_job(Path(where, name), slide_mpp) for name, suffix in suffixes.items() if suffix in wanted]
     slides = {job.stem for job in jobs if job.path.suffix.lower() not in IMAGE_SUFFIXES}
     jobs = [job for job in jobs if job.path.suffix.lower() not in IMAGE_SUFFIXES or job.stem not in slides]
+    if not jobs and not closed:
+        raise ValueError(f"There is no slide in the folder {folder} or below it.")
     for error in closed:
         place = Path(error.filename)
         jobs.append(Job(place, place.name, problem=f"The folder cannot be searched: {error.strerror}."))
@@ -166,7 +173,10 @@ def _slides_of_csv(table: Path, slide_mpp: float | None) -> list[Job]:
 def _job(path: Path, slide_mpp: float | None) -> Job:
     stem = path.name if path.is_dir() else path.stem
     try:
+        stem.encode()
         return Job(path, stem, slide_mpp, _bytes(path))
+    except UnicodeEncodeError:  # safetensors opens no file of such a name
+        return Job(path, stem, slide_mpp, problem="The slide's name is not valid UTF-8; rename it.")
     except OSError as error:
         return Job(path, stem, slide_mpp, problem=f"The slide cannot be read: {error.strerror}.")
 
@@ -183,20 +193,22 @@ def _with_own_stems(jobs: list[Job]) -> list[Job]:
     by_stem: dict[str, list[Job]] = {}
     for job in jobs:
         by_stem.setdefault(job.stem, []).append(job)
-    clash = "{} slides are named {}, and one's features would overwrite another's; extract them into different folders."
-    return [
-        replace(job, problem=job.problem or clash.format(len(same), stem)) if len(same) > 1 else job
-        for stem, same in by_stem.items()
-        for job in same
-    ]
+    marked: list[Job] = []
+    for stem, same in by_stem.items():
+        places = ", ".join(sorted(str(job.path) for job in same)[:3]) + ", ..." * (len(same) > 3)
+        clash = f"{len(same)} slides would write {stem}.safetensors ({places}); give each an --out of its own."
+        marked += [replace(job, problem=job.problem or clash) for job in same] if len(same) > 1 else same
+    return marked
 
 
 # ---- whose slides
 
 
 def rank_of(environment: Mapping[str, str]) -> tuple[int, int]:
-    """(rank, ranks): from torchrun, a SLURM array, or both (every task of the array starts torchrun)."""
+    """(rank, ranks): from torchrun or srun, from a SLURM array, or from both (each task of the array starts one)."""
     rank, ranks = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
+    if "RANK" not in environment and "SLURM_STEP_NUM_TASKS" in environment:  # only srun sets it
+        rank, ranks = int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"])
     if "SLURM_ARRAY_TASK_ID" in environment:
         tasks = int(environment["SLURM_ARRAY_TASK_COUNT"])
         first, step = (int(environment.get(f"SLURM_ARRAY_TASK_{key}", d)) for key, d in (("MIN", 0), ("STEP", 1)))
@@ -262,7 +274,7 @@ def _finish(work: Unfinished, slide: Slide, job: Job, settings: Settings, out: P
     save_bag(bag, final, made_from={"bytes": job.bytes, "slide_mpp": job.slide_mpp})
     shutil.rmtree(_parts(job, out), ignore_errors=True)
     return replace(
-        _row_of(job.stem, bag),
+        _row_of(job.stem, len(bag.features), bag.slide_mpp, bag.mpp_source, bag.note),
         seconds=round(time.monotonic() - began, 2),
         resumed_at=work.resumed_at,
         unreadable=work.coords[~fine].tolist(),
@@ -330,29 +342,30 @@ def _save_part(folder: Path, start: int, identity: str, features: Tensor, readab
         save_file(part, partial, metadata={"identity": identity})
 
 
-def _row_of(stem: str, bag: Bag) -> Row:
-    outcome = "done" if len(bag.features) else "empty"
-    return Row(stem, outcome, len(bag.features), bag.slide_mpp, bag.mpp_source, warnings=bag.note)
-
-
 def finished(job: Job, out: Path) -> Row | None:
     """The row of a slide whose file is there and was made from this very slide file; None if it is to be done.
 
-    Raises ValueError if the file there was not made by this program.
+    Reads the file's header only: a cohort's features are hundreds of gigabytes.
+    Raises ValueError if the file there is not whole, or was not made by this program.
     """
     path = out / f"{job.stem}.safetensors"
     if not path.is_file():
         return None
     try:
-        with safe_open(path, "pt") as file:
-            made_from = json.loads((file.metadata() or {}).get("sparsewsi_bag", "{}")).get("made_from")
-    except (SafetensorError, ValueError):
-        made_from = None
-    if made_from is None:
+        with safe_open(path, "pt") as file:  # compares the file's length with what its header promises
+            facts = json.loads((file.metadata() or {}).get("sparsewsi_bag", "{}"))
+            patches = file.get_slice("features").get_shape()[0] if facts else 0
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path.name} is there, but is no whole feature file. Delete or move it.") from error
+    if "made_from" not in facts:
         raise ValueError(f"{path.name} is there, but not from this program. Move it, or choose another --out.")
-    if made_from != {"bytes": job.bytes, "slide_mpp": job.slide_mpp}:
+    if facts["made_from"] != {"bytes": job.bytes, "slide_mpp": job.slide_mpp}:
         return None
-    return _row_of(job.stem, load_bag(path))
+    return _row_of(job.stem, patches, facts["slide_mpp"], facts["mpp_source"], facts["note"])
+
+
+def _row_of(stem: str, patches: int, slide_mpp: float | None, mpp_source: str, note: str) -> Row:
+    return Row(stem, "done" if patches else "empty", patches, slide_mpp, mpp_source, warnings=note)
 
 
 # ---- the child process
@@ -472,7 +485,7 @@ class Report:
         """Put a row on disk; if the disk is full, together with a later one."""
         row = replace(row, time=datetime.now(UTC).isoformat(timespec="milliseconds"))
         self.rows[row.slide] = row
-        self._unwritten.append(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+        self._unwritten.append(json.dumps(asdict(row)) + "\n")
         try:
             self._folder.mkdir(exist_ok=True)
             # A killed run may have left half a line.
@@ -497,7 +510,7 @@ class Report:
         columns = [column.name for column in fields(Row)]
         partial = self._table.with_name(f".report.csv.{self._rank}")
         try:
-            with partial.open("w", newline="", encoding="utf-8") as file:
+            with partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
                 writer = csv.DictWriter(file, columns)
                 writer.writeheader()
                 writer.writerows(asdict(row) | {"unreadable": len(row.unreadable)} for row in rows)
@@ -532,8 +545,13 @@ def extract_all_on_ray(
     except ImportError as error:
         raise ValueError("--engine ray needs Ray; install the extra: pip install -e '.[cluster]'.") from error
 
-    report, rows = Report(out, 0), {}
+    report = Report(out, 0)
+    rows = _settled(jobs, out, report)
     todo: list[tuple[int, Job, str, int]] = []  # number, job, what an earlier run left: identity, patches
+    for job in jobs:
+        if job.path not in rows:
+            identity = _identity_of(_parts(job, out))
+            todo.append((len(todo), job, identity, _resume(_parts(job, out), identity)))
 
     def record(job: Job, row: Row) -> None:
         rows[job.path] = row
@@ -543,14 +561,7 @@ def extract_all_on_ray(
         if row.outcome == "failed":
             bar.write(f"{job.stem}: {row.warnings}", file=sys.stderr)
 
-    with tqdm(total=sum(max(1, job.bytes) for job in jobs), unit="B", unit_scale=True, disable=None) as bar:
-        for job in jobs:
-            row = _done_or_not_to_be_done(job, out)
-            if row is not None:
-                record(job, row)
-                continue
-            identity = _identity_of(_parts(job, out))
-            todo.append((len(todo), job, identity, _resume(_parts(job, out), identity)))
+    with _progress_bar(jobs, [job for _, job, _, _ in todo]) as bar:
         if todo:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
             if not ray.is_initialized():
@@ -739,40 +750,64 @@ def extract_all(
     stall_seconds: float = 1800.0,
 ) -> list[Row]:
     """Do the jobs, one after another, and report. Raises ValueError if the encoder cannot be loaded."""
-    report, child, rows = Report(out, rank), Child(stall_seconds), []
-    with (
-        closing(child),
-        tqdm(total=sum(max(1, job.bytes) for job in jobs), unit="B", unit_scale=True, disable=None) as bar,
-    ):
-        behind, encoder_is_fine = 0, False
+    report, child = Report(out, rank), Child(stall_seconds)
+    rows = _settled(jobs, out, report)
+    todo = [job for job in jobs if job.path not in rows]
+    with closing(child), _progress_bar(jobs, todo, rank) as bar:
+        behind = bar.n
 
         def show(job: Job) -> None:
             done, total = child.progress[0], child.progress[1]
             bar.update(behind + round(job.bytes * done / max(1, total)) - bar.n)
             bar.set_postfix_str(f"{len(rows)}/{len(jobs)} slides, {job.stem[:24]} {done}/{total}", refresh=False)
 
-        for job in jobs:
-            row = _done_or_not_to_be_done(job, out)
-            if row is None:
-                if not encoder_is_fine:
-                    child.call(_encoder_name, settings.encoder, device)
-                    encoder_is_fine = True
-                row = _twice(child, job, settings, out, device, part_seconds, functools.partial(show, job))
+        if todo:
+            child.call(_encoder_name, settings.encoder, device)
+        for job in todo:
+            row = _twice(child, job, settings, out, device, part_seconds, functools.partial(show, job))
             report.add_if_new(row)
-            rows.append(row)
+            rows[job.path] = row
             behind += max(1, job.bytes)
             bar.update(behind - bar.n)
             if row.outcome == "failed":
                 bar.write(f"{job.stem}: {row.warnings}", file=sys.stderr)
     report.finish()
+    return [rows[job.path] for job in jobs]
+
+
+def _settled(jobs: list[Job], out: Path, report: Report) -> dict[Path, Row]:
+    """Rows, reported, of the slides that are done or cannot be."""
+    rows: dict[Path, Row] = {}
+    for job in jobs:
+        row = _done_or_not_to_be_done(job, out)
+        if row is not None:
+            report.add_if_new(row)
+            rows[job.path] = row
+            if row.outcome == "failed":
+                print(f"{job.stem}: {row.warnings}", file=sys.stderr)
     return rows
+
+
+def _progress_bar(jobs: list[Job], todo: list[Job], rank: int = 0) -> tqdm:
+    """Bytes of slides, with the time that is left at the pace of what this run does; in a log, a line now and then."""
+    total, left = (sum(max(1, job.bytes) for job in some) for some in (jobs, todo))
+    return tqdm(
+        total=total,
+        initial=total - left,
+        unit="B",
+        unit_scale=True,
+        smoothing=0.05,
+        mininterval=0.5 if sys.stderr.isatty() else 60.0,
+        desc=f"rank {rank}" if "WORLD_SIZE" in os.environ else None,
+        position=int(os.environ.get("LOCAL_RANK", 0)),
+    )
 
 
 def _done_or_not_to_be_done(job: Job, out: Path) -> Row | None:
     try:
         return Row(job.stem, "failed", warnings=job.problem) if job.problem else finished(job, out)
     except (ValueError, OSError) as error:
-        return Row(job.stem, "failed", warnings=str(error))
+        return _failed(job, out, error)
 
 
 def _twice(child: Child, job: Job, settings: Settings, out: Path, device: str | None, part_seconds: float, show) -> Row:
