@@ -166,7 +166,7 @@ def warnings_about(bag: Bag, selection: Selection, summary: Summary | None = Non
 
 
 def selection_warnings(bag: Bag, selection: Selection) -> list[str]:
-    """Sentences about the scale, about the cut between kept and left-out patches, and about how little was kept.
+    """Sentences about the scale, about slides of few patches, and about the cut between kept and left-out ones.
 
     Two patches count as equal if their scores differ by less than EQUAL standard deviations of the slide's scores:
     training's soft top-K ends at that temperature, and gives both weights nearer to each other than to 0 or 1. On a
@@ -186,8 +186,6 @@ def selection_warnings(bag: Bag, selection: Selection) -> list[str]:
     cut = _cut(selection)
     if cut is not None:
         out.append(cut)
-    share = f"{k:,} of {n:,} patches ({100 * k / n:.2g} % of the tissue)"
-    out.append(f"The answer is read from {share}; the others were scored only.")
     return out
 
 

@@ -1,5 +1,7 @@
-"""Fixtures shared by all tests: where real data lie, if they are there."""
+"""Fixtures shared by all tests: real data if they are there, tiny models, a browser."""
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,30 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the development data (../shared/data) are not on this machine")
     return SHARED
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM_ARGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--disable-features=LocalNetworkAccessChecks",  # a page of one local address in a frame of another's
+]
+
+
+@pytest.fixture(scope="module")  # not longer: Playwright keeps an event loop running in this thread
+def browser() -> Iterator:
+    """Headless Chromium under Playwright; skips where either is missing."""
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGS)
+        yield opened
+        opened.close()
 
 
 TINY_CORPUS = [

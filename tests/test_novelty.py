@@ -141,9 +141,8 @@ def test_patches_chosen_by_hand_over_better_ones_are_said():
     )
 
 
-def test_the_share_and_few_patches_are_said():
-    scores = torch.arange(1000.0)
-    assert "10 of 1,000 patches (1 % of the tissue)" in said(scores, 10)
+def test_few_patches_are_said():
+    scores = torch.arange(1000.0) ** 2
     assert "hardly a selection" in said(scores[:30], 10)
     assert "nothing was selected" in said(scores[:10], 10)
 

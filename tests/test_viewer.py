@@ -7,7 +7,6 @@ Tiles are served by the test itself there, and 10,000 patches are made up, so th
 import io
 import json
 import re
-import shutil
 import stat
 import zipfile
 from collections.abc import Iterator
@@ -22,15 +21,6 @@ from sparsewsi import phantom
 from sparsewsi.slide import open_slide
 from sparsewsi.viewer import Slides, intake, packed, slide_props, slide_viewer, viewer
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-CHROMIUM_ARGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
 SIZE, SIDE, KEPT = (60_000, 45_000), 224, 32
 
 
@@ -193,17 +183,6 @@ def test_a_folder_slide_comes_in_as_an_archive(tmp_path):
 
 
 # ---- the component in a browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGS)
-        yield opened
-        opened.close()
 
 
 def made_up(n: int = 10_000, mpp: float | None = 0.25) -> SimpleNamespace:
