@@ -1,11 +1,20 @@
 """Mosaics: ground truth that holds, questions that only the slide can answer."""
 
+import json
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
+import openslide
 import pytest
 import torch
+from PIL import Image
 
+from sparsewsi.slide import open_slide
+from sparsewsi.tissue import patch_coords
+from train import mosaic
+from train.benchmarks import read
 from train.mosaic import (
     BACKGROUNDS,
     FAMILIES,
@@ -17,8 +26,15 @@ from train.mosaic import (
     ask,
     balanced_set,
     caption,
+    class_tiles,
+    kinds_at,
     lay_out,
+    load_bank,
     plan,
+    split_of,
+    tile_patches,
+    truth_path,
+    write_bank,
 )
 
 
@@ -103,3 +119,162 @@ def test_a_training_example_depends_on_its_number_only(bank: Bank) -> None:
     assert a.questions == b.questions
     assert torch.equal(a.indices, a.indices.unique())
     assert int(a.indices[-1]) < a.num_patches
+
+
+# ---- folders of classes, and mosaics as slides
+
+COLOURS = {  # of classes that no file names' order gives away; stained as H&E is, so that tissue is found
+    "ADI": (225, 150, 190), "BACK": (243, 243, 243), "DEB": (190, 120, 160), "LYM": (90, 60, 150),
+    "MUC": (170, 130, 200), "MUS": (220, 110, 140), "NORM": (150, 80, 170), "STR": (235, 130, 170),
+    "TUM": (110, 40, 120),
+}  # fmt: skip
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is forgotten afterwards."""
+    for name in ("NEEDLES", "BACKGROUNDS", "WORDS", "NEEDLE_KINDS"):
+        monkeypatch.setattr(mosaic, name, getattr(mosaic, name).copy())
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as NCT-CRC-HE-100K is, of even colours; some tiles are as small as those of Kather 2016."""
+    folder = tmp_path_factory.mktemp("data") / "made-up-classes"
+    for name, colour in COLOURS.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(30):
+            side = 150 if number % 5 == 0 else 224
+            Image.new("RGB", (side, side), colour).save(folder / name / f"{name}-{number}.png")
+    return folder
+
+
+def test_a_folder_of_classes_is_split_by_file(classes: Path, registry: None) -> None:
+    tiles, vocabulary = class_tiles(classes)
+    assert len(tiles) == 270
+    assert set(vocabulary.needles) == {"carcinoma", "lymphoid", "mucin", "debris", "colon_mucosa"}
+    assert set(vocabulary.backgrounds) == {"adipose", "stroma_fibrous", "smooth_muscle"}
+    assert {tile.source for tile in tiles} == {"made-up-classes"}
+    shares = Counter(tile.split for tile in tiles)
+    assert 150 < shares["train"] < 220
+    assert min(shares["val"], shares["test"]) > 20
+    fewer, _ = class_tiles(classes, most=10)
+    assert len(fewer) == 90
+    assert {(tile.file, tile.split) for tile in fewer} <= {(tile.file, tile.split) for tile in tiles}
+    assert any(split_of(f"TUM/{number}.png", 1) != split_of(f"TUM/{number}.png") for number in range(20))
+
+
+def test_labels_of_your_own_bring_their_words(classes: Path, tmp_path: Path, registry: None) -> None:
+    with pytest.raises(ValueError, match=r"without a label: ADI, BACK.*--labels"):
+        class_tiles(classes, {"TUM": "carcinoma"})
+    labels = dict.fromkeys(COLOURS) | {"TUM": "carcinoma", "STR": "stroma_fibrous", "ADI": "adipose"}
+    with pytest.raises(ValueError, match="4 kinds of needles"):
+        class_tiles(classes, labels)
+    own = {"kind": "dcis", "word": "ductal carcinoma in situ", "role": "needle"}
+    labels |= {"LYM": "lymphoid", "MUC": "mucin", "NORM": own}
+    tiles, vocabulary = class_tiles(classes, labels)
+    vocabulary.register()
+    bank = tmp_path / "bank.safetensors"
+    patches = tile_patches([tile for tile in tiles if tile.split == "test"], 1)
+    write_bank(bank, patches, lambda pixels: torch.from_numpy(pixels).float().mean((1, 2)), "mean", "x", vocabulary)
+    mosaic.NEEDLES.pop(vocabulary.origin)
+    mosaic.WORDS.pop("dcis")
+    mosaic.NEEDLE_KINDS.remove("dcis")
+    loaded = load_bank(bank, "test")
+    assert mosaic.WORDS["dcis"] == "ductal carcinoma in situ"
+    assert "dcis" in mosaic.NEEDLE_KINDS
+    assert "debris" not in loaded.kinds
+    with pytest.raises(ValueError, match="are called 'made-up-classes' but differ"):
+        class_tiles(classes)[1].register()
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["mosaic", *map(str, words)])
+    mosaic.main()
+
+
+def test_a_bank_of_classes_gives_questions_and_examples(
+    classes: Path, tmp_path: Path, registry: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class MeanColour:
+        name = "mean-colour"
+
+        def __call__(self, pixels: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(pixels).float().mean((1, 2))
+
+    monkeypatch.setattr("sparsewsi.encoders.load_encoder", lambda name: MeanColour())
+    run_main(
+        monkeypatch,
+        "bank",
+        "--classes",
+        classes,
+        "--per-class",
+        12,
+        "--copies",
+        1,
+        "--out",
+        tmp_path / "bank.safetensors",
+    )
+    bank = load_bank(tmp_path / "bank.safetensors", "test")
+    assert (bank.origin, bank.encoder) == ("made-up-classes", "mean-colour")
+    colours = {mosaic.CLASSES[name]: colour for name, colour in COLOURS.items()}
+    for bag, kinds, question in balanced_set(bank, 10, 100, seed=0):
+        assert question.answer in question.options
+        wanted = torch.tensor([colours[kind] for kind in kinds], dtype=torch.float16)
+        torch.testing.assert_close(bag.features, wanted, atol=1.5, rtol=0)
+    example = MosaicStream((load_bank(tmp_path / "bank.safetensors", "train"),), 0, stage=2).example(3, 64)
+    assert len(example.kinds) == 64
+
+
+def test_a_mosaic_slide_is_what_its_truth_says(
+    classes: Path, tmp_path: Path, registry: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "slides"
+    command = ("slides", "--classes", classes, "--n", 94, "--slides", 2, "--out", out)
+    run_main(monkeypatch, *command)
+    first, second = sorted(out.glob("*.tiff"))
+    before = first.stat().st_mtime_ns
+    run_main(monkeypatch, *command)
+    assert first.stat().st_mtime_ns == before  # what is there is left alone
+    assert not list(out.glob(".*"))
+
+    truth = json.loads(truth_path(first).read_text())
+    assert len(truth["kinds"]) == 94
+    assert truth["dominant"] == Counter(truth["kinds"]).most_common(1)[0][0]
+    assert {needle["kind"] for needle in truth["needles"]} == set(truth["present"]) <= set(truth["kinds"])
+    with openslide.OpenSlide(first) as slide:
+        assert float(slide.properties["openslide.mpp-x"]) == pytest.approx(0.5)
+        assert slide.level_dimensions[0] == (14 * 224, 14 * 224)
+        assert slide.level_downsamples == pytest.approx((1, 4))
+    with open_slide(first) as slide:
+        coords = patch_coords(slide, 0.5, 224)
+        kinds = kinds_at(truth, coords)
+        assert kinds_at(truth, np.array([[0, 0], [224 * 13, 500]])).tolist() == ["background", "background"]
+        assert (coords % 224 == 0).all()
+        found = Counter(kinds)
+        assert found.pop("background", 0) <= 2  # glass in a corner that the tissue mask closes
+        assert found == Counter(truth["kinds"])
+        colours = {mosaic.CLASSES[name]: colour for name, colour in COLOURS.items()}
+        for level in (0, 1):
+            for corner, kind in zip(coords[::7], kinds[::7]):
+                middle = slide.read_level(level, tuple(corner + 64), (24, 24))  # the rim is smeared by JPEG
+                np.testing.assert_allclose(middle.mean((0, 1)), colours[str(kind)], atol=4)
+    for needle in truth["needles"]:
+        mine = coords[kinds == needle["kind"]]
+        assert (mine.min(0).tolist(), (mine.max(0) + 224).tolist()) == (
+            [needle["x"], needle["y"]], [needle["x"] + needle["w"], needle["y"] + needle["h"]],
+        )  # fmt: skip
+
+    records, problems = read([out / "questions.jsonl"])
+    assert not problems
+    assert {record.slides for record in records} == {(first.stem,), (second.stem,)}
+    words = {mosaic.WORDS[kind] for kind in truth["present"]}
+    for record in records:
+        if record.slides == (first.stem,) and record.question.family in ("contains", "diagnosis"):
+            tissue = record.question.question.removeprefix("Does this slide contain ").removesuffix("?")
+            assert (record.question.answer == "Yes") == (tissue in words)
+
+
+def test_slides_of_a_split_without_tiles_are_refused(classes: Path, tmp_path: Path, registry: None) -> None:
+    with pytest.raises(ValueError, match="no tile of split 'other'"):
+        mosaic.write_slides(tmp_path, class_tiles(classes)[0], "real", "other", 1, 64)

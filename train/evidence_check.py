@@ -28,15 +28,15 @@ from train.mosaic import WORDS
 from train.scoring import wilson
 
 DROPPED = 3
-KINDS = {word: kind for kind, word in WORDS.items()}
 
 
 def asked_kind(question: Question) -> str | None:
     """The kind of tissue that is asked for and that is in the slide; None for every other question."""
+    kinds = {word: kind for kind, word in WORDS.items()}
     if question.family == "present":
-        return KINDS[question.answer]
+        return kinds[question.answer]
     if question.family in ("contains", "diagnosis") and question.answer == "Yes":
-        return KINDS[question.question.removeprefix("Does this slide contain ").removesuffix("?")]
+        return kinds[question.question.removeprefix("Does this slide contain ").removesuffix("?")]
     return None
 
 

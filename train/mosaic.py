@@ -1,19 +1,32 @@
-"""Labelled patches -> bags with known ground truth, and the questions one can ask of them.
+"""Labelled patches -> bags and slides with known ground truth, and the questions one can ask of them.
 
 A mosaic is a slide put together from labelled patches: contiguous regions of background tissue, and a few compact foci
 ("needles") of other kinds. Which patch is which is known, so needle recall, evidence and answers can be checked.
 
     python -m train.mosaic bank --tiles ../shared/data/tiles --out runs/bank.safetensors
+    python -m train.mosaic bank --classes NCT-CRC-HE-100K --out runs/nct.safetensors
+    python -m train.mosaic slides --tiles ../shared/data/tiles --slides 4 --n 4096 --out mosaics
+
+`--tiles` is split by slide, as train/mosaic_split.json says. `--classes` takes any folder that has a folder of images
+for each class, as Kather 2016 and NCT-CRC-HE-100K do. From which slide or patient an image is, is not known there: it
+is split by file, so that patches of one patient lie in train and test alike, and accuracies come out too high.
+
+`slides` writes mosaics as pyramidal TIFF slides with <slide>.mosaic.json beside each and one questions.jsonl, which
+train.extract, train.benchmarks and train.evaluate take as they take real slides and questions.
 
 N patches, D feature dim, M patches in the bank. Kinds are tissue labels; one vocabulary for real tiles and phantoms.
 """
 
 import argparse
 import csv
+import hashlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,6 +75,22 @@ CRC_LABELS = {
     "ADI": "adipose",
     "BACK": "background",
 }
+# Folders of Kather 2016 and NCT-CRC-HE-100K. Debris may be necrosis, blood or mucus; complex stroma is left out. Their
+# mucosa is asked for: what looks like it, mucosa of other organs, is not among them.
+CLASSES = {
+    **CRC_LABELS,
+    "DEB": "debris",
+    "NORM": "colon_mucosa",
+    "01_TUMOR": "carcinoma",
+    "02_STROMA": "stroma_fibrous",
+    "03_COMPLEX": None,
+    "04_LYMPHO": "lymphoid",
+    "05_DEBRIS": "debris",
+    "06_MUCOSA": "colon_mucosa",
+    "07_ADIPOSE": "adipose",
+    "08_EMPTY": "background",
+}
+IMAGES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
 FAMILIES = ("present", "absent", "dominant", "contains", "diagnosis")
 
 
@@ -72,7 +101,7 @@ class Bank:
     features: torch.Tensor  # (M, D) float16
     kinds: np.ndarray  # (M,) str
     sources: np.ndarray  # (M,) str, the slide (or the cohort where slides are unknown) a patch came from
-    origin: str
+    origin: str  # key of NEEDLES
     encoder: str
 
     def rows(self, kind: str) -> np.ndarray:
@@ -87,6 +116,26 @@ class Facts:
     origin: str  # key of NEEDLES
     dominant: str
     present: tuple[str, ...]  # needle kinds
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The kinds of a folder of classes and the words for them."""
+
+    origin: str
+    needles: dict[str, str]  # kind -> word
+    backgrounds: dict[str, str]
+
+    def register(self) -> None:
+        """Make the origin known to everything that plans and asks. Raises ValueError if it means something else."""
+        for known, kinds in ((NEEDLES, tuple(self.needles)), (BACKGROUNDS, tuple(self.backgrounds))):
+            if known.setdefault(self.origin, kinds) != kinds:
+                raise ValueError(
+                    f"two sets of classes are called {self.origin!r} but differ: {', '.join(known[self.origin])} and "
+                    f"{', '.join(kinds)}. Rename one folder and write its bank again."
+                )
+        WORDS.update({kind: word for kind, word in (self.needles | self.backgrounds).items() if kind not in WORDS})
+        NEEDLE_KINDS.extend(kind for kind in self.needles if kind not in NEEDLE_KINDS)
 
 
 # --------------------------------------------------------------------------------------------------- questions
@@ -162,7 +211,8 @@ def lay_out(facts: Facts, n: int, per_needle: tuple[int, int], rng: np.random.Ge
     side = int(np.ceil(np.sqrt(n)))
     yx = np.stack(np.divmod(np.arange(n), side), 1).astype(np.float32)  # (n, 2)
     others = [kind for kind in BACKGROUNDS[facts.origin] if kind != facts.dominant]
-    kinds = np.full(n, facts.dominant, dtype="<U24")
+    width = max(24, *map(len, (*others, *facts.present, facts.dominant)))
+    kinds = np.full(n, facts.dominant, dtype=f"<U{width}")
     left = int(n * rng.uniform(0.1, 0.45))  # what other background kinds may cover together
     for kind in rng.permutation(others)[: rng.integers(1, 3)]:
         cover = left // 2 if left > 4 else left
@@ -179,20 +229,26 @@ def lay_out(facts: Facts, n: int, per_needle: tuple[int, int], rng: np.random.Ge
     return kinds
 
 
-def fill(bank: Bank, kinds: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
-    """Features (n, D) for a layout: each kind's patches come from one source where that source has it."""
+def draw(kinds: np.ndarray, held: np.ndarray, sources: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Rows (n,) of held (M,) for a layout (n,): each kind's from one source where that source has it.
+
+    Raises ValueError for a kind that nothing held is of.
+    """
     rows = np.empty(len(kinds), np.int64)
     for kind in np.unique(kinds):
-        pool = bank.rows(str(kind))
+        pool = np.flatnonzero(held == kind)
         if len(pool) == 0:
-            raise ValueError(
-                f"the {bank.origin} bank has no patch of kind {kind!r}; leave the kind out or add such tiles"
-            )
-        source = rng.choice(np.unique(bank.sources[pool]))
-        pool = pool[bank.sources[pool] == source]
+            raise ValueError(f"there is no patch of kind {kind!r}; leave the kind out or add such tiles")
+        source = rng.choice(np.unique(sources[pool]))
+        pool = pool[sources[pool] == source]
         want = int((kinds == kind).sum())
         rows[kinds == kind] = rng.choice(pool, want, replace=want > len(pool))
-    return bank.features[torch.from_numpy(rows)]
+    return rows
+
+
+def fill(bank: Bank, kinds: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
+    """Features (n, D) for a layout."""
+    return bank.features[torch.from_numpy(draw(kinds, bank.kinds, bank.sources, rng))]
 
 
 def make_bag(bank: Bank, kinds: np.ndarray, rng: np.random.Generator, name: str = "mosaic") -> Bag:
@@ -263,11 +319,21 @@ def _vary(question: Question, rng: np.random.Generator) -> Question:
     return Question(question.question, question.answer, () if open_form else question.options, question.family)
 
 
-# -------------------------------------------------------------------------------------------- the feature bank
+# ----------------------------------------------------------------------------------------------- labelled tiles
 
 
-def labelled_tiles(folder: Path) -> list[tuple[Path, str, str, str]]:
-    """(file, kind, source, split) of every usable tile under folder/atlas and folder/crc_tissue.
+@dataclass(frozen=True)
+class Tile:
+    """A labelled image. source: the slide it is from, or what stands for it where that is not told."""
+
+    file: Path
+    kind: str
+    source: str
+    split: str
+
+
+def labelled_tiles(folder: Path) -> list[Tile]:
+    """Every usable tile under folder/atlas and folder/crc_tissue.
 
     Sources are slides; in crc_tissue, where slides are not told, the data set a tile came from stands for them.
     """
@@ -276,12 +342,61 @@ def labelled_tiles(folder: Path) -> list[tuple[Path, str, str, str]]:
     with (folder / "atlas" / "labels.csv").open() as file:
         for row in csv.DictReader(file):
             path = folder / "atlas" / row["file"]
-            tiles.append((path, row["label"], row["slide"], split["atlas"][row["slide"]]))
+            tiles.append(Tile(path, row["label"], row["slide"], split["atlas"][row["slide"]]))
     for path in sorted((folder / "crc_tissue").glob("*/*")):
         source = path.name.split("__")[0]
         if path.parent.name in CRC_LABELS:
-            tiles.append((path, CRC_LABELS[path.parent.name], f"crc-{source}", split["crc_tissue"][source]))
+            kind = CRC_LABELS[path.parent.name]
+            tiles.append(Tile(path, kind, f"crc-{source}", split["crc_tissue"][source]))
     return tiles
+
+
+def split_of(name: str, seed: int = 0) -> str:
+    """train, val or test (70, 15, 15 %) for a file; depends on its name and the seed alone, not on other files."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    return "train" if place < 0.7 else "val" if place < 0.85 else "test"
+
+
+def class_tiles(
+    folder: Path, labels: Mapping[str, Any] | None = None, most: int | None = None, seed: int = 0
+) -> tuple[list[Tile], Vocabulary]:
+    """The images of a folder that has a folder for each class, and what the classes are called.
+
+    labels: class folder -> kind, None to leave it out, or {"kind": ..., "word": ..., "role": "needle" or "background"}
+            for a kind that is not known here; default CLASSES
+    most:   images of a class at most, drawn by the seed; it also draws the split, by file (see the module's docstring)
+    Raises ValueError for class folders that have no label, and for fewer than 4 kinds of needles or 2 of background.
+    """
+    folders = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    labels = CLASSES if labels is None else labels
+    unknown = [path.name for path in folders if path.name not in labels]
+    if unknown or not folders:
+        problem = f"folders without a label: {', '.join(unknown)}" if unknown else "it holds no folder of a class"
+        raise ValueError(f"{folder}: {problem}. Say what each is with --labels map.json, null for what to leave out.")
+    needles, backgrounds, tiles = {}, {}, []
+    for path in folders:
+        label = labels[path.name]
+        if label is None:
+            continue
+        kind = label["kind"] if isinstance(label, dict) else label
+        word = label["word"] if isinstance(label, dict) else WORDS.get(kind, kind.replace("_", " "))
+        role = label["role"] if isinstance(label, dict) else "background" if kind in BACKGROUNDS["real"] else "needle"
+        if role not in ("needle", "background"):
+            raise ValueError(f"the role of {path.name} is {role!r}; it must be needle or background.")
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGES)
+        if most is not None and len(files) > most:
+            chosen = np.random.default_rng((seed, len(tiles))).choice(len(files), most, replace=False)
+            files = [files[i] for i in np.sort(chosen)]
+        tiles += [Tile(file, kind, folder.name, split_of(f"{path.name}/{file.name}", seed)) for file in files]
+        if kind != "background":  # glass is nothing to ask for
+            (needles if role == "needle" else backgrounds)[kind] = word
+    if len(needles) < 4 or len(backgrounds) < 2:
+        raise ValueError(
+            f"{folder} has the needles {', '.join(needles) or 'none'} and the backgrounds "
+            f"{', '.join(backgrounds) or 'none'}; questions need 4 kinds of needles and 2 of background, or more."
+        )
+    return tiles, Vocabulary(folder.name, needles, backgrounds)
 
 
 def augment(image: Image.Image, rng: np.random.Generator, size: int = 224) -> np.ndarray:
@@ -307,20 +422,29 @@ def augment(image: Image.Image, rng: np.random.Generator, size: int = 224) -> np
 
 
 def dihedral(image: Image.Image, size: int = 224) -> list[np.ndarray]:
-    """The centre of a tile in its eight orientations, colours untouched: uint8 (size, size, 3) each."""
+    """The centre of a tile in its eight orientations, colours untouched: uint8 (size, size, 3) each.
+
+    A smaller tile (Kather 2016 has 150 px) is enlarged, and its magnification with it.
+    """
+    if min(image.size) < size:
+        scale = size / min(image.size)
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     pixels = np.asarray(image.crop((left, top, left + size, top + size)))
     turns = [np.rot90(pixels, k) for k in range(4)]
     return [np.ascontiguousarray(view) for turn in turns for view in (turn, turn[:, ::-1])]
 
 
-def real_patches(folder: Path, copies: int) -> Iterator[tuple[np.ndarray, str, str, str]]:
+# -------------------------------------------------------------------------------------------- the feature bank
+
+
+def tile_patches(tiles: Sequence[Tile], copies: int) -> Iterator[tuple[np.ndarray, str, str, str]]:
     """(pixels, kind, source, split): train tiles augmented `copies` times, val and test tiles in eight orientations."""
-    for number, (path, kind, source, split) in enumerate(labelled_tiles(folder)):
-        image = Image.open(path).convert("RGB")
+    for number, tile in enumerate(tiles):
+        image = Image.open(tile.file).convert("RGB")
         rng = np.random.default_rng((0, number))
-        views = [augment(image, rng) for _ in range(copies)] if split == "train" else dihedral(image)
-        yield from ((view, kind, source, split) for view in views)
+        views = [augment(image, rng) for _ in range(copies)] if tile.split == "train" else dihedral(image)
+        yield from ((view, tile.kind, tile.source, tile.split) for view in views)
 
 
 def phantom_patches(
@@ -341,8 +465,12 @@ def write_bank(
     encode: Callable[[np.ndarray], torch.Tensor],
     encoder: str,
     origin: str,
+    vocabulary: Vocabulary | None = None,
 ) -> None:
-    """Encode patches and write features (M, D) fp16 with their kinds, sources and splits as one safetensors file."""
+    """Encode patches and write features (M, D) fp16 with their kinds, sources and splits as one safetensors file.
+
+    vocabulary: of an origin that is not known everywhere.
+    """
     features, rows, batch = [], [], []
 
     def flush() -> None:
@@ -366,6 +494,8 @@ def write_bank(
         "encoder": encoder,
         "origin": origin,
     }
+    if vocabulary is not None:
+        metadata["vocabulary"] = json.dumps(asdict(vocabulary))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     save_file({"features": torch.cat(features)}, temporary, metadata)
@@ -373,7 +503,10 @@ def write_bank(
 
 
 def load_bank(path: Path, split: str) -> Bank:
-    """The part of a bank file that belongs to a split. Raises ValueError if there is none."""
+    """The part of a bank file that belongs to a split; its vocabulary, if it has its own, is registered.
+
+    Raises ValueError if there is no patch of the split.
+    """
     with safe_open(path, "pt") as file:
         metadata, features = file.metadata(), file.get_tensor("features")
     keep = np.array(json.loads(metadata["splits"])) == split
@@ -381,29 +514,207 @@ def load_bank(path: Path, split: str) -> Bank:
         raise ValueError(
             f"{path} holds no patch of split {split!r}; write the bank again with python -m train.mosaic bank"
         )
+    if "vocabulary" in metadata:
+        Vocabulary(**json.loads(metadata["vocabulary"])).register()
     kinds, sources = (np.array(json.loads(metadata[name]))[keep] for name in ("kinds", "sources"))
     return Bank(features[torch.from_numpy(keep)], kinds, sources, metadata["origin"], metadata["encoder"])
 
 
+# ------------------------------------------------------------------------------------------------------ slides
+
+SIDE = 224  # px of a patch, which is also a tile of the TIFF
+MPP = 0.5
+MARGIN = 2  # patches of glass around the tissue
+GLASS = 244
+SHRINK = 4  # between pyramid levels
+
+
+def truth_path(slide: str | Path) -> Path:
+    """Where the ground truth of a mosaic slide lies."""
+    return Path(f"{slide}.mosaic.json")
+
+
+def kinds_at(truth: Mapping[str, Any], coords: np.ndarray) -> np.ndarray:
+    """The kinds (N,) of the patches of a mosaic slide, "background" beside the tissue.
+
+    truth: what <slide>.mosaic.json says; coords: (N, 2) top-left corners in level-0 px, on the grid or not: a patch is
+    called by the cell its centre lies in.
+    """
+    column, row = ((np.asarray(coords) + SIDE // 2) // SIDE - MARGIN).T
+    place = row * truth["columns"] + column
+    inside = (row >= 0) & (column >= 0) & (column < truth["columns"]) & (place < len(truth["kinds"]))
+    return np.where(inside, np.array(truth["kinds"])[np.where(inside, place, 0)], "background")
+
+
+def slide_truth(origin: str, kinds: np.ndarray, facts: Facts, about: dict[str, Any], rng: np.random.Generator) -> dict:
+    """What <slide>.mosaic.json says: as a phantom's truth, and the kind of every patch and a question a family."""
+    columns = int(np.ceil(np.sqrt(len(kinds))))
+    row, column = np.divmod(np.arange(len(kinds)), columns)
+    needles = []
+    for kind in facts.present:
+        x, y = ((np.stack([column, row])[:, kinds == kind] + MARGIN) * SIDE).astype(int)
+        left, top = int(x.min()), int(y.min())
+        size = (int(x.max()) + SIDE - left, int(y.max()) + SIDE - top)
+        needles.append(phantom.Needle(kind, left, top, *size))
+    asked = [question for family in FAMILIES if (question := ask(facts, family, rng)) is not None]
+    return {
+        "sparsewsi_mosaic": about,
+        "mpp": MPP,
+        "patch_size": SIDE,
+        "dominant": facts.dominant,
+        "others": sorted({str(kind) for kind in kinds} & set(BACKGROUNDS[origin]) - {facts.dominant}),
+        "present": list(facts.present),
+        "needles": [asdict(needle) for needle in needles],
+        "label_rule": "a patch of the grid is one labelled tile",
+        "columns": columns,
+        "first": [MARGIN * SIDE, MARGIN * SIDE],
+        "kinds": kinds.tolist(),
+        "questions": [asdict(question) for question in asked],
+    }
+
+
+def write_slide(
+    path: Path, tiles: Sequence[Tile], origin: str, n: int, seed: int, per_needle: tuple[int, int] = (4, 12)
+) -> dict:
+    """Write a mosaic of n patches as a pyramidal tiled JPEG TIFF at 0.5 um/px, and its truth beside it.
+
+    The tissue starts MARGIN patches from the corner, on the grid that patches are cut on. Written under temporary names
+    and renamed, the truth first; memory holds a sixteenth of the pixels. The seed decides everything.
+    Raises ValueError for a kind that the tiles lack. Returns the truth.
+    """
+    rng = np.random.default_rng((seed, 7))
+    family = FAMILIES[seed % len(FAMILIES)]
+    facts = plan(origin, family, rng)
+    kinds = lay_out(facts, n, per_needle, rng)
+    rows = draw(kinds, np.array([tile.kind for tile in tiles]), np.array([tile.source for tile in tiles]), rng)
+    turns = rng.integers(8, size=n)
+    truth = slide_truth(origin, kinds, facts, {"seed": seed, "n": n, "split": tiles[0].split, "version": 1}, rng)
+    files = [tiles[row].file for row in rows]
+
+    def pixels(number: int) -> np.ndarray:
+        return dihedral(Image.open(files[number]).convert("RGB"), SIDE)[turns[number]]
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        slide, record = Path(folder) / "slide.tiff", Path(folder) / "truth.json"
+        _write_pyramid(slide, n, truth["columns"], pixels, {"sparsewsi_mosaic": truth["sparsewsi_mosaic"]})
+        record.write_text(json.dumps(truth))
+        os.replace(record, truth_path(path))
+        os.replace(slide, path)
+    return truth
+
+
+def _write_pyramid(path: Path, n: int, columns: int, pixels: Callable[[int], np.ndarray], description: dict) -> None:
+    """pixels(i): uint8 (SIDE, SIDE, 3) of patch i in raster order, asked for once each."""
+    import tifffile
+
+    wide, high = columns + 2 * MARGIN, -(-n // columns) + 2 * MARGIN
+    small = SIDE // SHRINK
+    level = np.full((high * small, wide * small, 3), GLASS, np.uint8)
+    glass = np.full((SIDE, SIDE, 3), GLASS, np.uint8)
+
+    def cells() -> Iterator[np.ndarray]:
+        for row, column in np.ndindex(high, wide):
+            number = (row - MARGIN) * columns + column - MARGIN
+            if row < MARGIN or not MARGIN <= column < MARGIN + columns or number >= n:
+                yield glass
+                continue
+            patch = pixels(number)
+            y, x = row * small, column * small
+            level[y : y + small, x : x + small] = _shrunk(patch)
+            yield patch
+
+    settings = {
+        "dtype": np.uint8,
+        "tile": (SIDE, SIDE),
+        "photometric": "rgb",  # stored as YCbCr, because it is subsampled
+        "subsampling": (2, 2),
+        "compression": "jpeg",
+        "compressionargs": {"level": 85},
+        "metadata": None,
+        "resolutionunit": "CENTIMETER",
+    }
+    per_cm = 1e4 / MPP
+    with tifffile.TiffWriter(path, bigtiff=n > 20_000) as file:
+        file.write(
+            cells(),
+            shape=(high * SIDE, wide * SIDE, 3),
+            description=json.dumps(description),
+            resolution=(per_cm, per_cm),
+            software="sparsewsi mosaic",
+            **settings,
+        )
+        while True:
+            per_cm /= SHRINK
+            file.write(level, resolution=(per_cm, per_cm), subfiletype=1, **settings)
+            if max(level.shape) <= 1_024:
+                break
+            level = _shrunk(level)
+
+
+def _shrunk(pixels: np.ndarray) -> np.ndarray:
+    """Mean over SHRINK x SHRINK px; leftover rows and columns are dropped."""
+    high, wide = (side // SHRINK for side in pixels.shape[:2])
+    block = pixels[: high * SHRINK, : wide * SHRINK].reshape(high, SHRINK, wide, SHRINK, 3)
+    return ((block.sum((1, 3), dtype=np.uint16) + SHRINK**2 // 2) // SHRINK**2).astype(np.uint8)
+
+
+def write_slides(
+    folder: Path, tiles: Sequence[Tile], origin: str, split: str, count: int, n: int, seed: int = 0
+) -> list[Path]:
+    """Write `count` mosaics of a split's tiles, those that are there already left alone, and questions.jsonl."""
+    tiles = [tile for tile in tiles if tile.split == split]
+    if not tiles:
+        raise ValueError(f"there is no tile of split {split!r}.")
+    slides, lines = [], []
+    for number in range(seed, seed + count):
+        slide = folder / f"mosaic-{split}-{n}-{number}.tiff"
+        if not slide.is_file():
+            write_slide(slide, tiles, origin, n, number)
+            print(f"{slide}", flush=True)
+        for asked in json.loads(truth_path(slide).read_text())["questions"]:
+            record = {"slide": slide.stem, "category": asked.pop("family"), **asked}
+            lines.append(json.dumps(record) + "\n")
+        slides.append(slide)
+    (folder / "questions.jsonl").write_text("".join(lines))
+    return slides
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Encode labelled tiles and phantom patches once, for training and evaluation."
-    )
-    parser.add_argument("command", choices=["bank"])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["bank", "slides"])
     parser.add_argument("--tiles", type=Path, help="folder with atlas/ and crc_tissue/; without it, phantoms")
+    parser.add_argument("--classes", type=Path, help="folder with a folder of images for each class")
+    parser.add_argument("--labels", type=Path, help="JSON: what each class folder is; default those of Kather, NCT-CRC")
+    parser.add_argument("--per-class", type=int, help="images of a class at most")
     parser.add_argument("--phantoms", type=int, default=60, help="number of training phantoms")
     parser.add_argument("--copies", type=int, default=6, help="augmented copies of a real training tile")
     parser.add_argument("--encoder", default="efficientnet-lite0")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--slides", type=int, default=1, help="number of slides")
+    parser.add_argument("--n", type=int, default=4096, help="patches of a slide")
+    parser.add_argument("--split", default="test", help="slides: whose tiles to use")
+    parser.add_argument("--seed", type=int, default=0, help="of the first slide; the next ones count on")
+    parser.add_argument("--split-seed", type=int, default=0, help="of the split of --classes")
+    parser.add_argument("--out", type=Path, required=True, help="bank: a file; slides: a folder")
     arguments = parser.parse_args()
+    vocabulary, origin, tiles = None, "phantom", []
+    if arguments.classes:
+        labels = json.loads(arguments.labels.read_text()) if arguments.labels else None
+        tiles, vocabulary = class_tiles(arguments.classes, labels, arguments.per_class, arguments.split_seed)
+        vocabulary.register()
+        origin = vocabulary.origin
+    elif arguments.tiles:
+        tiles, origin = labelled_tiles(arguments.tiles), "real"
+    if arguments.command == "slides":
+        if not tiles:
+            parser.error("slides needs --tiles or --classes; for phantom slides see python -m sparsewsi phantom")
+        write_slides(arguments.out, tiles, origin, arguments.split, arguments.slides, arguments.n, arguments.seed)
+        return
     from sparsewsi.encoders import load_encoder
 
     encoder = load_encoder(arguments.encoder)
-    if arguments.tiles:
-        patches, origin = real_patches(arguments.tiles, arguments.copies), "real"
-    else:
-        patches, origin = phantom_patches(arguments.phantoms, 12), "phantom"
-    write_bank(arguments.out, patches, encoder, encoder.name, origin)
+    patches = tile_patches(tiles, arguments.copies) if tiles else phantom_patches(arguments.phantoms, 12)
+    write_bank(arguments.out, patches, encoder, encoder.name, origin, vocabulary)
 
 
 if __name__ == "__main__":

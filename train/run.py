@@ -333,7 +333,7 @@ def recording(config: TrainConfig, done: int) -> Iterator[Callable[[dict[str, fl
             with path.open("a") as log:
                 log.write(json.dumps(metrics) + "\n")
             if board is not None:
-                board.log(metrics, step=int(metrics["step"]))
+                board.log({name: value for name, value in metrics.items() if name != "step"}, step=int(metrics["step"]))
 
     try:
         yield record
