@@ -46,6 +46,7 @@ from sparsewsi.viewer import PAGE_CSS, Slides, bag_props, intake, map_props, pac
 
 DEFAULT_MODEL = Path(__file__).resolve().parent / "assets" / "demo-model"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+FEWEST, MOST = 8, 256  # patches of a what-if
 CASES = 16  # analysed slides kept for callers of the API; the oldest is forgotten first
 
 FILES = (
@@ -204,8 +205,7 @@ def facts(case: Case | None) -> str:
 
 def doubts(case: Case) -> list[str]:
     """What a reader of this case should know before believing it, gravest first; the bag's own note is another."""
-    found = novelty.warnings_about(case.bag, case.selection, novelty.load(model_name()))
-    return [line for line in found if not line.startswith("The answer is read from")]  # the summary says so already
+    return novelty.warnings_about(case.bag, case.selection, novelty.load(model_name()))
 
 
 def read_mpp(text: str) -> float | None:
@@ -307,7 +307,10 @@ def look(token: str, path: str, resolution: str, progress: gr.Progress = gr.Prog
     asked = questions_for(truth)
     samples = gr.Dataset(samples=[[text] for text, _ in asked], sample_labels=[text for text, _ in asked])
     view = gr.HTML(**bag_props(case.bag, case.selection), files=FILES)
-    return case, view, facts(case), gr.Accordion(visible=truth is not None, open=False), secret, samples, asked, ""
+    config = loaded()[0].config
+    k, alone = max(FEWEST, min(MOST, config.num_tokens)), gr.Markdown(visible=not config.multi_turn)
+    opened = gr.Accordion(visible=truth is not None, open=False)
+    return case, view, facts(case), opened, secret, samples, asked, "", k, alone
 
 
 def draw_map(case: Case) -> Any:
@@ -337,11 +340,16 @@ def add_turn(question: str, options: str, case: Case | None, chat: list) -> tupl
     return busy(value=""), "", [*answered, {"role": "user", "content": inert(text)}]
 
 
+def asked_in(chat: list) -> tuple[list[dict[str, str]], list[str]]:
+    """What the model is asked: the last question, after what was said before if it was trained on that."""
+    return turns_of(chat, history=loaded()[0].config.multi_turn)
+
+
 @gpu
 def reply(case: Case, chat: list) -> Iterator[list]:
     """Stream the answer to the last question."""
     with sentences():
-        turns, options = turns_of(chat)
+        turns, options = asked_in(chat)
         text = ""
         for piece in loaded()[0].answer(case.selection, turns, options):
             text += piece
@@ -354,7 +362,7 @@ def reply(case: Case, chat: list) -> Iterator[list]:
 def weigh(case: Case, chat: list, answers: dict[int, export.Answer]) -> tuple[list, dict[int, export.Answer], Any]:
     """What the answer rests on."""
     with sentences():
-        answer = measure(loaded()[0], case.selection, *turns_of(chat), text_of(chat[-1]).replace("(no answer)", ""))
+        answer = measure(loaded()[0], case.selection, *asked_in(chat), text_of(chat[-1]).replace("(no answer)", ""))
     place = len(chat) - 1
     answers = {i: earlier for i, earlier in answers.items() if i < place} | {place: answer}
     message = said(answer.text, notice(), about(answer, case.selection))
@@ -430,7 +438,7 @@ def ask_again(
         selection = choose(loaded()[0], case, int(k), selector, **picks)
         title = f"What if: {len(selection.indices)} patches, {selector}"
         title += "".join(f", {len(picks[key])} {key}" for key in ("pinned", "dropped") if picks[key])
-        turns, options = turns_of(chat)
+        turns, options = asked_in(chat)
         yield (
             side_by_side([left, (title, "", [])], notice()),
             gr.HTML(kept=packed(selection.indices, np.int32), evidence=None),
@@ -537,7 +545,7 @@ def ask(case: str, question: str, options: list[str] | None = None) -> dict:
 
 
 @gpu
-def weigh_evidence(case: str, question: str, answer: str, options: list[str] | None = None) -> dict:
+def evidence(case: str, question: str, answer: str, options: list[str] | None = None) -> dict:
     """How much an answer loses when each of the kept patches is left out.
 
     Args:
@@ -575,6 +583,7 @@ def layout(allow_paths: bool) -> tuple[gr.Blocks, SimpleNamespace]:
             ui.typed = gr.Textbox(
                 label="Path on this machine",
                 placeholder="/slides/case.svs, then Enter",
+                max_lines=1,
                 visible=allow_paths,
                 min_width=220,
                 scale=2,
@@ -609,6 +618,9 @@ def layout(allow_paths: bool) -> tuple[gr.Blocks, SimpleNamespace]:
                     max_length=2000,
                     elem_id="question",
                 )
+                ui.alone = gr.Markdown(
+                    "Each question is answered on its own, without those before it.", visible=False, elem_id="alone"
+                )
                 ui.examples = gr.Dataset(
                     label="Questions to start with",
                     components=[gr.Textbox(visible=False)],
@@ -627,7 +639,7 @@ def layout(allow_paths: bool) -> tuple[gr.Blocks, SimpleNamespace]:
                 )
                 with gr.Accordion("What if? Other patches, the same question", open=False, elem_id="what-if"):
                     with gr.Row():
-                        ui.k = gr.Slider(8, 256, value=32, step=8, label="Patches", min_width=140, elem_id="k")
+                        ui.k = gr.Slider(FEWEST, MOST, value=32, step=8, label="Patches", min_width=140, elem_id="k")
                         ui.selector = gr.Dropdown(
                             ["learned", *SELECTORS],
                             value="learned",
@@ -662,7 +674,7 @@ def wire(demo: gr.Blocks, ui: SimpleNamespace, allow_paths: bool) -> None:
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     waiting: dict[str, Any] = {"show_progress_on": ui.facts, "api_visibility": "private"}
     first = [ui.token, ui.view, ui.case, ui.chat, ui.answers, ui.compare, ui.secret, ui.facts]
-    seen = [ui.case, ui.view, ui.facts, ui.secret, ui.planted, ui.examples, ui.asked, ui.mpp]
+    seen = [ui.case, ui.view, ui.facts, ui.secret, ui.planted, ui.examples, ui.asked, ui.mpp, ui.k, ui.alone]
 
     sources = [
         ui.phantom.click(open_phantom, None, ui.path, **waiting),
@@ -712,7 +724,7 @@ def wire(demo: gr.Blocks, ui: SimpleNamespace, allow_paths: bool) -> None:
     shared: dict[str, Any] = {"concurrency_id": "gpu", "concurrency_limit": 1}
     api(analyze, api_name="analyze", **shared)
     api(ask, api_name="ask", **shared)
-    api(weigh_evidence, api_name="evidence", **shared)
+    api(evidence, api_name="evidence", **shared)
 
 
 def build(allow_paths: bool) -> gr.Blocks:

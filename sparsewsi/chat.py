@@ -39,11 +39,11 @@ def read_turn(text: str) -> tuple[str, list[str]]:
     return re.sub(r"\n[A-Z]\. .+$", "", text, flags=re.MULTILINE), options
 
 
-def turns_of(chat: list) -> tuple[list[dict[str, str]], list[str]]:
-    """The chat up to the last question as the model takes it, and that question's options."""
+def turns_of(chat: list, history: bool = True) -> tuple[list[dict[str, str]], list[str]]:
+    """The chat up to the last question as the model takes it, or without history that one; and its options."""
     turns = [{"role": message["role"], "content": text_of(message)} for message in back_to_question(chat)]
     question, options = read_turn(turns[-1]["content"])
-    return [*turns[:-1], {"role": "user", "content": question}], options
+    return [*(turns[:-1] if history else []), {"role": "user", "content": question}], options
 
 
 def said(text: str, notice: str, blocks: Sequence[str] = ()) -> dict[str, Any]:

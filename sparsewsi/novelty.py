@@ -215,7 +215,8 @@ def _cut(selection: Selection) -> str | None:
             f"Rank {k + 1} is as good as rank {k}: only {k - inside:,} of the {k} kept patches stand out, the other "
             f"{inside:,} score like most of the slide."
         )
+    left_out = f"{outside:,} patches that were left out score" if outside > 1 else "a patch that was left out scores"
     return (
-        f"Rank {k + 1} is as good as rank {k}: {outside:,} patches that were left out score as high as the last "
+        f"Rank {k + 1} is as good as rank {k}: {left_out} as high as the last "
         f"{inside:,} of the {k} kept. A larger K may change the answer."
     )

@@ -162,6 +162,15 @@ def test_13_an_archive_that_leads_out_is_not_unpacked(name, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_13_a_small_file_of_very_many_px_is_given_up_before_it_is_decoded(tmp_path):
+    from benchmarks.hostile import tiff_bomb
+
+    tiff_bomb(tmp_path / "bomb.tiff")
+    assert (tmp_path / "bomb.tiff").stat().st_size < 100_000
+    with pytest.raises(ValueError, match="20,000 x 20,000 px on its smallest level are no scan"):
+        intake.check(tmp_path / "bomb.tiff")
+
+
 def test_13_archives_with_links_bombs_or_damage_are_not_unpacked(tmp_path):
     link = zipfile.ZipInfo("link")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16

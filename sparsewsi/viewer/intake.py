@@ -28,6 +28,9 @@ MEMORY = 1 << 30  # bytes of address space of the child; a libopenslide at rest 
 OVERVIEW = 1024  # px
 ENTRIES, UNPACKED, RATIO = 20_000, 16 << 30, 100  # what an archive may hold: files, bytes, bytes per stored byte
 
+PACKED = 1000  # bytes of px per byte of file, for the smallest level alone; JPEG of plain white glass comes to 330
+SEVERAL_FILES = (".mrxs", ".vms", ".dcm")  # the file that is opened is not where the px are
+
 SAMPLE_URL = "https://openslide.cs.cmu.edu/download/openslide-testdata/Aperio/CMU-1-Small-Region.svs"
 SAMPLE_SHA256 = "ed92d5a9f2e86df67640d6f92ce3e231419ce127131697fbbce42ad5e002c8a7"
 SAMPLE_BYTES = 1_938_955
@@ -175,6 +178,14 @@ def _child(path: str) -> int:
 
     try:
         with open_slide(path) as slide:
+            file, (width, height) = Path(path), slide.level_sizes[-1]
+            alone = file.is_file() and file.suffix.lower() not in SEVERAL_FILES
+            if alone and 3 * width * height > PACKED * file.stat().st_size:
+                print(
+                    f"The slide was given up: {width:,} x {height:,} px on its smallest level are no scan in a file "
+                    f"of {file.stat().st_size / 1000:,.0f} kB. Save it again as a pyramidal TIFF."
+                )
+                return 1
             slide.thumbnail(OVERVIEW)
             slide.read_level(0, (slide.size[0] // 2, slide.size[1] // 2), (64, 64))
     except MemoryError:
