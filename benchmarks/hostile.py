@@ -11,7 +11,6 @@ app with all its children, and the longest wait of the second session. Linux; ne
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import struct
@@ -20,7 +19,6 @@ import sys
 import tempfile
 import threading
 import time
-import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -28,15 +26,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import numpy as np
 import psutil
 from gradio_client import Client, handle_file
 
+from benchmarks.sessions import QUESTION, Page
 from sparsewsi import phantom
 
 ROOT = Path(__file__).resolve().parents[1]
-QUESTION = ("Does this slide contain carcinoma?", ["Yes", "No"])
 PAUSE = 3  # s between two questions of the second session
 UPLOAD_LIMIT = 100 << 20  # bytes; larger files are opened by their path only
 
@@ -48,7 +45,7 @@ def tiff_bomb(path: Path, side: int = 20_000, tile: int = 512, mpp: float | None
     """A one-level TIFF of side x side px in some 20 kB: every tile is the same piece of the file."""
     count = -(-side // tile)
     grain = np.random.default_rng(0).integers(0, 40, (32, 32, 3), np.uint8)
-    pixels = (np.tile(grain, (tile // 32, tile // 32, 1)) + np.uint8([180, 90, 140])).astype(np.uint8)
+    pixels = (np.tile(grain, (tile // 32, tile // 32, 1)) + np.array([180, 90, 140], np.uint8)).astype(np.uint8)
     data = zlib.compress(pixels.tobytes(), 9)
     per_cm = round(1e4 / mpp) if mpp else 1
     entries = [(256, 3, [side]), (257, 3, [side]), (258, 3, [8, 8, 8]), (259, 3, [8]), (262, 3, [2]), (277, 3, [3])]
@@ -137,38 +134,14 @@ def served(model: str, home: Path) -> Iterator[tuple[str, psutil.Process]]:
         process.wait(30)
 
 
-class Page:
-    """What the page does when a slide is opened, without a browser: the same handlers, in the same order."""
-
-    def __init__(self, address: str):
-        self.address, self.session = address, uuid.uuid4().hex
-        self.client = httpx.Client(timeout=300)
-        config = self.client.get(f"{address}/config").json()
-        self.handlers = {item["api_name"]: item["id"] for item in config["dependencies"]}
-
-    def call(self, name: str, *data: object) -> list:
-        """Run a handler; returns its outputs. Raises ValueError with the sentence that the page would show."""
-        body = {"data": data, "fn_index": self.handlers[name], "session_hash": self.session}
-        self.client.post(f"{self.address}/gradio_api/queue/join", json=body).raise_for_status()
-        with self.client.stream(
-            "GET", f"{self.address}/gradio_api/queue/data", params={"session_hash": self.session}
-        ) as lines:
-            for line in lines.iter_lines():
-                event = json.loads(line.removeprefix("data:")) if line.startswith("data:") else {}
-                if event.get("msg") == "process_completed":
-                    if not event["success"]:
-                        raise ValueError(event["output"].get("error"))
-                    return event["output"]["data"]
-        raise ValueError("The connection ended.")
-
-    def open(self, path: Path) -> str:
-        """The sentence about a slide: what is wrong with it, or what the page says of it."""
-        try:
-            self.call("open_path", str(path))
-            self.call("show", None, "")
-            return str(self.call("look", None, None, "")[2])
-        except ValueError as error:
-            return str(error)
+def opened(page: Page, path: Path) -> str:
+    """The sentence about a slide: what is wrong with it, or what the page says of it."""
+    try:
+        page.call("open_path", str(path))
+        page.call("show", None, "")
+        return str(page.call("look", None, None, "")[2])
+    except ValueError as error:
+        return str(error)
 
 
 def uploaded(address: str, path: Path) -> str:
@@ -254,7 +227,7 @@ def main() -> None:
                         continue
                     path = folder / file
                     make(path)
-                    ways = {"path": lambda path=path: Page(address).open(path)}
+                    ways = {"path": lambda path=path: opened(Page(address), path)}
                     if path.stat().st_size < UPLOAD_LIMIT:
                         ways["upload"] = lambda path=path: uploaded(address, path)
                     for way, deed in ways.items():

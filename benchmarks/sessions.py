@@ -3,20 +3,80 @@
     python app.py --port 7860 &
     python -m benchmarks.sessions http://127.0.0.1:7860 --sessions 20 --at-once 4 --pid $!
 
-Prints seconds per session, errors, and with --pid the app's memory and files before and after (Linux only).
+Prints the steps from opening the page to the first word of an answer, seconds per session, errors, and with --pid the
+app's memory before and after and its processor seconds (Linux only).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
+import psutil
 from gradio_client import Client
 
 QUESTION = ("Does this slide contain carcinoma?", ["Yes", "No"])
+
+
+class Page:
+    """What the page does when a slide is opened, without a browser: the same handlers, in the same order."""
+
+    def __init__(self, address: str):
+        self.address, self.session = address, uuid.uuid4().hex
+        self.client = httpx.Client(timeout=300)
+        config = self.client.get(f"{address}/config").json()
+        self.handlers = {item["api_name"]: item["id"] for item in config["dependencies"]}
+
+    def call(self, name: str, *data: object, first: bool = False) -> list:
+        """Run a handler; returns its outputs, or the first of those that it streams.
+
+        Raises ValueError with the sentence that the page would show.
+        """
+        body = {"data": data, "fn_index": self.handlers[name], "session_hash": self.session}
+        self.client.post(f"{self.address}/gradio_api/queue/join", json=body).raise_for_status()
+        with self.client.stream(
+            "GET", f"{self.address}/gradio_api/queue/data", params={"session_hash": self.session}
+        ) as lines:
+            for line in lines.iter_lines():
+                event = json.loads(line.removeprefix("data:")) if line.startswith("data:") else {}
+                if first and event.get("msg") == "process_generating":
+                    return event["output"]["data"]
+                if event.get("msg") == "process_completed":
+                    if not event["success"]:
+                        raise ValueError(event["output"].get("error"))
+                    return event["output"]["data"]
+        raise ValueError("The connection ended.")
+
+
+def first_word(address: str, pid: int | None) -> None:
+    """Print when what is on the page, from opening it to the first streamed word about the phantom."""
+
+    def clocks() -> tuple[float, float]:
+        spent = psutil.Process(pid).cpu_times() if pid else None
+        return time.perf_counter(), spent.user + spent.system if spent else 0.0
+
+    began = clocks()
+
+    def say(words: str) -> None:
+        now = clocks()
+        print(f"  {now[0] - began[0]:6.1f} s, {now[1] - began[1]:6.1f} CPU s: {words}")
+
+    page = Page(address)
+    say("page open")
+    page.call("open_phantom")
+    page.call("show", None, "")
+    say("slide on screen")
+    page.call("look", None, None, "")
+    say("patches selected")
+    chat = page.call("add_turn", QUESTION[0], "\n".join(QUESTION[1]), None, [])[2]
+    page.call("reply", None, chat, first=True)
+    say("first word")
 
 
 def session(address: str) -> float:
@@ -44,6 +104,9 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=4)
     parser.add_argument("--pid", type=int)
     options = parser.parse_args()
+    for which in ("first visit", "second visit"):
+        print(f"from opening the page, {which}:")
+        first_word(options.address, options.pid)
     print(f"first session: {session(options.address):.1f} s (loads the model)")
     before = resident(options.pid) if options.pid else 0.0
     with ThreadPoolExecutor(options.at_once) as pool:

@@ -368,6 +368,23 @@ def test_an_answer_streams_with_its_notice_and_is_then_weighed(tiny_model, monke
     assert update.props["evidence"]["indices"] == held.selection.indices.tolist()
 
 
+@pytest.mark.parametrize("multi_turn", [True, False])
+def test_what_was_said_before_goes_to_the_model_only_if_it_was_trained_on_that(
+    multi_turn, tiny_model, tmp_path, monkeypatch
+):
+    model = SparseWSI.from_pretrained(tiny_model)
+    model.config = dataclasses.replace(model.config, multi_turn=multi_turn)
+    model.save_pretrained(tmp_path / "copy")
+    monkeypatch.setenv("SPARSEWSI_MODEL", str(tmp_path / "copy"))
+    held = tiny_case(app.loaded()[0])
+    question = [{"role": "user", "content": format_question("Which?", ["fat", "liver"])}]
+    before = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+    asked = {"role": "user", "content": "Which?"}
+    assert app.asked_in([*before, *question]) == ([*before, asked] if multi_turn else [asked], ["fat", "liver"])
+    alone, later = (list(app.reply(held, chat))[-1][-1] for chat in (question, [*before, *question]))
+    assert (alone == later) != multi_turn
+
+
 def test_downloads_are_written_when_asked_for(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSEWSI_MODEL", str(tiny_model))
     app.weights.cache_clear()

@@ -135,7 +135,7 @@ function setMembers(indices, where) {
 function describe(index) {
   const effect = effects.get(index), um = slide && slide.mpp ? centre(index).map((v) => Math.round(v * slide.mpp).toLocaleString("en")) : null;
   return [`#${bag.rank[index]}`, `score ${bag.scores[index].toFixed(2)} (top ${top(bag.rank[index] / bag.n)} %)`,
-    effect === undefined ? "" : `evidence ${times(effect)}`, um ? `at ${um[0]}, ${um[1]} µm` : "", kept.includes(index) ? "" : "left out"].filter(Boolean).join(" · ");
+    effect === undefined ? "" : effect < -0.005 ? "the answer is likelier without it" : `evidence ${times(effect)}`, um ? `at ${um[0]}, ${um[1]} µm` : "", kept.includes(index) ? "" : "left out"].filter(Boolean).join(" · ");
 }
 
 const top = (share) => (share < 0.01 ? (100 * share).toFixed(1) : Math.ceil(100 * share));
