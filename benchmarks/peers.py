@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import venv
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,11 @@ class Peer:
     alone: tuple[str, ...] = ()
     torch: bool = False
 
+    @property
+    def named(self) -> tuple[str, ...]:
+        """What the peer itself is, name==version."""
+        return self.alone or self.requirements[:1]
+
 
 PEERS = {
     "openslide-python": Peer(("openslide-python==1.4.7", "openslide-bin==4.0.1.2", "pillow==12.3.0", "numpy==2.4.6")),
@@ -34,7 +40,7 @@ PEERS = {
     # Asks for a torch older than ours, and for Jupyter, Sphinx and Bokeh, which reading does not use.
     "tiatoolbox": Peer(
         (
-            *("openslide-python==1.4.5", "openslide-bin==4.0.0.8", "opencv-python-headless", "pandas", "shapely"),
+            *("openslide-python==1.4.3", "openslide-bin==4.0.0.8", "opencv-python-headless", "pandas", "shapely"),
             *("zarr", "tifffile==2026.3.3", "imagecodecs==2026.3.6", "joblib", "matplotlib", "psutil", "requests"),
             *("scikit-image", "dask", "pyyaml", "tqdm", "defusedxml", "glymur", "wsidicom", "typing_extensions"),
         ),
@@ -45,13 +51,13 @@ PEERS = {
     "lazyslide": Peer(
         (
             *("wsidata==0.12.0", "legendkit", "matplotlib-scalebar", "numba", "psutil", "rich", "scikit-image"),
-            *("scikit-learn", "seaborn"),
+            *("scikit-learn", "seaborn", "huggingface-hub"),
         ),
         alone=("lazyslide==0.13.0",),
         torch=True,
     ),
     "hs2p": Peer(("hs2p==6.1.0", "openslide-python==1.4.7", "openslide-bin==4.0.1.2")),
-    "softtorch": Peer((), alone=("softtorch==0.1.1",), torch=True),  # states Python 3.12
+    "softtorch": Peer(("POT", "scipy"), alone=("softtorch==0.1.1",), torch=True),  # states Python 3.12
     "difftopk": Peer(("difftopk==0.2.0",), torch=True),
     "torchsort": Peer(("torchsort==0.1.10",), torch=True),
     "pytopk": Peer(("pytopk==0.1.0",), torch=True),
@@ -91,12 +97,26 @@ def python_of(name: str, folder: Path = FOLDER) -> str:
     return str(python)
 
 
+def installed(names: Iterable[str], folder: Path = FOLDER) -> tuple[dict[str, str], dict[str, str]]:
+    """(peer -> interpreter, peer -> why it is missing)."""
+    pythons, missing = {}, {}
+    for name in names:
+        try:
+            pythons[name] = python_of(name, folder)
+        except MissingPeer as reason:
+            missing[name] = str(reason)
+    return pythons, missing
+
+
 def _python(place: Path) -> Path:
     return place / ("Scripts" if os.name == "nt" else "bin") / "python"
 
 
 def _pip(python: Path, *arguments: str) -> None:
-    done = subprocess.run([python, "-m", "pip", "install", "-q", *arguments], capture_output=True, text=True)
+    # Without the PATH to nvcc: torchsort would compile for a GPU that torch is not built for.
+    environment = os.environ | {"PATH": os.pathsep.join([str(python.parent), "/usr/bin", "/bin"])}
+    command = [python, "-m", "pip", "install", "-q", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if "rror" in line]
         raise MissingPeer((errors or done.stderr.splitlines() or ["pip said nothing"])[-1].strip())
@@ -107,12 +127,11 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=list(PEERS), metavar="PEER", help=", ".join(PEERS))
     parser.add_argument("--peers-in", type=Path, default=FOLDER)
     arguments = parser.parse_args()
-    for name in arguments.names:
-        try:
-            python_of(name, arguments.peers_in)
-            print(f"{name}: there", flush=True)
-        except MissingPeer as reason:
-            print(f"{name}: {reason}", file=sys.stderr, flush=True)
+    pythons, missing = installed(arguments.names, arguments.peers_in)
+    for name, python in pythons.items():
+        print(f"{name}: {python}")
+    for name, reason in missing.items():
+        print(f"{name}: {reason}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """Patches per CPU-second: sparsewsi's reading beside a plain OpenSlide loop and other readers, as ratios.
 
-    python -m benchmarks.reading SLIDE [--patches 1000] [--runs 5] [--peers tiffslide fastslide] [--out runs/reading]
+    python -m benchmarks.reading SLIDE [--half SLIDE_40X] [--patches 1000] [--runs 5] [--peers tiffslide fastslide]
 
 Cases, all with the same places on the slide's tissue, in raster order, one process, one thread:
     on the grid    256 px of level 0 that are whole tiles
     off the grid   224 px of level 0, which cut tiles
-    half           512 px of level 0 as 256 px (a 40x slide read at 20x)
+    half           512 px of level 0 as 256 px (a 40x slide read at 20x, of SLIDE_40X if one is given)
 
-Every reader runs in a process of its own, in turn, and prints its CPU time and a digest of all px; a peer runs in a
-venv of its own (VENVS below, made on first use from the package index). Printed: the median of the runs, the ratio to
-the OpenSlide loop, and whether every px equals the loop's.
+Every reader runs in a process of its own, in turn, and prints its CPU time and a digest of all px; a peer runs in its
+venv (benchmarks/peers.py). Printed: the median of the runs, the ratio to the OpenSlide loop (the median of the ratios
+within a round), and whether every px equals the loop's.
 """
 
 import argparse
@@ -20,20 +20,13 @@ import statistics
 import subprocess
 import sys
 import time
-import venv
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np  # nothing of ours up here: peers run this file without it
 from PIL import Image
 
-# Peer -> what is installed for it.
-VENVS = {
-    "tiffslide": ["tiffslide==3.0.1", "imagecodecs"],
-    "fastslide": ["fastslide==0.8.1"],
-    "tiatoolbox": ["tiatoolbox==2.1.3"],
-    "lazyslide": ["lazyslide==0.13.0"],
-}
+PEERS_OF_READING = ("openslide-python", "fastslide", "tiffslide", "lazyslide", "tiatoolbox")
 CASES = {"on the grid": (256, 256), "off the grid": (224, 224), "half": (512, 256)}  # level-0 px, px of the patch
 Read = Callable[[int, int, int], np.ndarray]  # (x, y, side), level-0 px -> uint8 (side, side, 3)
 
@@ -88,7 +81,7 @@ def scaled(read: Read, side: int, px: int) -> Callable[[int, int], np.ndarray]:
 
 
 READERS: dict[str, Callable[[str], Read]] = {
-    "openslide": with_openslide,
+    "openslide-python": with_openslide,
     "tiffslide": with_tiffslide,
     "fastslide": with_fastslide,
     "tiatoolbox": with_tiatoolbox,
@@ -108,18 +101,8 @@ def measure(reader: str, path: str, places: list[tuple[int, int]], side: int, px
         start = time.process_time()
         pixels = patch(x, y)
         seconds += time.process_time() - start
-        digest.update(pixels.tobytes())
+        digest.update(np.ascontiguousarray(pixels).tobytes())
     return {"speed": (len(places) - 1) / seconds, "digest": digest.hexdigest()}
-
-
-def python_of(peer: str, folder: Path) -> Path:
-    """The interpreter of a peer's venv, which is made if it is not there."""
-    place = folder / peer
-    python = place / ("Scripts" if os.name == "nt" else "bin") / "python"
-    if not python.exists():
-        venv.create(place, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", "numpy", "pillow", *VENVS[peer]], check=True)
-    return python
 
 
 def tissue_places(path: str, side: int, shift: int, count: int) -> list[tuple[int, int]]:
@@ -138,45 +121,56 @@ def tissue_places(path: str, side: int, shift: int, count: int) -> list[tuple[in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("slide")
+    parser.add_argument("--half", help="a slide scanned at 40x")
     parser.add_argument("--patches", type=int, default=1000)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--peers", nargs="*", default=[], choices=list(VENVS))
-    parser.add_argument("--out", type=Path, default=Path("runs/reading"))
+    parser.add_argument("--peers", nargs="*", default=PEERS_OF_READING[1:], choices=PEERS_OF_READING[1:])
+    parser.add_argument("--peers-in", type=Path)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--reader", help=argparse.SUPPRESS)  # in the child: read the places on stdin
     options = parser.parse_args()
     if options.reader:
         print(json.dumps(measure(options.reader, options.slide, *json.load(sys.stdin))))
         return
-    pythons = {"openslide": sys.executable, "sparsewsi": sys.executable}
-    pythons |= {peer: str(python_of(peer, options.out / "venvs")) for peer in options.peers}
+
+    from benchmarks.peers import FOLDER, PEERS, installed
+    from benchmarks.tables import OUT, Table, report
+
+    pythons, missing = installed(("openslide-python", *options.peers), options.peers_in or FOLDER)
+    pythons["sparsewsi"] = sys.executable
     root = Path(__file__).resolve().parents[1]
-    lines = ["| case | reader | patches per CPU-second | ratio | px equal |", "|---|---|---|---|---|"]
+    rows = []
     for case in options.cases:
         side, px = CASES[case]
-        task = (tissue_places(options.slide, side, 100 if case == "off the grid" else 0, options.patches + 1), side, px)
+        slide = options.half or options.slide if case == "half" else options.slide
+        task = (tissue_places(slide, side, 100 if case == "off the grid" else 0, options.patches + 1), side, px)
         results: dict[str, list[dict]] = {reader: [] for reader in pythons}
         for _ in range(options.runs):
             for reader, python in pythons.items():
-                command = [python, __file__, options.slide, "--reader", reader]
                 environment = os.environ | {"OMP_NUM_THREADS": "1"}
                 if reader == "sparsewsi":
                     environment["PYTHONPATH"] = str(root)
-                done = subprocess.run(
-                    command, input=json.dumps(task), env=environment, stdout=subprocess.PIPE, text=True
-                )
+                command = [python, __file__, slide, "--reader", reader]
+                done = subprocess.run(command, input=json.dumps(task), env=environment, capture_output=True, text=True)
                 if done.returncode == 0:
                     results[reader].append(json.loads(done.stdout.splitlines()[-1]))
-        medians = {reader: statistics.median(run["speed"] for run in runs) for reader, runs in results.items() if runs}
+                elif reader not in missing:
+                    missing[reader] = (done.stderr.splitlines() or ["no reason given"])[-1]
+        loop = results["openslide-python"]
+        found = {reader: runs for reader, runs in results.items() if len(runs) == options.runs}
+        medians = {reader: statistics.median(run["speed"] for run in runs) for reader, runs in found.items()}
         for reader, speed in sorted(medians.items(), key=lambda item: -item[1]):
-            equal = results[reader][0]["digest"] == results["openslide"][0]["digest"]
-            lines.append(
-                f"| {case} | {reader} | {speed:.0f} | {speed / medians['openslide']:.2f} | {'yes' if equal else 'no'} |"
-            )
-    options.out.mkdir(parents=True, exist_ok=True)
-    table = "\n".join(lines) + "\n"
-    (options.out / "table.md").write_text(table)
-    print(table, end="")
+            ratio = statistics.median(run["speed"] / plain["speed"] for run, plain in zip(results[reader], loop))
+            equal = results[reader][0]["digest"] == loop[0]["digest"]
+            rows.append([case, reader, f"{speed:.0f}", f"{ratio:.2f}", "yes" if equal else "no"])
+    versions = ", ".join(
+        requirement for name in pythons if name in PEERS for requirement in PEERS[name].named if name not in missing
+    )
+    note = f"{options.patches} patches, one thread, median of {options.runs} runs; {versions}."
+    note += "".join(f" Without {name}: {reason}" for name, reason in missing.items())
+    columns = ["case", "reader", "patches per CPU-second", "ratio", "px equal"]
+    report(Table("reading", columns, rows, note), options.out or OUT)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Tissue and coordinates of a large slide: CPU-seconds, peak memory, precision and recall against a known mask.
 
-    python -m benchmarks.tissue SLIDE MASK [--one-level] [--runs 5]
+    python -m benchmarks.tissue SLIDE MASK [--one-level] [--runs 5] [--peers hs2p lazyslide]
 
 SLIDE and MASK (a PNG, white where there is tissue, of any scale) come from a generator of slides with pen strokes, dust
-and holes. --one-level also measures a copy of the slide's finest level alone. Every run is a process of its own: CPU
-time from opening the slide to the coordinates, without imports; peak memory of the whole process, with libraries.
+and holes. --one-level also measures a copy of the slide's finest level alone. Every run is a process of its own, a peer
+in its venv (benchmarks/peers.py) with its own defaults: CPU time from opening the slide to the coordinates, without
+imports; peak memory of the whole process, with libraries. Patches are judged on the grid that each program chose.
 """
 
 import argparse
@@ -17,36 +18,71 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
+import numpy as np  # nothing of ours up here: peers run this file without it
 from PIL import Image
 
 MPP, PATCH_SIZE, MIN_TISSUE = 0.5, 224, 0.1
+PEERS_OF_TISSUE = ("hs2p", "lazyslide")
+Found = tuple[list[list[int]], float, tuple[int, int]]  # corners (x, y), side, size of the slide; level-0 px
 
 
-def measure(slide: str) -> None:
-    """In a child: print CPU-seconds, the coordinates and the side of a patch."""
+def ours(slide: str) -> Found:
     from sparsewsi.slide import open_slide
     from sparsewsi.tissue import patch_coords, patch_side
 
-    start = time.process_time()
     with open_slide(slide) as opened:
         coords = patch_coords(opened, MPP, PATCH_SIZE, MIN_TISSUE)
-        seconds = time.process_time() - start
-        side, size = patch_side(opened, MPP, PATCH_SIZE), opened.size
-    print(json.dumps({"seconds": seconds, "coords": coords.tolist(), "side": side, "size": size}))
+        return coords.tolist(), patch_side(opened, MPP, PATCH_SIZE), opened.size
 
 
-def run(slide: Path) -> tuple[dict, float]:
-    """(what the child printed, peak resident memory in MB)."""
-    with tempfile.TemporaryFile("w+") as out:
-        command = [sys.executable, "-m", "benchmarks.tissue", str(slide), "--child"]
-        process = subprocess.Popen(command, stdout=out, cwd=Path(__file__).resolve().parents[1])
+def with_hs2p(slide: str) -> Found:
+    from hs2p import SegmentationConfig, SlideSpec, TilingConfig, tile_slide
+
+    tiling = TilingConfig(requested_spacing_um=MPP, requested_tile_size_px=PATCH_SIZE, tolerance=0.05, overlap=0.0)
+    spec = SlideSpec(sample_id="slide", image_path=Path(slide))
+    tiles = tile_slide(spec, tiling=tiling, segmentation=SegmentationConfig(method="hsv")).tiles
+    return np.stack([tiles.x, tiles.y], 1).tolist(), tiles.tile_size_lv0, tuple(tiles.slide_dimensions)
+
+
+def with_lazyslide(slide: str) -> Found:
+    import lazyslide
+    import wsidata
+
+    opened = wsidata.open_wsi(slide)
+    lazyslide.pp.find_tissues(opened)
+    lazyslide.pp.tile_tissues(opened, PATCH_SIZE, mpp=MPP)
+    corners = opened.shapes["tiles"].bounds.to_numpy()
+    height, width = opened.properties.shape
+    return corners[:, :2].astype(int).tolist(), float(corners[0, 2] - corners[0, 0]), (width, height)
+
+
+PROGRAMS = {"sparsewsi": ours, "hs2p": with_hs2p, "lazyslide": with_lazyslide}
+LIBRARIES = {"sparsewsi": "sparsewsi.tissue", "hs2p": "hs2p", "lazyslide": "lazyslide"}
+
+
+def measure(slide: str, program: str) -> None:
+    """In a child: print CPU-seconds, the coordinates and the side of a patch."""
+    __import__(LIBRARIES[program])
+    start = time.process_time()
+    coords, side, size = PROGRAMS[program](slide)
+    seconds = time.process_time() - start
+    print(json.dumps({"seconds": seconds, "coords": coords, "side": side, "size": size}))
+
+
+def run(slide: Path, program: str, python: str) -> tuple[dict, float]:
+    """(what the child printed, peak resident memory in MB). Raises RuntimeError with what a failed child said."""
+    root = Path(__file__).resolve().parents[1]
+    environment = os.environ | ({"PYTHONPATH": str(root)} if program == "sparsewsi" else {})
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        command = [python, __file__, str(slide), "--child", program]
+        process = subprocess.Popen(command, stdout=out, stderr=errors, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise SystemExit(process.returncode)
         out.seek(0)
-        return json.load(out), usage.ru_maxrss / 1024
+        errors.seek(0)
+        if process.returncode:
+            raise RuntimeError((errors.read().splitlines() or ["no reason given"])[-1])
+        return json.loads(out.read().splitlines()[-1]), usage.ru_maxrss / 1024
 
 
 def true_shares(mask: np.ndarray, coords: np.ndarray, side: int, size: tuple[int, int]) -> np.ndarray:
@@ -94,45 +130,71 @@ def one_level(slide: Path, copy: Path) -> None:
         )
 
 
+def judged(found: dict, mask: np.ndarray) -> list[str]:
+    """Patches, precision, recall, patches off all tissue, as texts.
+
+    A patch is right if MIN_TISSUE of it is tissue. Recall: of the right places of a grid from the origin, the share
+    whose middle lies in a patch, as programs start their grids where they like.
+    """
+    coords, side, size = np.array(found["coords"]), found["side"], found["size"]
+    shares = true_shares(mask, coords, side, size)
+    reach = round(size[0] / mask.shape[1])  # the mask is no finer than that
+    far = true_shares(mask, coords - reach, side + 2 * reach, size) < 1e-9
+    covered = np.zeros(mask.shape, bool)
+    scale = size[0] / mask.shape[1]
+    for x, y in coords / scale:
+        covered[int(y) : int(np.ceil(y + side / scale)), int(x) : int(np.ceil(x + side / scale))] = True
+    grid = np.stack(np.meshgrid(np.arange(0, size[0], side), np.arange(0, size[1], side)), -1).reshape(-1, 2)
+    wanted = true_shares(mask, grid, side, size) >= MIN_TISSUE
+    middles = np.minimum(((grid + side / 2) / scale).astype(int), np.array(mask.shape[::-1]) - 1)
+    got = covered[middles[:, 1], middles[:, 0]]
+    precision, recall = (shares >= MIN_TISSUE).mean(), (got & wanted).sum() / wanted.sum()
+    return [f"{len(coords)}", f"{precision:.4f}", f"{recall:.4f}", f"{int(far.sum())}"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("slide", type=Path)
     parser.add_argument("mask", type=Path, nargs="?")
     parser.add_argument("--one-level", action="store_true")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--peers", nargs="*", default=PEERS_OF_TISSUE, choices=PEERS_OF_TISSUE)
+    parser.add_argument("--peers-in", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        measure(str(options.slide))
+        measure(str(options.slide), options.child)
         return
     if options.mask is None:
         parser.error("a mask is needed")
+
+    from benchmarks.peers import FOLDER, PEERS, installed
+    from benchmarks.tables import OUT, Table, report
+
     Image.MAX_IMAGE_PIXELS = None
     mask = np.asarray(Image.open(options.mask).convert("L")) > 127
-    print("| slide | CPU-s, median | lowest | peak MB | patches | precision | recall | patches off tissue |")
-    print("|---|---|---|---|---|---|---|---|")
+    pythons, missing = installed(options.peers, options.peers_in or FOLDER)
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        slides = {"pyramid": options.slide}
+        tasks = [(program, "pyramid", options.slide) for program in ("sparsewsi", *pythons)]
         if options.one_level:
-            slides["one level"] = Path(folder) / "one.svs"
-            one_level(options.slide, slides["one level"])
-        for name, slide in slides.items():
-            runs = [run(slide) for _ in range(options.runs)]
-            found, side, size = runs[0][0]["coords"], runs[0][0]["side"], runs[0][0]["size"]
-            grid = np.stack(np.meshgrid(np.arange(0, size[0], side), np.arange(0, size[1], side)), -1).reshape(-1, 2)
-            shares = true_shares(mask, grid, side, size)
-            wanted = shares >= MIN_TISSUE
-            reach = round(size[0] / mask.shape[1])  # the mask is no finer than that
-            far = true_shares(mask, grid - reach, side + 2 * reach, size) < 1e-9
-            kept = {tuple(xy) for xy in found}
-            got = np.array([tuple(xy) in kept for xy in grid.tolist()])
-            seconds = [result["seconds"] for result, _ in runs]
-            print(
-                f"| {name} | {statistics.median(seconds):.2f} | {min(seconds):.2f} | {max(mb for _, mb in runs):.0f} "
-                f"| {len(found)} | {(got & wanted).sum() / got.sum():.4f} | {(got & wanted).sum() / wanted.sum():.4f} "
-                f"| {int((got & far).sum())} |",
-                flush=True,
-            )
+            tasks.append(("sparsewsi", "one level", Path(folder) / "one.svs"))
+            one_level(options.slide, Path(folder) / "one.svs")
+        for program, name, slide in tasks:
+            try:
+                runs = [run(slide, program, pythons.get(program, sys.executable)) for _ in range(options.runs)]
+            except RuntimeError as reason:
+                missing[program] = str(reason)
+                continue
+            seconds = [found["seconds"] for found, _ in runs]
+            spent = [f"{statistics.median(seconds):.2f}", f"{min(seconds):.2f}", f"{max(mb for _, mb in runs):.0f}"]
+            rows.append([program, name, *spent, *judged(runs[0][0], mask)])
+    versions = ", ".join(requirement for name in pythons for requirement in PEERS[name].named)
+    note = f"Tissue and coordinates of one slide, {options.runs} runs; {versions}."
+    note += "".join(f" Without {name}: {reason}" for name, reason in missing.items())
+    columns = ["program", "slide", "CPU-s, median", "lowest", "peak MB", "patches", "precision", "recall"]
+    report(Table("tissue", [*columns, "patches off tissue"], rows, note), options.out or OUT)
 
 
 if __name__ == "__main__":
