@@ -134,7 +134,7 @@ def report(options, stems: dict[str, int], out: Path, samples: list[Sample], wal
     kinds = {(stems[stem], digest) for stem, digest in files.items()}
     print(f"\n`{' '.join(['python', '-m', 'benchmarks.cohort', *sys.argv[1:]])}`\n")
     print(f"{len(stems)} links to {len(PHANTOMS)} phantoms, {options.ranks} ranks, {options.kills} times killed.")
-    print(f"Wall {wall:.0f} s, CPU {cpu:.0f} s (processes that were killed counted only as far as the system tells).\n")
+    print(f"Wall {wall:.0f} s, CPU {cpu:.0f} s without what killed processes had used.\n")
     print("| slides reported once | twice or more | not at all | files | kinds of file | phantoms | left behind |")
     print("|---|---|---|---|---|---|---|")
     left = [path for path in out.iterdir() if path.name.startswith(".")]
@@ -146,8 +146,8 @@ def report(options, stems: dict[str, int], out: Path, samples: list[Sample], wal
     print("|---|---|---|---|---|---|---|---|")
     for name in sorted({sample.process for sample in samples}):
         rows = reports[int(name.split()[1].strip(","))]
-        mine = [sample for sample in samples if sample.process == name]
-        settled = [sample for sample in mine if sample.done > 0.1 * len(rows)]  # libraries are loaded
+        mine = [sample for sample in samples if sample.process == name and sample.mb > 0]  # 0: it is just ending
+        settled = [sample for sample in mine if sample.done > 0.1 * len(rows)] or mine  # libraries are loaded
         slope = float(np.polyfit([s.done for s in settled], [s.mb for s in settled], 1)[0]) if len(settled) > 2 else 0.0
         patches, seconds = (sum(row[key] for row in rows) for key in ("patches", "seconds"))
         first, last, most = settled[0].mb, settled[-1].mb, max(sample.mb for sample in settled)

@@ -217,6 +217,17 @@ def test_odd_names_links_and_strangers_in_the_way(tmp_path: Path, monkeypatch):
     assert len(list(out.glob("*.safetensors"))) == len(jobs) - 2
 
 
+def test_a_folder_holds_features_of_one_kind(tmp_path: Path):
+    extract.check_settings(tmp_path, Settings("misspelt", 0.5, 64))
+    extract.check_settings(tmp_path, SETTINGS)  # nothing was extracted
+    (tmp_path / "a.safetensors").touch()
+    extract.check_settings(tmp_path, SETTINGS)
+    with pytest.raises(
+        ValueError, match=r"encoder mean-colour \(now uni\), mpp 0.5 \(now 0.25\); choose another --out"
+    ):
+        extract.check_settings(tmp_path, Settings("uni", 0.25, 64))
+
+
 # ---- one slide
 
 
@@ -465,7 +476,10 @@ def test_ray_gives_the_same_files_though_a_reader_and_an_encoder_are_killed(tmp_
     command = [str(tmp_path / "slides"), "--part-seconds", "0", "--out"]
     assert extract.main([*command, str(tmp_path / "processes"), "--device", "cpu"]) == 1
     run = [sys.executable, "-m", "train.extract", *command, str(tmp_path / "ray"), "--engine", "ray", "--encoders", "1"]
-    process = subprocess.Popen(run, cwd=Path(extract.__file__).parents[1], stderr=subprocess.DEVNULL)
+    # Ray's workers step back for all else; on a busy machine they would never come to work.
+    environment = os.environ | {"RAY_worker_niceness": "0"}
+    cwd = Path(extract.__file__).parents[1]
+    process = subprocess.Popen(run, cwd=cwd, env=environment, stderr=subprocess.DEVNULL)
     try:
         killed = kill_a_descendant(process, "ray::MapBatches(_read_on_ray)")
         killed += kill_a_descendant(process, "ray::MapWorker(MapBatches(_EncodeOnRay)).submit")

@@ -379,6 +379,7 @@ def _begin_child(progress: Any) -> None:
     global _progress
     _progress = progress
     progress[2] = os.getpid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the parent decides
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -445,11 +446,18 @@ class Child:
                     each_second()
                 if tuple(self.progress) != seen:
                     seen, since = tuple(self.progress), time.monotonic()
-                elif time.monotonic() - since > self._stall_seconds and self.progress[2]:
-                    os.kill(self.progress[2], getattr(signal, "SIGKILL", signal.SIGTERM))
+                elif time.monotonic() - since > self._stall_seconds:
+                    self._kill()
+        except KeyboardInterrupt:
+            self._kill()
+            raise
         except BrokenProcessPool:
             self.close()
             raise
+
+    def _kill(self) -> None:
+        if self.progress[2]:
+            os.kill(self.progress[2], getattr(signal, "SIGKILL", signal.SIGTERM))
 
     def close(self) -> None:
         if self._pool is not None:
@@ -575,7 +583,7 @@ def extract_all_on_ray(
             context.target_max_block_size = 16 << 20  # about 100 patches
             context.max_errored_blocks = -1  # a slide that kills its task is missing at the end, and stops no other
             stream = (
-                ray.data.range(len(todo), override_num_blocks=len(todo))
+                ray.data.from_items(list(range(len(todo))), override_num_blocks=len(todo))
                 .map_batches(
                     _read_on_ray,  # type: ignore[arg-type]  # Ray's types leave fn_kwargs out
                     batch_size=1,
@@ -595,7 +603,7 @@ def extract_all_on_ray(
                 for job, row in _collect(stream, todo, settings, out, part_seconds):
                     record(job, row)
             except ray.exceptions.RayError as error:
-                raise ValueError(f"Ray gave up: {error}") from error
+                raise ValueError(f"Ray gave up: {str(error).strip().splitlines()[-1]}") from error
         for _, job, _, _ in todo:
             if job.path not in rows:
                 text = "Not all of its patches arrived: the process that read or encoded them died or stood still."
@@ -616,8 +624,8 @@ def _identity_of(folder: Path) -> str:
 def _read_on_ray(
     batch: dict[str, np.ndarray], todo: list[tuple[int, Job, str, int]], settings: Settings, stall_seconds: float
 ) -> Iterator[dict[str, np.ndarray]]:
-    """A task: rows of slide number `id`. If it stands still it ends its process, as a crash does, and runs again."""
-    rows = _rows_of(*todo[int(batch["id"][0])], settings)
+    """A task: the rows of slide number `item`. If it stands still it ends its process, and Ray runs it again."""
+    rows = _rows_of(*todo[int(batch["item"][0])], settings)
     while True:
         watch = threading.Timer(stall_seconds, os._exit, (1,))
         watch.daemon = True
@@ -725,7 +733,8 @@ def _collect(
 def check_settings(out: Path, settings: Settings) -> None:
     """Claim OUT for features of these settings. Raises ValueError if it holds features of others."""
     path = out / "extract.json"
-    if not path.is_file():
+    in_use = any(out.glob("*.safetensors")) or any(out.glob(".*.parts"))
+    if not (path.is_file() and in_use):  # a run that failed at once, over a misspelt encoder say, has claimed nothing
         with replacing(path) as partial:
             partial.write_text(json.dumps(asdict(settings), indent=2) + "\n")
     try:
@@ -859,6 +868,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on where this one was.", file=sys.stderr)
+        return 130
     failed = sum(row.outcome == "failed" for row in rows)
     print(f"{len(rows) - failed} of {len(rows)} slides are done, {failed} failed; see {options.out / 'report.csv'}.")
     # torchrun ends all ranks as soon as one exits with another status, and the others may have slides left.
