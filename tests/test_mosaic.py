@@ -203,19 +203,9 @@ def test_a_bank_of_classes_gives_questions_and_examples(
             return torch.from_numpy(pixels).float().mean((1, 2))
 
     monkeypatch.setattr("sparsewsi.encoders.load_encoder", lambda name: MeanColour())
-    run_main(
-        monkeypatch,
-        "bank",
-        "--classes",
-        classes,
-        "--per-class",
-        12,
-        "--copies",
-        1,
-        "--out",
-        tmp_path / "bank.safetensors",
-    )
-    bank = load_bank(tmp_path / "bank.safetensors", "test")
+    path = tmp_path / "bank.safetensors"
+    run_main(monkeypatch, "bank", "--classes", classes, "--per-class", 12, "--copies", 1, "--out", path)
+    bank = load_bank(path, "test")
     assert (bank.origin, bank.encoder) == ("made-up-classes", "mean-colour")
     colours = {mosaic.CLASSES[name]: colour for name, colour in COLOURS.items()}
     for bag, kinds, question in balanced_set(bank, 10, 100, seed=0):
