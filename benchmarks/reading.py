@@ -15,9 +15,7 @@ within a round), and whether every px equals the loop's.
 import argparse
 import hashlib
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -134,12 +132,12 @@ def main() -> None:
         print(json.dumps(measure(options.reader, options.slide, *json.load(sys.stdin))))
         return
 
+    from benchmarks.child import run_child
     from benchmarks.peers import FOLDER, PEERS, installed
     from benchmarks.tables import OUT, Table, report
 
     pythons, missing = installed(("openslide-python", *options.peers), options.peers_in or FOLDER)
     pythons["sparsewsi"] = sys.executable
-    root = Path(__file__).resolve().parents[1]
     rows = []
     for case in options.cases:
         side, px = CASES[case]
@@ -148,15 +146,10 @@ def main() -> None:
         results: dict[str, list[dict]] = {reader: [] for reader in pythons}
         for _ in range(options.runs):
             for reader, python in pythons.items():
-                environment = os.environ | {"OMP_NUM_THREADS": "1"}
-                if reader == "sparsewsi":
-                    environment["PYTHONPATH"] = str(root)
-                command = [python, __file__, slide, "--reader", reader]
-                done = subprocess.run(command, input=json.dumps(task), env=environment, capture_output=True, text=True)
-                if done.returncode == 0:
-                    results[reader].append(json.loads(done.stdout.splitlines()[-1]))
-                elif reader not in missing:
-                    missing[reader] = (done.stderr.splitlines() or ["no reason given"])[-1]
+                try:
+                    results[reader].append(run_child([__file__, slide, "--reader", reader], python, task, 1)[0])
+                except RuntimeError as reason:
+                    missing[reader] = str(reason)
         loop = results["openslide-python"]
         found = {reader: runs for reader, runs in results.items() if len(runs) == options.runs}
         medians = {reader: statistics.median(run["speed"] for run in runs) for reader, runs in found.items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 OUT = Path("runs/benchmarks")
 # In README's order.
-NAMES = ("reading", "tissue", "end_to_end", "soft_topk", "selection", "chat", "umap")
+NAMES = ("reading", "tissue", "end_to_end", "soft_topk", "selection", "chat", "feature_map")
 
 
 @dataclass(frozen=True)

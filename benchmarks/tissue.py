@@ -10,9 +10,7 @@ imports; peak memory of the whole process, with libraries. Patches are judged on
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -67,22 +65,6 @@ def measure(slide: str, program: str) -> None:
     coords, side, size = PROGRAMS[program](slide)
     seconds = time.process_time() - start
     print(json.dumps({"seconds": seconds, "coords": coords, "side": side, "size": size}))
-
-
-def run(slide: Path, program: str, python: str) -> tuple[dict, float]:
-    """(what the child printed, peak resident memory in MB). Raises RuntimeError with what a failed child said."""
-    root = Path(__file__).resolve().parents[1]
-    environment = os.environ | ({"PYTHONPATH": str(root)} if program == "sparsewsi" else {})
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
-        command = [python, __file__, str(slide), "--child", program]
-        process = subprocess.Popen(command, stdout=out, stderr=errors, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0)
-        errors.seek(0)
-        if process.returncode:
-            raise RuntimeError((errors.read().splitlines() or ["no reason given"])[-1])
-        return json.loads(out.read().splitlines()[-1]), usage.ru_maxrss / 1024
 
 
 def true_shares(mask: np.ndarray, coords: np.ndarray, side: int, size: tuple[int, int]) -> np.ndarray:
@@ -169,6 +151,7 @@ def main() -> None:
     if options.mask is None:
         parser.error("a mask is needed")
 
+    from benchmarks.child import run_child
     from benchmarks.peers import FOLDER, PEERS, installed
     from benchmarks.tables import OUT, Table, report
 
@@ -183,7 +166,8 @@ def main() -> None:
             one_level(options.slide, Path(folder) / "one.svs")
         for program, name, slide in tasks:
             try:
-                runs = [run(slide, program, pythons.get(program, sys.executable)) for _ in range(options.runs)]
+                child = [__file__, str(slide), "--child", program]
+                runs = [run_child(child, pythons.get(program, sys.executable)) for _ in range(options.runs)]
             except RuntimeError as reason:
                 missing[program] = str(reason)
                 continue
