@@ -374,6 +374,12 @@ def evidence_props(selection: Selection, answer: export.Answer) -> dict[str, Any
     return {"indices": indices, "effects": [round(effect, 4) for effect in answer.effects]} if answer.effects else None
 
 
+def last_evidence(case: Case | None, chat: list, answers: dict[int, export.Answer]) -> Any:
+    """The viewer shows the evidence of the answer that the chat ends with, never that of another one."""
+    answer = answers.get(len(chat) - 1)
+    return gr.HTML(evidence=evidence_props(case.selection, answer) if case and answer else None)
+
+
 def log_answer(case: Case, answers: dict[int, export.Answer], request: gr.Request) -> None:
     answer = answers[max(answers)]
     record(request.session_hash, event="ask", slide=case.bag.slide, **dataclasses.asdict(answer))
@@ -699,6 +705,9 @@ def wire(demo: gr.Blocks, ui: SimpleNamespace, allow_paths: bool) -> None:
         ui.chat.retry(retry, ui.chat, [ui.chat, ui.question], **quiet),
         ui.chat.edit(edit, ui.chat, [ui.chat, ui.question], **quiet),
     ]
+    ended = [ui.case, ui.chat, ui.answers]
+    for event in asked:
+        event.success(last_evidence, ended, ui.view, **quiet)
     answers = [event.success(reply, [ui.case, ui.chat], ui.chat, **quiet | alone) for event in asked]
     weighed = [
         event.success(weigh, [ui.case, ui.chat, ui.answers], [ui.chat, ui.answers, ui.view], **quiet | alone)
@@ -710,15 +719,16 @@ def wire(demo: gr.Blocks, ui: SimpleNamespace, allow_paths: bool) -> None:
     for event in [*answers, *weighed]:
         event.then(idle, None, ui.question, **quiet)
     ui.question.stop(stopped, ui.chat, [ui.chat, ui.question], cancels=[*answers, *weighed], **quiet)
-    ui.chat.undo(undo, [ui.chat, ui.answers], [ui.chat, ui.answers, ui.question, ui.options], **quiet)
-
-    ui.chat.clear(dict, None, ui.answers, **quiet).success(offer, [ui.case, ui.answers], None, **quiet)
+    undone = ui.chat.undo(undo, [ui.chat, ui.answers], [ui.chat, ui.answers, ui.question, ui.options], **quiet)
+    for event in (undone, ui.chat.clear(dict, None, ui.answers, **quiet)):
+        event.success(offer, [ui.case, ui.answers], None, **quiet)
+        event.success(last_evidence, ended, ui.view, **quiet)
 
     ui.view.picks(take_picks, ui.case, [ui.picks, ui.picked], **quiet)
     ui.view.journal(log_views, None, None, **quiet)
     what_if = [ui.case, ui.chat, ui.answers, ui.k, ui.selector, ui.picks]
     ui.again.click(ask_again, what_if, [ui.compare, ui.view], **alone, show_progress_on=ui.compare)
-    ui.own.click(own_patches, ui.case, [ui.compare, ui.view], **quiet)
+    ui.own.click(own_patches, ui.case, [ui.compare, ui.view], **quiet).success(last_evidence, ended, ui.view, **quiet)
     ui.regions.upload(import_regions, [ui.regions, ui.case], ui.view, **quiet)
 
     shared: dict[str, Any] = {"concurrency_id": "gpu", "concurrency_limit": 1}

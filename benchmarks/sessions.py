@@ -107,6 +107,8 @@ def main() -> None:
     for which in ("first visit", "second visit"):
         print(f"from opening the page, {which}:")
         first_word(options.address, options.pid)
+    if not options.sessions:
+        return
     print(f"first session: {session(options.address):.1f} s (loads the model)")
     before = resident(options.pid) if options.pid else 0.0
     with ThreadPoolExecutor(options.at_once) as pool:

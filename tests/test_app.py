@@ -368,6 +368,17 @@ def test_an_answer_streams_with_its_notice_and_is_then_weighed(tiny_model, monke
     assert update.props["evidence"]["indices"] == held.selection.indices.tolist()
 
 
+def test_the_viewer_shows_the_evidence_of_the_last_answer_only(tiny_model):
+    held = tiny_case(SparseWSI.from_pretrained(tiny_model))
+    effects = tuple(float(i) for i in range(6))
+    asked = [{"role": "user", "content": "Which?"}]
+    answered = [*asked, {"role": "assistant", "content": "Fat."}]
+    answers = {1: Answer("Which?", "Fat.", effects=effects)}
+    assert app.last_evidence(held, answered, answers).props["evidence"]["effects"] == list(effects)
+    for chat_now in ([], asked, [*answered, *asked]):
+        assert app.last_evidence(held, chat_now, answers).props["evidence"] is None
+
+
 @pytest.mark.parametrize("multi_turn", [True, False])
 def test_what_was_said_before_goes_to_the_model_only_if_it_was_trained_on_that(
     multi_turn, tiny_model, tmp_path, monkeypatch
