@@ -82,19 +82,21 @@ def family(process: subprocess.Popen) -> dict[str, psutil.Process]:
 
 
 def run(command: list[str], out: Path, kill_after: float | None = None) -> list[Sample]:
-    """Run to the end, or kill every process after so many seconds; memory every two seconds."""
+    """Run to the end, or kill every process so many seconds after its first slide; memory every two seconds."""
     samples: list[Sample] = []
     process = subprocess.Popen(command, cwd=ROOT)
-    began = time.monotonic()
+    before, first = sum(map(len, lines(out))), 0.0
     try:
         while process.poll() is None:
-            if kill_after is not None and time.monotonic() - began > kill_after:
-                break
             done = [len(rows) for rows in lines(out)]
+            if not first and sum(done) > before:
+                first = time.monotonic()
+            if first and kill_after is not None and time.monotonic() - first > kill_after:
+                break
             for name, one in family(process).items():
                 with contextlib.suppress(psutil.Error, IndexError):
                     samples.append(Sample(name, done[int(name.split()[1].strip(","))], one.memory_info().rss / 2**20))
-            time.sleep(2)
+            time.sleep(2 if kill_after is None else 0.1)
     finally:
         if process.poll() is None:
             for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
@@ -120,7 +122,7 @@ def main() -> None:
         command += ["--max-patches", str(options.max_patches)]
         rng, began, usage = random.Random(0), time.monotonic(), psutil.Process()
         for _ in range(options.kills):
-            run(command, out, kill_after=rng.uniform(20, 60))
+            run(command, out, kill_after=rng.uniform(0, 10))
             print(f"killed with {sum(map(len, lines(out)))} slides done", file=sys.stderr)
         samples = run(command, out)
         wall, cpu = time.monotonic() - began, usage.cpu_times()
