@@ -33,7 +33,7 @@ SPECK_MM2 = 0.015  # tissue and marks smaller than this are dropped
 FAT_MM2 = 0.05  # fat smaller than this is taken for scratches
 HOLE_MM2 = 0.03  # holes smaller than this, 0.2 mm across, are lumina and gaps within tissue
 GAP_UM = 64.0  # gaps narrower than this are closed
-STRIP = 256  # rows of mask px handled at once
+STRIP = 512  # rows of mask px handled at once
 LOST = 16  # mask px: side of the squares in which damage is looked for, 128 um
 DEFAULT_GLASS = (245.0, 245.0, 245.0)  # where a slide shows no glass
 
@@ -221,13 +221,14 @@ def _tissue_of(rgb: np.ndarray, um: float) -> tuple[np.ndarray, str]:
     stained_share, foreign_share, darker_share = (np.concatenate(parts) for parts in zip(*shares))
 
     cell_um = cell * um
-    density = np.log((np.array(glass, np.float32) + OFFSET) / (cells + np.float32(OFFSET)))
-    stain = density[..., 1] - density[..., 2]
+    logarithm = np.log(np.arange(256, dtype=np.float32) + OFFSET)
+    density = np.stack([math.log(i0 + OFFSET) - logarithm[cells[..., c]] for c, i0 in enumerate(glass)])  # OD
+    stain = density[1] - density[2]
     marks = _marks(foreign_share, density, cell_um)
     tissue = stained_share > 0.5
     tissue |= _fat(darker_share, stain, tissue, cell_um)
     tissue = _close(tissue & ~marks, GAP_UM / cell_um)
-    tissue = _fill_holes(tissue, (stain > 0.01) | (density[..., 1] > 0.1), cell_um) & ~marks
+    tissue = _fill_holes(tissue, (stain > 0.01) | (density[1] > 0.1), cell_um) & ~marks
     tissue = _drop_small(tissue, SPECK_MM2, cell_um)
 
     # Whole cells inside, single px along the rim: the outline is as fine as the mask.
@@ -314,12 +315,12 @@ def _classify(image: Image.Image, glass: tuple[float, float, float]) -> tuple[np
 def _marks(foreign_share: np.ndarray, density: np.ndarray, cell_um: float) -> np.ndarray:
     """Cells of pen marks and dirt: cores that are not specks, what fades out around them, and a margin of 64 um.
 
-    density: mean OD of the cells (rows, columns, 3)
+    density: mean OD of the cells in red, green, blue (3, rows, columns)
     """
     cores = _drop_small(foreign_share > MARK_SHARE, SPECK_MM2, cell_um)
     if not cores.any():
         return cores
-    red, green, blue = np.moveaxis(density, 2, 0)
+    red, green, blue = density
     # Ink over tissue mixes with its colours; only beside a core is a greyish or reddish tissue taken for ink.
     tinted = (green > 0.3) & ((red > 0.85 * green) | (blue > 0.72 * green))
     beside = _dilated(cores, 250 / cell_um)
