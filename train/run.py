@@ -106,6 +106,7 @@ def build(
             position=config.position,
             max_position=config.max_position,
             num_tokens=config.num_tokens,
+            multi_turn=False,  # every question is trained on alone, whatever its data
         )
         model = SparseWSI(settings, llm, tokenizer)
     else:
