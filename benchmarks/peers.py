@@ -42,7 +42,7 @@ PEERS = {
         (
             *("openslide-python==1.4.3", "openslide-bin==4.0.0.8", "opencv-python-headless", "pandas", "shapely"),
             *("zarr", "tifffile==2026.3.3", "imagecodecs==2026.3.6", "joblib", "matplotlib", "psutil", "requests"),
-            *("scikit-image", "dask", "pyyaml", "tqdm", "defusedxml", "glymur", "wsidicom", "typing_extensions"),
+            *("scikit-image", "dask", "pyyaml", "tqdm", "defusedxml", "glymur", "wsidicom", "SimpleITK"),
         ),
         alone=("tiatoolbox==2.1.3",),
         torch=True,
@@ -57,7 +57,9 @@ PEERS = {
         torch=True,
     ),
     "hs2p": Peer(("hs2p==6.1.0", "openslide-python==1.4.7", "openslide-bin==4.0.1.2")),
-    "softtorch": Peer(("POT", "scipy"), alone=("softtorch==0.1.1",), torch=True),  # states Python 3.12
+    "softtorch": Peer(
+        ("POT", "scipy", "numba", "torchopt"), alone=("softtorch==0.1.1",), torch=True
+    ),  # states Python 3.12
     "difftopk": Peer(("difftopk==0.2.0",), torch=True),
     "torchsort": Peer(("torchsort==0.1.10",), torch=True),
     "pytopk": Peer(("pytopk==0.1.0",), torch=True),
