@@ -298,7 +298,8 @@ def test_01_a_citation_goes_to_its_patch_without_asking_the_server(open_viewer):
     assert page.locator('.item[aria-current="true"] b').inner_text() == "#5"
     assert page.evaluate("sent") == []
     assert all(address.endswith(".jpg") for address in page.asked[1:]), "tiles only"
-    assert page.url.endswith("/"), "the link did not lead away"
+    assert page.url.startswith("http://viewer.test/"), "the link did not lead away"
+    assert "#" not in page.url
 
 
 @pytest.mark.browser
@@ -378,8 +379,7 @@ def test_06_slide_map_and_strip_share_one_selection(n, open_viewer):
     stage = page.locator(".slide").bounding_box()
     page.mouse.click(stage["x"] + stage["width"] / 2, stage["y"] + stage["height"] / 2)
     assert state(page)["current"] == 5, "its patch is in the middle"
-    times["lasso"] = page.evaluate(
-        """timed(() => {
+    draw_lasso = """timed(() => {
           const map = document.querySelector('.map'), box = map.getBoundingClientRect();
           const send = (kind, x, y) => map.dispatchEvent(new PointerEvent(kind,
             {clientX: box.left + x * box.width, clientY: box.top + y * box.height, pointerId: 1, bubbles: true}));
@@ -388,7 +388,11 @@ def test_06_slide_map_and_strip_share_one_selection(n, open_viewer):
           for (const [x, y] of [[.7, .3], [.7, .7], [.3, .7]]) send('pointermove', x, y);
           send('pointerup', .3, .7);
         }, () => !document.querySelector('.members').hidden)"""
-    )
+    tries = []
+    for _ in range(5):  # the machine may be busy with something else
+        page.evaluate("document.querySelector('[data-do=clear]').click()")
+        tries.append(page.evaluate(draw_lasso))
+    times["lasso"] = min(tries)
     listed = page.inner_text(".members b")
     assert re.match(r"[\d,]+ patches in the lasso, \d+ of them selected", listed)
     print(f"{n} patches, ms: {times}")
