@@ -16,7 +16,7 @@ import re
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -36,7 +36,7 @@ from sparsewsi.tissue import patch_coords, patch_side, why_empty
 
 UNKNOWN_ENCODER = "unknown"
 READERS = max(1, min(4, os.cpu_count() or 1))  # threads that read patches; decoders drop the GIL
-_T = TypeVar("_T")
+_P, _T = TypeVar("_P"), TypeVar("_T")
 _NOMINAL_PATCH_SIZE = 256  # level-0 px; only for files that say nothing about size and position
 _MAX_FLOAT16 = 65504.0
 
@@ -215,7 +215,7 @@ def read_patches(
         return (pixels if fine.all() else pixels[fine]), fine
 
     parts = [coords[i : i + batch_size] for i in range(0, len(coords), batch_size)]
-    with closing(_read_ahead(read, parts)) as batches:  # the threads end before the slide is closed
+    with closing(read_ahead(read, parts)) as batches:  # the threads end before the slide is closed
         yield from batches
 
 
@@ -256,14 +256,17 @@ def bag_of(
     )
 
 
-def _read_ahead(read: Callable[[np.ndarray], _T], parts: list[np.ndarray]) -> Generator[_T]:
-    """read(part) for every part, in order, the next READERS of them on threads while the caller works on one."""
-    with ThreadPoolExecutor(max_workers=READERS, thread_name_prefix="read-patches") as pool:
+def read_ahead(read: Callable[[_P], _T], parts: Iterable[_P], most: int = READERS) -> Generator[_T]:
+    """read(part) for every part, in order, the next `most` of them on threads while the caller works on one.
+
+    What read raises is raised here, when its turn comes.
+    """
+    with ThreadPoolExecutor(max_workers=most, thread_name_prefix="read-ahead") as pool:
         pending: deque[Future[_T]] = deque()
         try:
             for part in parts:
                 pending.append(pool.submit(read, part))
-                if len(pending) > READERS:
+                if len(pending) > most:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

@@ -21,7 +21,7 @@ import pytest
 import tifffile
 import torch
 
-from sparsewsi.bag import READERS, Bag, _read_ahead, check_bag, extract_bag, load_bag, save_bag, write_trident_h5
+from sparsewsi.bag import READERS, Bag, check_bag, extract_bag, load_bag, read_ahead, save_bag, write_trident_h5
 from sparsewsi.encoders import PatchEncoder, load_encoder
 
 
@@ -195,8 +195,10 @@ def test_a_failing_reader_is_heard():
             raise OSError("damaged strip")
         return part
 
+    parts = read_ahead(read, (np.array([i]) for i in range(6)), most=2)
+    assert [int(next(parts)[0]) for _ in range(3)] == [0, 1, 2]  # what comes before the damage comes first
     with pytest.raises(OSError, match="damaged strip"):
-        list(_read_ahead(read, [np.array([i]) for i in range(6)]))
+        next(parts)
 
 
 def test_a_bounded_number_of_batches_is_read_ahead():
@@ -207,7 +209,7 @@ def test_a_bounded_number_of_batches_is_read_ahead():
         started.append(int(part[0]))
         return part
 
-    for index, pixels in enumerate(_read_ahead(read, [np.array([i]) for i in range(20)])):
+    for index, pixels in enumerate(read_ahead(read, [np.array([i]) for i in range(20)])):
         assert pixels[0] == index
         ahead = min(20, index + 1 + READERS)
         deadline = time.monotonic() + 5
@@ -215,7 +217,7 @@ def test_a_bounded_number_of_batches_is_read_ahead():
             time.sleep(0.001)
         assert len(started) == ahead  # the next ones are read while this one is encoded, and no further ones
     assert sorted(started) == list(range(20))
-    assert list(_read_ahead(read, [])) == []
+    assert list(read_ahead(read, [])) == []
 
 
 def test_bad_arguments(tiff: Path):

@@ -23,7 +23,7 @@ import train.run as run
 from sparsewsi.model import SparseWSI
 from train.checkpoint import latest, load_state, save_state
 from train.config import RECIPES, TrainConfig
-from train.data import Example, Question, ahead, answer_logits, attention_mask, join, pack, passes
+from train.data import Example, Question, answer_logits, attention_mask, join, pack, passes
 from train.mosaic import BACKGROUNDS, NEEDLES, MosaicStream, load_bank
 from train.run import StageModule, answer_loss, build, seat, sparsity, train, train_step
 
@@ -200,6 +200,8 @@ def test_a_lower_rate_counts_when_a_run_goes_on(settings: TrainConfig) -> None:
     before, after = (SparseWSI.from_pretrained(folder / "model").trained_state() for folder in (first, last))
     assert first != last
     assert all(torch.allclose(before[name], after[name], rtol=0, atol=1e-9) for name in before)
+    with pytest.raises(ValueError, match="other groups of parameters"):
+        train(replace(settings, steps=4, lr=1e-4, lr_encoder=1e-4))
 
 
 def command(config: TrainConfig, *launcher: str) -> list[str]:
@@ -321,19 +323,6 @@ def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path: Path) 
     assert newest() == before + 1
     assert operation > 10
     assert not list((tmp_path / "checkpoints").glob(".*"))
-
-
-def test_what_is_loaded_ahead_comes_in_turn_and_raises_in_turn() -> None:
-    def make(number: int) -> int:
-        time.sleep(0.002 * (number % 3))
-        if number == 5:
-            raise ValueError("five")
-        return number
-
-    loaded = ahead(make, range(10))
-    assert [next(loaded) for _ in range(5)] == [0, 1, 2, 3, 4]
-    with pytest.raises(ValueError, match="five"):
-        next(loaded)
 
 
 def test_a_single_question_needs_no_dense_mask(settings: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,9 @@ one after another.
 
 import functools
 import re
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,8 +18,6 @@ from transformers import PreTrainedTokenizerBase
 from sparsewsi.bag import UNKNOWN_ENCODER, Bag, check_bag, load_bag
 from sparsewsi.model import SparseWSI
 from sparsewsi.prompt import build_prompt, end_of_turn, text_ids, visual_positions
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -185,24 +180,6 @@ def answer_logits(model: SparseWSI, visual: Tensor, packed: Packed) -> Tensor:
             use_cache=False,
         )
     return output.logits[0].float()
-
-
-def ahead(make: Callable[[int], T], numbers: Iterable[int], depth: int = 2) -> Generator[T]:
-    """make(number) for each number in turn, made by `depth` threads while the caller works with those before.
-
-    What make raises is raised here, when its turn comes.
-    """
-    made: deque[Future[T]] = deque()
-    pool = ThreadPoolExecutor(depth)
-    try:
-        for number in numbers:
-            made.append(pool.submit(make, number))
-            if len(made) > depth:
-                yield made.popleft().result()
-        while made:
-            yield made.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 # ---- questions about slides whose features lie in files

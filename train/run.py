@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from sparsewsi.bag import read_ahead
 from sparsewsi.config import SparseWSIConfig
 from sparsewsi.llm import default_device, default_dtype, load_llm
 from sparsewsi.model import SparseWSI
@@ -42,10 +43,10 @@ from train.align import align
 from train.benchmarks import training_set
 from train.checkpoint import latest, load_state, save_state
 from train.config import RECIPES, TrainConfig
-from train.data import Example, Packed, SlideVQADataset, ahead, answer_logits, join, pack, passes
+from train.data import Example, Packed, SlideVQADataset, answer_logits, join, pack, passes
 from train.mosaic import NEEDLE_KINDS, Bank, MosaicStream, load_bank
 from train.sharding import clip_gradients, is_sharded, shard
-from train.sparselearn import SparseLearn, k_at, tau_at
+from train.sparselearn import SparseLearn, hardness, k_at, soft_topk, tau_at, zscore
 
 LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -118,7 +119,6 @@ def build(
         state = Path(config.init) / "state"
         if state.is_dir():
             load_state(state.parent, sparselearn)
-        freeze(model, config)
         lora = LoraConfig(
             r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=LORA_LAYERS, task_type="CAUSAL_LM"
         )
@@ -209,7 +209,7 @@ def train_step(
 def kept(model: SparseWSI, example: Example) -> Example:
     """The example with the patches that inference would keep."""
     x = model.encode(example.features)
-    keep = hard_topk(model.score(x), model.config.num_tokens)
+    keep = hard_topk(model.score(x), model.config.num_tokens).cpu()  # where features and indices are
     kinds = tuple(example.kinds[i] for i in keep.tolist()) if example.kinds else ()
     return replace(example, features=example.features[keep], indices=example.indices[keep], kinds=kinds)
 
@@ -273,8 +273,6 @@ def sum_gradients(stage: nn.Module) -> None:
 @torch.no_grad()
 def probe(stage: StageModule, example: Example, config: TrainConfig, step: int) -> dict[str, float]:
     """What the scorer does to one bag: hardness, and needle recall of the hard top-K where the truth is known."""
-    from train.sparselearn import hardness, soft_topk, zscore
-
     n = len(example.indices)
     tau, k = sparsity(config, step, n)
     scores = stage.model.scorer(stage.model.encode(example.features))
@@ -391,10 +389,7 @@ def train(config: TrainConfig, sparselearn_class: type[SparseLearn] = SparseLear
     if config.activation_checkpointing:
         model.llm.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = optimizer_of(stage, config)
-    rates = [(group["base_lr"], group["weight_decay"]) for group in optimizer.param_groups]
     done = load_state(checkpoint, sparselearn, optimizer) if checkpoint else 0
-    for group, (rate, decay) in zip(optimizer.param_groups, rates):  # flags that changed count, not the checkpoint's
-        group |= {"base_lr": rate, "weight_decay": decay}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def examples_of(step: int) -> list[Example]:
@@ -403,7 +398,7 @@ def train(config: TrainConfig, sparselearn_class: type[SparseLearn] = SparseLear
 
     steps = range(done, config.steps)
     bar = tqdm(steps, initial=done, total=config.steps, desc=f"stage {config.stage}", disable=rank() > 0 or None)
-    with recording(config, done) as record, closing(ahead(examples_of, steps)) as loaded:
+    with recording(config, done) as record, closing(read_ahead(examples_of, steps, most=2)) as loaded:
         start = time.perf_counter()
         for step, examples in zip(bar, loaded):
             torch.manual_seed(config.seed * 1_000_003 + step)  # dropout, if any: the same after a resume

@@ -94,7 +94,16 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load what optimizer_state gave; the parts that belong to sharded parameters are sharded like these."""
+    """Load the moments that optimizer_state gave, sharded where the parameters are; rates stay as they are.
+
+    The parameters must come in the same groups: raises ValueError if these differ.
+    """
+    groups = optimizer.state_dict()["param_groups"]  # flags that changed count, not the checkpoint's
+    if [group["params"] for group in groups] != [group["params"] for group in state["param_groups"]]:
+        raise ValueError(
+            "the checkpoint's optimizer has other groups of parameters, as when two learning rates were equal and are "
+            "not now, or the other way. Go on with the rates it had, or choose another --out."
+        )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, values in state["state"].items():
         parameter = parameters[number]
@@ -105,4 +114,4 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
                     values[name] = distribute_tensor(
                         value, parameter.device_mesh, parameter.placements, src_data_rank=None
                     )
-    optimizer.load_state_dict(state)
+    optimizer.load_state_dict(state | {"param_groups": groups})
