@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +189,18 @@ def test_labels_of_your_own_bring_their_words(classes: Path, tmp_path: Path, reg
         class_tiles(classes)[1].register()
 
 
+def test_of_classes_without_carcinoma_nothing_asks_for_it(bank: Bank, registry: None) -> None:
+    needles = {kind: mosaic.WORDS[kind] for kind in NEEDLES["real"] if kind != "carcinoma"}
+    mosaic.Vocabulary("normal", needles, {kind: mosaic.WORDS[kind] for kind in BACKGROUNDS["real"]}).register()
+    normal = replace(bank, origin="normal")
+    asked = [(question, kinds) for _, kinds, question in balanced_set(normal, 8, 60, seed=0)]
+    stream = MosaicStream((normal,), 0, stage=2)
+    for example in (stream.example(number, 60) for number in range(20)):
+        asked += [(question, example.kinds) for question in example.questions]
+    assert {question.family for question, _ in asked} >= set(FAMILIES) - {"diagnosis"}
+    assert not any(question.family == "diagnosis" or "carcinoma" in kinds for question, kinds in asked)
+
+
 def run_main(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
     monkeypatch.setattr(sys, "argv", ["mosaic", *map(str, words)])
     mosaic.main()
@@ -220,12 +233,12 @@ def test_a_mosaic_slide_is_what_its_truth_says(
     classes: Path, tmp_path: Path, registry: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "slides"
-    command = ("slides", "--classes", classes, "--n", 94, "--slides", 2, "--out", out)
-    run_main(monkeypatch, *command)
+    command = ("slides", "--classes", classes, "--n", 94, "--out", out)
+    run_main(monkeypatch, *command, "--slides", 2)
     first, second = sorted(out.glob("*.tiff"))
     before = first.stat().st_mtime_ns
     run_main(monkeypatch, *command)
-    assert first.stat().st_mtime_ns == before  # what is there is left alone
+    assert first.stat().st_mtime_ns == before  # what is there is left alone, and so are the questions about it
     assert not list(out.glob(".*"))
 
     truth = json.loads(truth_path(first).read_text())

@@ -141,6 +141,11 @@ class Vocabulary:
 # --------------------------------------------------------------------------------------------------- questions
 
 
+def families_of(origin: str) -> tuple[str, ...]:
+    """The families of questions that an origin's kinds allow: diagnosis asks for carcinoma."""
+    return tuple(family for family in FAMILIES if family != "diagnosis" or "carcinoma" in NEEDLES[origin])
+
+
 def _article_free(kinds: list[str]) -> str:
     names = sorted(WORDS[kind] for kind in kinds)
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
@@ -263,9 +268,10 @@ def balanced_set(
     bank: Bank, n_questions: int, n: int, seed: int, per_needle: tuple[int, int] = (4, 12)
 ) -> Iterator[tuple[Bag, np.ndarray, Question]]:
     """Balanced test questions, one mosaic each: families in turn, answers uniform within a family."""
+    families = families_of(bank.origin)
     for i in range(n_questions):
         rng = np.random.default_rng((seed, i))
-        family = FAMILIES[i % len(FAMILIES)]
+        family = families[i % len(families)]
         facts = plan(bank.origin, family, rng)
         kinds = lay_out(facts, n, per_needle, rng)
         question = ask(facts, family, rng)
@@ -294,7 +300,8 @@ class MosaicStream:
             kind = str(rng.choice((*BACKGROUNDS[bank.origin], *NEEDLES[bank.origin])))
             question = Question("Which tissue is this?", WORDS[kind], (), "name")
             return Example(fill(bank, np.full(n, kind), rng), torch.arange(n), n, (question,), (kind,) * n)
-        planned = str(rng.choice(FAMILIES))
+        possible = families_of(bank.origin)
+        planned = str(rng.choice(possible))
         facts = plan(bank.origin, planned, rng)
         # As many needles as a long slide has, so that a short bag looks like what a good selection of one would keep.
         kinds = lay_out(facts, n, (max(1, min(4, n // 8)), max(1, min(12, n // 4))), rng)
@@ -304,7 +311,7 @@ class MosaicStream:
             questions = [caption(facts)]
         else:
             # Carcinoma is in half of the slides only where diagnosis was planned; elsewhere "no" would be the safe bet.
-            families = [family for family in FAMILIES if family != "diagnosis" or planned == "diagnosis"]
+            families = [family for family in possible if family != "diagnosis" or planned == "diagnosis"]
             drawn = [ask(facts, str(family), rng) for family in rng.permutation(families * 2)]
             questions = [_vary(question, rng) for question in drawn if question is not None][
                 : self.questions_per_bag - 1
@@ -556,7 +563,7 @@ def slide_truth(origin: str, kinds: np.ndarray, facts: Facts, about: dict[str, A
         left, top = int(x.min()), int(y.min())
         size = (int(x.max()) + SIDE - left, int(y.max()) + SIDE - top)
         needles.append(phantom.Needle(kind, left, top, *size))
-    asked = [question for family in FAMILIES if (question := ask(facts, family, rng)) is not None]
+    asked = [question for family in families_of(origin) if (question := ask(facts, family, rng)) is not None]
     return {
         "sparsewsi_mosaic": about,
         "mpp": MPP,
@@ -583,8 +590,8 @@ def write_slide(
     Raises ValueError for a kind that the tiles lack. Returns the truth.
     """
     rng = np.random.default_rng((seed, 7))
-    family = FAMILIES[seed % len(FAMILIES)]
-    facts = plan(origin, family, rng)
+    families = families_of(origin)
+    facts = plan(origin, families[seed % len(families)], rng)
     kinds = lay_out(facts, n, per_needle, rng)
     rows = draw(kinds, np.array([tile.kind for tile in tiles]), np.array([tile.source for tile in tiles]), rng)
     turns = rng.integers(8, size=n)
@@ -662,20 +669,23 @@ def _shrunk(pixels: np.ndarray) -> np.ndarray:
 def write_slides(
     folder: Path, tiles: Sequence[Tile], origin: str, split: str, count: int, n: int, seed: int = 0
 ) -> list[Path]:
-    """Write `count` mosaics of a split's tiles, those that are there already left alone, and questions.jsonl."""
+    """Write `count` mosaics of a split's tiles, those that are there already left alone.
+
+    questions.jsonl then asks of all mosaics of the folder, those of earlier calls too.
+    """
     tiles = [tile for tile in tiles if tile.split == split]
     if not tiles:
         raise ValueError(f"there is no tile of split {split!r}.")
-    slides, lines = [], []
-    for number in range(seed, seed + count):
-        slide = folder / f"mosaic-{split}-{n}-{number}.tiff"
+    slides = [folder / f"mosaic-{split}-{n}-{number}.tiff" for number in range(seed, seed + count)]
+    for number, slide in enumerate(slides, seed):
         if not slide.is_file():
             write_slide(slide, tiles, origin, n, number)
             print(f"{slide}", flush=True)
+    lines = []
+    for slide in sorted(folder.glob("mosaic-*.tiff")):
         for asked in json.loads(truth_path(slide).read_text())["questions"]:
             record = {"slide": slide.stem, "category": asked.pop("family"), **asked}
             lines.append(json.dumps(record) + "\n")
-        slides.append(slide)
     (folder / "questions.jsonl").write_text("".join(lines))
     return slides
 
