@@ -178,7 +178,7 @@ def stages(plan: Plan, cell: Cell, seed: int, folder: Path) -> list[TrainConfig]
 
 def dense_model(plan: Plan, found: list[TrainConfig], cell: Cell, seed: int) -> Path:
     """Folder of the model that a cell starts from; trained if it is not there yet."""
-    given = dict(zip(range(len(plan.init)), plan.init))
+    given = dict(enumerate(plan.init))
     if given and not cell.scratch and "slide_encoder" not in cell.changes:
         if seed not in given:
             raise ValueError(f"--init names {len(given)} checkpoints, for seeds 0 to {len(given) - 1}; seed is {seed}.")
@@ -318,7 +318,7 @@ def answers(plan: Plan, out: Path, cell: str, row: str) -> Answers | None:
     for folder in sorted(out.glob("seed-*")):
         known = read_records(folder / cell / "records.jsonl")
         records = [known[number] for number in sorted(known) if number < asked(plan, row)]
-        if len(records) < asked(plan, row):
+        if not records or len(records) < asked(plan, row):
             continue
         majority(records)
         if all(row in record for record in records):
