@@ -32,10 +32,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,6 +54,8 @@ from sparsewsi.slide import Slide, open_slide
 
 SLIDE_SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi"}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
+
+Show = Callable[["Job", int, int], None]  # what to do with news of a slide: patches done, patches in all
 
 
 @dataclass(frozen=True)
@@ -107,16 +109,20 @@ def find_slides(sources: Iterable[str], slide_mpp: float | None = None) -> list[
     for source in sources:
         path = Path(source)
         if path.suffix.lower() == ".csv" and path.is_file():
-            jobs += _slides_of_csv(path, slide_mpp)
+            found = _slides_of_csv(path, slide_mpp)
         elif path.is_dir():
-            jobs += _slides_of_folder(path, slide_mpp)
+            found = _slides_of_folder(path, slide_mpp)
         else:
             paths = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(source, recursive=True))]
             if not paths:
                 raise ValueError(f"There is no slide, folder or CSV at {source}, and no file matches it as a pattern.")
-            for found in paths:
-                is_slide = found.is_file() or any(found.glob("*.dcm"))
-                jobs += [_job(found, slide_mpp)] if is_slide else _slides_of_folder(found, slide_mpp)
+            found = []
+            for match in paths:
+                is_slide = match.is_file() or any(match.glob("*.dcm"))
+                found += [_job(match, slide_mpp)] if is_slide else _slides_of_folder(match, slide_mpp)
+        if not found and not Path(f"{path}.mrxs").is_file():  # a shell's slides/* names the data folders of MRXS too
+            raise ValueError(f"There is no slide in {source}. Pass the folder or the file that has them.")
+        jobs += found
     unique = {(os.path.abspath(job.path), job.slide_mpp): job for job in jobs}
     return sorted(_with_own_stems(list(unique.values())), key=lambda job: (job.stem, str(job.path)))
 
@@ -138,8 +144,6 @@ def _slides_of_folder(folder: Path, slide_mpp: float | None) -> list[Job]:
         jobs += [_job(Path(where, name), slide_mpp) for name, suffix in suffixes.items() if suffix in wanted]
     slides = {job.stem for job in jobs if job.path.suffix.lower() not in IMAGE_SUFFIXES}
     jobs = [job for job in jobs if job.path.suffix.lower() not in IMAGE_SUFFIXES or job.stem not in slides]
-    if not jobs and not closed:
-        raise ValueError(f"There is no slide in the folder {folder} or below it.")
     for error in closed:
         place = Path(error.filename)
         jobs.append(Job(place, place.name, problem=f"The folder cannot be searched: {error.strerror}."))
@@ -431,23 +435,26 @@ class Child:
         self._pool: ProcessPoolExecutor | None = None
         self.progress = self._context.Array("q", 3, lock=False)  # patches done, patches in all, process id
 
-    def call(self, function: Any, *arguments: Any, each_second: Any = lambda: None) -> Any:
-        """function(*arguments) in the child. Raises BrokenProcessPool if the child died or had to be killed."""
+    def call(
+        self, function: Callable[..., Any], *arguments: Any, each_second: Callable[[int, int], None] = lambda *_: None
+    ) -> Any:
+        """function(*arguments) in the child; each_second gets patches done, patches in all.
+
+        Raises BrokenProcessPool if the child died or had to be killed.
+        """
         if self._pool is None:
             self.progress[2] = 0
             self._pool = ProcessPoolExecutor(1, self._context, _begin_child, (self.progress,))
         try:
-            future: Future[Any] = self._pool.submit(function, *arguments)
+            future = self._pool.submit(function, *arguments)
             seen, since = tuple(self.progress), time.monotonic()
-            while True:
-                try:
-                    return future.result(timeout=1.0)
-                except TimeoutError:
-                    each_second()
+            while not wait([future], timeout=1.0).done:
+                each_second(self.progress[0], self.progress[1])
                 if tuple(self.progress) != seen:
                     seen, since = tuple(self.progress), time.monotonic()
                 elif time.monotonic() - since > self._stall_seconds:
                     self._kill()
+            return future.result()
         except KeyboardInterrupt:
             self._kill()
             raise
@@ -463,6 +470,29 @@ class Child:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
+
+
+def in_a_child(
+    todo: list[Job],
+    show: Show,
+    settings: Settings,
+    out: Path,
+    *,
+    device: str | None = None,
+    part_seconds: float = 20.0,
+    stall_seconds: float = 1800.0,
+) -> Generator[tuple[Job, Row]]:
+    """The slides one after another, in a child process. Raises ValueError if the encoder cannot be loaded."""
+    with closing(Child(stall_seconds)) as child:
+        child.call(_encoder_name, settings.encoder, device)
+        for job in todo:
+            row = Row(job.stem, "failed", warnings="The process that read it died or stood still, twice.")
+            for _ in range(2):  # once more, from where it was, if the child dies: it may have died of something else
+                with suppress(BrokenProcessPool):
+                    each_second = functools.partial(show, job)
+                    row = child.call(_attempt, job, settings, out, device, part_seconds, each_second=each_second)
+                    break
+            yield job, row
 
 
 # ---- the report
@@ -530,16 +560,17 @@ class Report:
 # ---- on a Ray cluster
 
 
-def extract_all_on_ray(
-    jobs: list[Job],
+def on_ray(
+    todo: list[Job],
+    show: Show,
     settings: Settings,
     out: Path,
     *,
     encoders: int | None = None,
     part_seconds: float = 20.0,
     stall_seconds: float = 1800.0,
-) -> list[Row]:
-    """extract_all on the Ray cluster of RAY_ADDRESS, or on this machine: tasks read slides, a pool of actors encodes.
+) -> Generator[tuple[Job, Row]]:
+    """The slides on the Ray cluster of RAY_ADDRESS, or on this machine: tasks read, a pool of actors encodes.
 
     encoders: actors in the pool; default one per GPU, without any one per two CPUs
     Slides, OUT and this program lie on a disk that all machines see. Only this process writes, and what it has not got
@@ -553,63 +584,47 @@ def extract_all_on_ray(
     except ImportError as error:
         raise ValueError("--engine ray needs Ray; install the extra: pip install -e '.[cluster]'.") from error
 
-    report = Report(out, 0)
-    rows = _settled(jobs, out, report)
-    todo: list[tuple[int, Job, str, int]] = []  # number, job, what an earlier run left: identity, patches
-    for job in jobs:
-        if job.path not in rows:
-            identity = _identity_of(_parts(job, out))
-            todo.append((len(todo), job, identity, _resume(_parts(job, out), identity)))
-
-    def record(job: Job, row: Row) -> None:
-        rows[job.path] = row
-        report.add_if_new(row)
-        bar.update(max(1, job.bytes))
-        bar.set_postfix_str(f"{len(rows)}/{len(jobs)} slides", refresh=False)
-        if row.outcome == "failed":
-            bar.write(f"{job.stem}: {row.warnings}", file=sys.stderr)
-
-    with _progress_bar(jobs, [job for _, job, _, _ in todo]) as bar:
-        if todo:
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
-            if not ray.is_initialized():
-                ray.init(log_to_driver=False, logging_level=logging.ERROR)
-            gpus, cpus = (int(ray.cluster_resources().get(name, 0)) for name in ("GPU", "CPU"))
-            pool = encoders or gpus or max(1, cpus // 2)
-            if (need := 1 + (0 if gpus else pool)) > cpus:
-                raise ValueError(f"{pool} encoders and a reader need {need} CPUs, Ray has {cpus}; lower --encoders.")
-            context = DataContext.get_current()
-            context.enable_progress_bars = context.print_on_execution_start = False
-            context.target_max_block_size = 16 << 20  # about 100 patches
-            context.max_errored_blocks = -1  # a slide that kills its task is missing at the end, and stops no other
-            stream = (
-                ray.data.from_items(list(range(len(todo))), override_num_blocks=len(todo))
-                .map_batches(
-                    _read_on_ray,  # type: ignore[arg-type]  # Ray's types leave fn_kwargs out
-                    batch_size=1,
-                    fn_kwargs={"todo": todo, "settings": settings, "stall_seconds": stall_seconds},
-                    num_cpus=1,
-                    max_retries=2,
-                )
-                .map_batches(
-                    _EncodeOnRay,
-                    batch_size=64,
-                    fn_constructor_args=(settings.encoder,),
-                    compute=ActorPoolStrategy(size=pool),
-                    num_gpus=1 if gpus else 0,
-                )
-            )
-            try:
-                for job, row in _collect(stream, todo, settings, out, part_seconds):
-                    record(job, row)
-            except ray.exceptions.RayError as error:
-                raise ValueError(f"Ray gave up: {str(error).strip().splitlines()[-1]}") from error
-        for _, job, _, _ in todo:
-            if job.path not in rows:
-                text = "Not all of its patches arrived: the process that read or encoded them died or stood still."
-                record(job, Row(job.stem, "failed", warnings=text))
-    report.finish()
-    return [rows[job.path] for job in jobs]
+    left: list[tuple[str, int]] = []  # by an earlier run, of each slide: identity, patches
+    for job in todo:
+        identity = _identity_of(_parts(job, out))
+        left.append((identity, _resume(_parts(job, out), identity)))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    gpus, cpus = (int(ray.cluster_resources().get(name, 0)) for name in ("GPU", "CPU"))
+    pool = encoders or gpus or max(1, cpus // 2)
+    if (need := 1 + (0 if gpus else pool)) > cpus:
+        raise ValueError(f"{pool} encoders and a reader need {need} CPUs, Ray has {cpus}; lower --encoders.")
+    context = DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    context.target_max_block_size = 16 << 20  # about 100 patches
+    context.max_errored_blocks = -1  # a slide that kills its task is missing at the end, and stops no other
+    stream = (
+        ray.data.from_items(list(range(len(todo))), override_num_blocks=len(todo))
+        .map_batches(
+            _read_on_ray,  # type: ignore[arg-type]  # Ray's types leave fn_kwargs out
+            batch_size=1,
+            fn_kwargs={"todo": todo, "left": left, "settings": settings, "stall_seconds": stall_seconds},
+            num_cpus=1,
+            max_retries=2,
+        )
+        .map_batches(
+            _EncodeOnRay,
+            batch_size=64,
+            fn_constructor_args=(settings.encoder,),
+            compute=ActorPoolStrategy(size=pool),
+            num_gpus=1 if gpus else 0,
+        )
+    )
+    missing = dict.fromkeys(todo)
+    try:
+        for job, row in _collect(stream, todo, settings, out, part_seconds):
+            del missing[job]
+            yield job, row
+    except ray.exceptions.RayError as error:
+        raise ValueError(f"Ray gave up: {str(error).strip().splitlines()[-1]}") from error
+    text = "Not all of its patches arrived: the process that read or encoded them failed, died or stood still."
+    yield from ((job, Row(job.stem, "failed", warnings=text)) for job in missing)
 
 
 def _identity_of(folder: Path) -> str:
@@ -622,10 +637,15 @@ def _identity_of(folder: Path) -> str:
 
 
 def _read_on_ray(
-    batch: dict[str, np.ndarray], todo: list[tuple[int, Job, str, int]], settings: Settings, stall_seconds: float
+    batch: dict[str, np.ndarray],
+    todo: list[Job],
+    left: list[tuple[str, int]],
+    settings: Settings,
+    stall_seconds: float,
 ) -> Iterator[dict[str, np.ndarray]]:
     """A task: the rows of slide number `item`. If it stands still it ends its process, and Ray runs it again."""
-    rows = _rows_of(*todo[int(batch["item"][0])], settings)
+    number = int(batch["item"][0])
+    rows = _rows_of(number, todo[number], left[number], settings)
     while True:
         watch = threading.Timer(stall_seconds, os._exit, (1,))
         watch.daemon = True
@@ -639,9 +659,7 @@ def _read_on_ray(
         yield some
 
 
-def _rows_of(
-    number: int, job: Job, left_identity: str, left: int, settings: Settings
-) -> Iterator[dict[str, np.ndarray]]:
+def _rows_of(number: int, job: Job, left: tuple[str, int], settings: Settings) -> Iterator[dict[str, np.ndarray]]:
     """One slide: a row of index -1 with what is to be read, as JSON (or what is wrong), and then its patches.
 
     Ray may read a slide several times and mix the results, so they depend on the arguments and the slide alone.
@@ -663,7 +681,7 @@ def _rows_of(
         with open_slide(job.path, slide_mpp=job.slide_mpp) as slide:
             coords, identity = _plan(slide, job, settings)
             yield head(identity=identity, coords=coords.tolist(), began=began)
-            done = left if identity == left_identity else 0
+            done = left[1] if identity == left[0] else 0
             with closing(read_patches(slide, coords[done:], settings.mpp, side)) as batches:
                 for pixels, fine in batches:
                     yield rows(np.arange(done, done + len(fine)), pixels, fine)
@@ -686,8 +704,8 @@ class _EncodeOnRay:
 
 
 def _collect(
-    stream: Any, todo: list[tuple[int, Job, str, int]], settings: Settings, out: Path, part_seconds: float
-) -> Iterator[tuple[Job, Row]]:
+    stream: Any, todo: list[Job], settings: Settings, out: Path, part_seconds: float
+) -> Generator[tuple[Job, Row]]:
     """Put together what comes in any order, and write a slide once all of it is here."""
     works: dict[int, tuple[Unfinished, float]] = {}
     early: dict[int, list[tuple[np.ndarray, Tensor, np.ndarray]]] = {}  # before the row that says what is to be read
@@ -696,12 +714,11 @@ def _collect(
         for number in map(int, np.unique(batch["number"])):
             if number in over:
                 continue
-            job = todo[number][1]
+            job = todo[number]
             try:
                 mine = batch["number"] == number
-                index, fine, features = (batch[key][mine] for key in ("index", "fine", "features"))
-                if index.min() < 0:
-                    plan = json.loads(batch["plan"][mine][index.argmin()])
+                index, fine, features, plans = (batch[key][mine] for key in ("index", "fine", "features", "plan"))
+                for plan in map(json.loads, plans[index < 0]):  # two where the slide turned out to be damaged
                     if "problem" in plan:
                         raise ValueError(plan["problem"])
                     coords = np.array(plan["coords"], np.int32).reshape(-1, 2)
@@ -749,60 +766,25 @@ def check_settings(out: Path, settings: Settings) -> None:
 
 
 def extract_all(
-    jobs: list[Job],
-    settings: Settings,
-    out: Path,
-    *,
-    rank: int = 0,
-    device: str | None = None,
-    part_seconds: float = 20.0,
-    stall_seconds: float = 1800.0,
+    jobs: list[Job], out: Path, work: Callable[[list[Job], Show], Generator[tuple[Job, Row]]], rank: int = 0
 ) -> list[Row]:
-    """Do the jobs, one after another, and report. Raises ValueError if the encoder cannot be loaded."""
-    report, child = Report(out, rank), Child(stall_seconds)
-    rows = _settled(jobs, out, report)
-    todo = [job for job in jobs if job.path not in rows]
-    with closing(child), _progress_bar(jobs, todo, rank) as bar:
-        behind = bar.n
+    """Do what is not done yet by `work`, which is in_a_child or on_ray, and report every slide as it is done."""
+    report, rows, behind = Report(out, rank), {}, 0
 
-        def show(job: Job) -> None:
-            done, total = child.progress[0], child.progress[1]
-            bar.update(behind + round(job.bytes * done / max(1, total)) - bar.n)
-            bar.set_postfix_str(f"{len(rows)}/{len(jobs)} slides, {job.stem[:24]} {done}/{total}", refresh=False)
+    def record(job: Job, row: Row) -> None:
+        nonlocal behind
+        rows[job.path], behind = row, behind + max(1, job.bytes)
+        report.add_if_new(row)
+        if row.outcome == "failed":
+            tqdm.write(f"{job.stem}: {row.warnings}", file=sys.stderr)
 
-        if todo:
-            child.call(_encoder_name, settings.encoder, device)
-        for job in todo:
-            row = _twice(child, job, settings, out, device, part_seconds, functools.partial(show, job))
-            report.add_if_new(row)
-            rows[job.path] = row
-            behind += max(1, job.bytes)
-            bar.update(behind - bar.n)
-            if row.outcome == "failed":
-                bar.write(f"{job.stem}: {row.warnings}", file=sys.stderr)
-    report.finish()
-    return [rows[job.path] for job in jobs]
-
-
-def _settled(jobs: list[Job], out: Path, report: Report) -> dict[Path, Row]:
-    """Rows, reported, of the slides that are done or cannot be."""
-    rows: dict[Path, Row] = {}
     for job in jobs:
-        row = _done_or_not_to_be_done(job, out)
-        if row is not None:
-            report.add_if_new(row)
-            rows[job.path] = row
-            if row.outcome == "failed":
-                print(f"{job.stem}: {row.warnings}", file=sys.stderr)
-    return rows
-
-
-def _progress_bar(jobs: list[Job], todo: list[Job], rank: int = 0) -> tqdm:
-    """Bytes of slides, with the time that is left at the pace of what this run does; in a log, a line now and then."""
-    total, left = (sum(max(1, job.bytes) for job in some) for some in (jobs, todo))
-    return tqdm(
-        total=total,
-        initial=total - left,
+        if (row := _settled(job, out)) is not None:
+            record(job, row)
+    # Bytes of slides, with the time that is left at the pace of what this run does; in a log, a line now and then.
+    bar = tqdm(
+        total=sum(max(1, job.bytes) for job in jobs),
+        initial=behind,
         unit="B",
         unit_scale=True,
         smoothing=0.05,
@@ -811,22 +793,25 @@ def _progress_bar(jobs: list[Job], todo: list[Job], rank: int = 0) -> tqdm:
         position=int(os.environ.get("LOCAL_RANK", 0)),
     )
 
+    def show(job: Job, done: int, total: int) -> None:
+        bar.update(behind + round(job.bytes * done / max(1, total)) - bar.n)
+        bar.set_postfix_str(f"{len(rows)}/{len(jobs)} slides, {job.stem[:24]} {done}/{total}", refresh=False)
 
-def _done_or_not_to_be_done(job: Job, out: Path) -> Row | None:
+    todo = [job for job in jobs if job.path not in rows]
+    with bar, closing(work(todo, show)) as results:
+        for job, row in results if todo else ():
+            record(job, row)
+            bar.update(behind - bar.n)
+    report.finish()
+    return [rows[job.path] for job in jobs]
+
+
+def _settled(job: Job, out: Path) -> Row | None:
+    """The row of a slide that is done or cannot be."""
     try:
         return Row(job.stem, "failed", warnings=job.problem) if job.problem else finished(job, out)
     except (ValueError, OSError) as error:
         return _failed(job, out, error)
-
-
-def _twice(child: Child, job: Job, settings: Settings, out: Path, device: str | None, part_seconds: float, show) -> Row:
-    """One slide in the child; once more, from where it was, if the child dies (it may have died of something else)."""
-    for _ in range(2):
-        try:
-            return child.call(_attempt, job, settings, out, device, part_seconds, each_second=show)
-        except BrokenProcessPool:
-            continue
-    return Row(job.stem, "failed", warnings="The process that read it died or stood still, twice.")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -841,7 +826,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--slide-mpp", type=float, help="um/px of level 0 of all slides (a CSV states it per slide)")
     parser.add_argument("--device", help="default: this rank's GPU, or the CPU")
     parser.add_argument(
-        "--engine", choices=("processes", "ray"), default="processes", help="ray: see extract_all_on_ray"
+        "--engine", choices=("processes", "ray"), default="processes", help="ray: of RAY_ADDRESS, or here"
     )
     parser.add_argument("--encoders", type=int, help="with --engine ray: how many encode; default one per GPU")
     parser.add_argument("--part-seconds", type=float, default=20.0, help="put what is encoded on disk that often")
@@ -849,8 +834,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     settings = Settings(options.encoder, options.mpp, options.patch_size, options.max_patches)
     device = options.device
-    if device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))  # torchrun's, srun's
+    if device is None and local is not None and torch.cuda.is_available():
+        device = f"cuda:{int(local) % torch.cuda.device_count()}"  # srun may show each task its own GPU alone
     try:
         rank, ranks = rank_of(os.environ)
         if options.engine == "ray" and ranks > 1:
@@ -860,11 +846,17 @@ def main(arguments: list[str] | None = None) -> int:
         jobs = share(find_slides(options.slides, options.slide_mpp), rank, ranks)
         options.out.mkdir(parents=True, exist_ok=True)
         check_settings(options.out, settings)
-        seconds = {"part_seconds": options.part_seconds, "stall_seconds": options.stall_seconds}
+        same = {
+            "settings": settings,
+            "out": options.out,
+            "part_seconds": options.part_seconds,
+            "stall_seconds": options.stall_seconds,
+        }
         if options.engine == "ray":
-            rows = extract_all_on_ray(jobs, settings, options.out, encoders=options.encoders, **seconds)
+            work = functools.partial(on_ray, encoders=options.encoders, **same)
         else:
-            rows = extract_all(jobs, settings, options.out, rank=rank, device=device, **seconds)
+            work = functools.partial(in_a_child, device=device, **same)
+        rows = extract_all(jobs, options.out, work, rank)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
