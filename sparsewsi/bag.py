@@ -36,7 +36,8 @@ from sparsewsi.tissue import patch_coords, patch_side, why_empty
 
 UNKNOWN_ENCODER = "unknown"
 READERS = max(1, min(4, os.cpu_count() or 1))  # threads that read patches; decoders drop the GIL
-_P, _T = TypeVar("_P"), TypeVar("_T")
+_P = TypeVar("_P")
+_T = TypeVar("_T")
 _NOMINAL_PATCH_SIZE = 256  # level-0 px; only for files that say nothing about size and position
 _MAX_FLOAT16 = 65504.0
 
