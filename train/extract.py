@@ -802,6 +802,7 @@ def extract_all(
         for job, row in results if todo else ():
             record(job, row)
             bar.update(behind - bar.n)
+            bar.set_postfix_str(f"{len(rows)}/{len(jobs)} slides", refresh=False)
     report.finish()
     return [rows[job.path] for job in jobs]
 
