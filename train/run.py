@@ -373,7 +373,7 @@ def train(config: TrainConfig, sparselearn_class: type[SparseLearn] = SparseLear
     stream, banks, feature_dim, encoder = training_data(config)
     torch.manual_seed(config.seed)
     checkpoint = latest(out)
-    source = TrainConfig(**{**asdict(config), "init": str(checkpoint)}) if checkpoint and config.stage == 2 else config
+    source = replace(config, init=str(checkpoint)) if checkpoint and config.stage == 2 else config
     model, sparselearn = build(source, feature_dim, encoder, sparselearn_class)
     if checkpoint and config.stage == 1:
         model = SparseWSI.from_pretrained(checkpoint / "model", llm=(model.llm, model.tokenizer))  # type: ignore[arg-type]
