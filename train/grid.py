@@ -98,7 +98,7 @@ CELLS = (
     Cell("paper-tau", 2, {"tau_start": 2.0, "tau_end": 0.1}),
     Cell("constant-tau", 2, {"tau_start": 0.05, "tau_end": 0.05}),
     Cell("fixed-k", 2, {"k_start": 0.0}),
-    Cell("hard-steps", 2, {"hard": 0.25}),
+    Cell("no-hard-steps", 2, {"hard": 0.0}),
     Cell("paper-schedule", 2, PAPER_SCHEDULE),
     Cell("paper-schedule-from-scratch", 2, PAPER_SCHEDULE, scratch=True),
     *(Cell(f"k{k}", 2, {"num_tokens": k}) for k in SWEEP),
