@@ -314,9 +314,12 @@ def data_items(
         yield Item(bag, np.empty(0, str), record.question, name, record.detail, missing)
 
 
-def mosaic_items(bank_file: Path, split: str, questions: int, n: int, seed: int) -> Iterator[Item]:
-    """Balanced questions on mosaics of one split of a bank, one mosaic each."""
-    for number, (bag, kinds, question) in enumerate(balanced_set(load_bank(bank_file, split), questions, n, seed)):
+def mosaic_items(
+    bank_file: Path, split: str, questions: int, n: int, seed: int, per_needle: tuple[int, int] = (4, 12)
+) -> Iterator[Item]:
+    """Balanced questions on mosaics of one split of a bank, one mosaic each; per_needle: patches of a focus."""
+    asked = balanced_set(load_bank(bank_file, split), questions, n, seed, per_needle)
+    for number, (bag, kinds, question) in enumerate(asked):
         yield Item(
             Bag(bag.features, bag.coords, bag.patch_size, bag.mpp, bag.encoder, f"mosaic {number}"), kinds, question
         )

@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--bank", type=Path, required=True, help="feature bank of labelled patches")
     parser.add_argument("--split", default="test")
     parser.add_argument("--n", type=int, default=1024, help="patches a slide")
+    parser.add_argument("--needles", type=int, nargs=2, default=[4, 12], help="least and most patches of a focus")
     parser.add_argument("--questions", type=int, default=200, help="cases, one mosaic each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="folder for records.jsonl and table.md")
@@ -124,7 +125,10 @@ def main() -> None:
     log = given.out / "records.jsonl"
     records = read_records(log)
     model = SparseWSI.from_pretrained(given.model)
-    items = mosaic_items(given.bank, given.split, 10 * given.questions, given.n, given.seed)  # two in five are cases
+    needles = given.needles[0], given.needles[1]
+    items = mosaic_items(
+        given.bank, given.split, 10 * given.questions, given.n, given.seed, needles
+    )  # 2 in 5 are cases
     with log.open("a") as file:
         for number, (item, kind) in enumerate(tqdm(cases(items, given.questions), total=given.questions, disable=None)):
             if number not in records:

@@ -243,7 +243,7 @@ def draw(kinds: np.ndarray, held: np.ndarray, sources: np.ndarray, rng: np.rando
     for kind in np.unique(kinds):
         pool = np.flatnonzero(held == kind)
         if len(pool) == 0:
-            raise ValueError(f"there is no patch of kind {kind!r}; leave the kind out or add such tiles")
+            raise ValueError(f"there is no patch of kind {str(kind)!r}; leave the kind out or add such tiles")
         source = rng.choice(np.unique(sources[pool]))
         pool = pool[sources[pool] == source]
         want = int((kinds == kind).sum())
