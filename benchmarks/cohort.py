@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from benchmarks.tables import Table, markdown
 from sparsewsi.phantom import write_phantom
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,17 +136,24 @@ def report(options, stems: dict[str, int], out: Path, samples: list[Sample], wal
     files = {path.stem: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.glob("*.safetensors")}
     kinds = {(stems[stem], digest) for stem, digest in files.items()}
     print(f"\n`{' '.join(['python', '-m', 'benchmarks.cohort', *sys.argv[1:]])}`\n")
-    print(f"{len(stems)} links to {len(PHANTOMS)} phantoms, {options.ranks} ranks, {options.kills} times killed.")
-    print(f"Wall {wall:.0f} s, CPU {cpu:.0f} s without what killed processes had used.\n")
-    print("| slides reported once | twice or more | not at all | files | kinds of file | phantoms | left behind |")
-    print("|---|---|---|---|---|---|---|")
     left = [path for path in out.iterdir() if path.name.startswith(".")]
     counts = Counter(times.values())
     more = sum(number for repeats, number in counts.items() if repeats > 1)
     missing = len(stems.keys() - times.keys())
-    print(f"| {counts[1]} | {more} | {missing} | {len(files)} | {len(kinds)} | {len(PHANTOMS)} | {len(left)} |\n")
-    print("| process | slides | patches | seconds | MB at first | MB at the end | most | KB per slide (fitted) |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = [
+        "slides reported once",
+        "twice or more",
+        "not at all",
+        "files",
+        "kinds of file",
+        "phantoms",
+        "left behind",
+    ]
+    numbers = (counts[1], more, missing, len(files), len(kinds), len(PHANTOMS), len(left))
+    note = f"{len(stems)} links to {len(PHANTOMS)} phantoms, {options.ranks} ranks, {options.kills} times killed.\n"
+    note += f"Wall {wall:.0f} s, CPU {cpu:.0f} s without what killed processes had used."
+    print(markdown(Table("cohort", columns, [[str(number) for number in numbers]], note)))
+    memory = []
     for name in sorted({sample.process for sample in samples}):
         rows = reports[int(name.split()[1].strip(","))]
         mine = [sample for sample in samples if sample.process == name and sample.mb > 0]  # 0: it is just ending
@@ -153,10 +161,10 @@ def report(options, stems: dict[str, int], out: Path, samples: list[Sample], wal
         slope = float(np.polyfit([s.done for s in settled], [s.mb for s in settled], 1)[0]) if len(settled) > 2 else 0.0
         patches, seconds = (sum(row[key] for row in rows) for key in ("patches", "seconds"))
         first, last, most = settled[0].mb, settled[-1].mb, max(sample.mb for sample in settled)
-        print(
-            f"| {name} | {len(rows)} | {patches} | {seconds:.0f} | {first:.0f} | {last:.0f} | {most:.0f} "
-            f"| {1024 * slope:+.1f} |"
-        )
+        whole = (f"{number:.0f}" for number in (len(rows), patches, seconds, first, last, most))
+        memory.append([name, *whole, f"{1024 * slope:+.1f}"])
+    columns = ["process", "slides", "patches", "seconds", "MB at first", "at the end", "most", "KB per slide (fitted)"]
+    print(markdown(Table("cohort", columns, memory, "Resident memory.")))
 
 
 if __name__ == "__main__":

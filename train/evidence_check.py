@@ -23,7 +23,7 @@ from tqdm import tqdm
 from sparsewsi.evidence import leave_one_out, without
 from sparsewsi.model import Selection, SparseWSI
 from train.data import Question
-from train.evaluate import Item, mosaic_items, read_records
+from train.evaluate import Item, check_settings, fingerprint, mosaic_items, read_records
 from train.mosaic import WORDS
 from train.scoring import wilson
 
@@ -122,13 +122,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for records.jsonl and table.md")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
+    settings = {name: str(getattr(given, name)) for name in ("bank", "split", "n", "needles", "seed")}
+    check_settings(given.out, settings | {"weights": fingerprint(sorted(given.model.rglob("*.safetensors")))})
     log = given.out / "records.jsonl"
     records = read_records(log)
     model = SparseWSI.from_pretrained(given.model)
-    needles = given.needles[0], given.needles[1]
-    items = mosaic_items(
-        given.bank, given.split, 10 * given.questions, given.n, given.seed, needles
-    )  # 2 in 5 are cases
+    fewest, most = given.needles
+    questions = 10 * given.questions  # two in five are cases
+    items = mosaic_items(given.bank, given.split, questions, given.n, given.seed, (fewest, most))
     with log.open("a") as file:
         for number, (item, kind) in enumerate(tqdm(cases(items, given.questions), total=given.questions, disable=None)):
             if number not in records:
