@@ -41,6 +41,7 @@ from sparsewsi.config import SparseWSIConfig
 from sparsewsi.model import Selection, SparseWSI
 from sparsewsi.prompt import text_ids
 from train.benchmarks import BENCHMARKS, closed_questions, without_features
+from train.command import run_command
 from train.data import Example, FeatureFolder, Packed, Question, Record, answer_logits, evenly, pack
 from train.mosaic import FAMILIES, NEEDLE_KINDS, Facts, ask, balanced_set, load_bank
 from train.scoring import add_readings, majority, markdown, picture, summary
@@ -408,10 +409,7 @@ def main() -> None:
         "--out", type=Path, required=True, help="folder for records.jsonl, table.json, table.md, table.png"
     )
     arguments = parser.parse_args()
-    try:
-        print(run(arguments))
-    except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
+    run_command(lambda: print(run(arguments)))
 
 
 def run(arguments: argparse.Namespace) -> str:

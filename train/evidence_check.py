@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from sparsewsi.evidence import leave_one_out, without
 from sparsewsi.model import Selection, SparseWSI
+from train.command import run_command
 from train.data import Question
 from train.evaluate import Item, check_settings, fingerprint, mosaic_items, read_records
 from train.mosaic import WORDS
@@ -143,4 +144,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
-    main()
+    run_command(main)

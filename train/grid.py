@@ -35,6 +35,7 @@ import torch
 from sparsewsi.model import SparseWSI
 from sparsewsi.selector import SELECTORS, Scorer
 from train.checkpoint import latest
+from train.command import run_command
 from train.config import RECIPES, TrainConfig
 from train.evaluate import Item, evaluate, mosaic_items, read_records
 from train.mosaic import load_bank
@@ -541,4 +542,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

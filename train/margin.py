@@ -23,6 +23,7 @@ from torch import Tensor
 from sparsewsi.bag import load_bag
 from sparsewsi.model import SparseWSI
 from sparsewsi.plots import umap_coords
+from train.command import run_command
 
 NEIGHBOURS = 10
 DRAWS = 2000
@@ -128,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -36,6 +36,7 @@ from safetensors.torch import save_file
 
 from sparsewsi import phantom
 from sparsewsi.bag import Bag
+from train.command import run_command
 from train.data import Example, Question
 
 SPLIT_FILE = Path(__file__).with_name("mosaic_split.json")
@@ -728,4 +729,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -25,6 +25,7 @@ from sparsewsi.bag import Bag
 from sparsewsi.model import Selection, SparseWSI
 from sparsewsi.selector import ROWS, SELECTORS, hard_topk
 from train.checkpoint import load_state
+from train.command import run_command
 from train.config import TrainConfig
 from train.data import Example
 from train.evaluate import check_settings, evaluate, fingerprint, mosaic_items
@@ -217,7 +218,7 @@ class Contender(SparseWSI):
 def load_contender(checkpoint: Path) -> Contender:
     """A checkpoint's model with its training path at the last temperature of the run that made it."""
     checkpoint = checkpoint.resolve()
-    config = TrainConfig(**json.loads((checkpoint.parents[1] / "train_config.json").read_text()))
+    config = TrainConfig(**json.loads((checkpoint.parent.parent / "train_config.json").read_text()))
     model = Contender.from_pretrained(checkpoint / "model")
     assert isinstance(model, Contender)
     build = sparselearn_class(config.gate)
@@ -254,4 +255,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -42,6 +42,7 @@ from sparsewsi.selector import hard_topk
 from train.align import align
 from train.benchmarks import training_set
 from train.checkpoint import latest, load_state, save_state
+from train.command import run_command
 from train.config import RECIPES, TrainConfig
 from train.data import Example, Packed, SlideVQADataset, answer_logits, join, pack, passes
 from train.mosaic import NEEDLE_KINDS, Bank, MosaicStream, load_bank
@@ -448,4 +449,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
