@@ -232,7 +232,7 @@ def _tissue_of(rgb: np.ndarray, um: float) -> tuple[np.ndarray, str]:
     tissue = _drop_small(tissue, SPECK_MM2, cell_um)
 
     # Whole cells inside, single px along the rim: the outline is as fine as the mask.
-    inside = ndimage.binary_erosion(tissue, border_value=1)
+    inside = _crossed(tissue, np.logical_and, beyond=True)
     rim = _dilated(tissue, 1) & ~marks
     mask = _spread(rim.view(np.uint8) + inside, cell, stained.shape) + stained > 1
     if mask.any():
@@ -372,17 +372,44 @@ def _label(cells: np.ndarray, diagonal: bool = True) -> np.ndarray:
     return labels
 
 
+def _window(cells: np.ndarray, before: int, after: int, join: np.ufunc, beyond: bool) -> np.ndarray:
+    """np.logical_or or _and over a square window: from `before` cells before each to `after` behind it, on both axes.
+
+    What lies beyond the border counts as `beyond`. Windows double by joining the cells with themselves, shifted: a
+    fraction of what scipy's filters take, which sort or count what is only true or false here.
+    """
+    for _ in range(2):
+        cells = np.pad(cells, ((before, after), (0, 0)), constant_values=beyond)
+        width = 1
+        while width < before + after + 1:
+            step = min(width, before + after + 1 - width)
+            cells = join(cells[:-step], cells[step:])
+            width += step
+        cells = cells.T
+    return cells
+
+
 def _dilated(cells: np.ndarray, reach: float) -> np.ndarray:
     """Grown by reach cells (at least 1) to every side, corners included."""
-    return ndimage.maximum_filter(cells.view(np.uint8), 2 * max(1, round(reach)) + 1, mode="constant").view(bool)
+    reach = max(1, round(reach))
+    return _window(cells, reach, reach, np.logical_or, beyond=False)
 
 
 def _opened(cells: np.ndarray, width: float) -> np.ndarray:
     """Only what a square of width cells fits into; squares may stick out over the border."""
     side = max(2, round(width))
-    eroded = ndimage.minimum_filter(cells.view(np.uint8), side, mode="constant", cval=1)
-    # An even filter has no middle cell: the mirrored offset undoes the shift.
-    return ndimage.maximum_filter(eroded, side, mode="constant", origin=side % 2 - 1).view(bool) & cells
+    before, after = side // 2, side - 1 - side // 2
+    eroded = _window(cells, before, after, np.logical_and, beyond=True)
+    # An even window has no middle cell: mirrored, it grows back to where it was.
+    return _window(eroded, after, before, np.logical_or, beyond=False) & cells
+
+
+def _crossed(cells: np.ndarray, join: np.ufunc, beyond: bool) -> np.ndarray:
+    """np.logical_or or _and of each cell and its four neighbours; what lies beyond the border counts as `beyond`."""
+    padded = np.pad(cells, 1, constant_values=beyond)
+    rows = join(padded[:-2, 1:-1], padded[2:, 1:-1])
+    columns = join(padded[1:-1, :-2], padded[1:-1, 2:])
+    return join(join(rows, columns), cells)
 
 
 def _drop_small(cells: np.ndarray, mm2: float, cell_um: float) -> np.ndarray:
@@ -396,8 +423,11 @@ def _drop_small(cells: np.ndarray, mm2: float, cell_um: float) -> np.ndarray:
 def _close(cells: np.ndarray, gap: float) -> np.ndarray:
     """Closed over gaps of gap cells, as if the tissue went on beyond the border."""
     rounds = max(1, round(gap / 2))
-    padded = np.pad(cells, 2 * rounds, mode="symmetric")
-    return ndimage.binary_closing(padded, iterations=rounds)[2 * rounds : -2 * rounds, 2 * rounds : -2 * rounds]
+    closed = np.pad(cells, 2 * rounds, mode="symmetric")
+    for join in (np.logical_or, np.logical_and):
+        for _ in range(rounds):
+            closed = _crossed(closed, join, beyond=False)
+    return closed[2 * rounds : -2 * rounds, 2 * rounds : -2 * rounds]
 
 
 def _fill_holes(cells: np.ndarray, not_glass: np.ndarray, cell_um: float) -> np.ndarray:

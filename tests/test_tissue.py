@@ -349,3 +349,17 @@ def test_a_slide_far_too_coarse_is_refused_with_both_numbers(shared_data):
         pytest.raises(SlideError, match=r"28\.97 um/px.*0\.5 um/px"),
     ):
         patch_coords(slide, 0.5, 224)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (50, 61)])
+def test_windows_are_those_of_scipy(shape: tuple[int, int]) -> None:
+    cells = np.random.default_rng(0).random(shape) < 0.3
+    for width in (2, 3, 4, 9):
+        eroded = ndimage.minimum_filter(cells, width, mode="constant", cval=1)
+        opened = ndimage.maximum_filter(eroded, width, mode="constant", origin=width % 2 - 1) & cells
+        assert np.array_equal(tissue_module._opened(cells, width), opened)
+        dilated = ndimage.maximum_filter(cells, 2 * width + 1, mode="constant")
+        assert np.array_equal(tissue_module._dilated(cells, width), dilated)
+        padded = np.pad(cells, 2 * width, mode="symmetric")
+        closed = ndimage.binary_closing(padded, iterations=width)[2 * width : -2 * width, 2 * width : -2 * width]
+        assert np.array_equal(tissue_module._close(cells, 2 * width), closed)
