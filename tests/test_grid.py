@@ -15,6 +15,7 @@ import train.run as run
 from sparsewsi.bag import Bag, save_bag
 from sparsewsi.config import SparseWSIConfig
 from sparsewsi.model import SparseWSI
+from sparsewsi.selector import SELECTORS
 from train import grid, margin, rivals
 from train.checkpoint import load_state
 from train.config import RECIPES, TrainConfig
@@ -325,6 +326,42 @@ def test_the_gap_command_asks_all_paths_the_same(
     same = list(read_records(finished / "seed-0/learned/records.jsonl").values())[:5]
     mine = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
     assert [record["soft"] for record in mine] == [record["soft"] for record in same]
+
+
+def test_one_model_is_asked_about_the_patches_of_each_selector(
+    finished: Path, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = finished / "seed-0" / "learned" / "checkpoints" / "last" / "model"
+    argv = [
+        "rivals",
+        "--model",
+        str(model),
+        "--bank",
+        plan.banks[0],
+        "--n",
+        "40",
+        "--questions",
+        "5",
+        "--seed",
+        "0",
+        "1",
+    ]
+    monkeypatch.setattr(rivals, "train_mil", lambda banks, *_: (rivals.AttentionMIL(banks[0].features.shape[1]), 0.0))
+    monkeypatch.setattr(sys, "argv", [*argv, "--mil-banks", *plan.banks, "--out", str(tmp_path)])
+    rivals.main()
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert set(rows) == {"learned", *SELECTORS, "text-only", "attention-mil", "majority"}
+    assert {entry["n"] for entry in rows.values()} == {10}
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    head = lines.index("| row | overall | microscopy | diagnosis | needle recall | minus learned | n |")
+    assert [line.split(" | ")[0] for line in lines[head + 2 : head + 4]] == ["| learned", "| random"]
+
+
+def test_differences_from_learned_are_paired() -> None:
+    records = [{"answer": "a", "learned": "a", "random": "a" if i % 4 else "b"} for i in range(400)]
+    mean, low, high = rivals.against_learned(records, "random")
+    assert mean == pytest.approx(-0.25)
+    assert -0.30 < low < -0.25 < high < -0.20
 
 
 # ---- margin

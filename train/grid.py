@@ -3,6 +3,7 @@
     python -m train.grid --banks runs/real.safetensors runs/phantom.safetensors --out runs/grid
     python -m train.grid ... --dry-run                  # what would run, what is done, and about how long it takes
     python -m train.grid ... --only learned scale-gate  # some cells
+    python -m train.grid --out results/grid --tables    # the tables again, from the answers that are there
 
 A cell is a training run followed by an evaluation. All cells of a seed branch from one dense checkpoint (alpha = 1),
 the dense part of the demo's recipe, and differ only in what follows; the few that need another slide encoder have a
@@ -40,6 +41,7 @@ from train.config import RECIPES, TrainConfig
 from train.evaluate import Item, evaluate, mosaic_items, read_records
 from train.mosaic import load_bank
 from train.rivals import (
+    MIL,
     AttentionMIL,
     Contender,
     kept_by,
@@ -54,7 +56,6 @@ from train.scoring import majority
 
 RECIPE = ("demo-stage1", "demo-stage2")  # the last one is cut in two where its dense steps end
 FREE = tuple(SELECTORS)  # selectors without training
-MIL = "attention-mil"
 SWEEP = (8, 16, 64, 128)  # K other than 32
 LONG = ("all", "soft")  # rows of N tokens
 PAPER_SCHEDULE = {"tau_start": 2.0, "tau_end": 0.1, "k_start": 0.0, "anneal": 1.0, "hard": 0.0}
@@ -502,6 +503,14 @@ def check_plan(plan: Plan, out: Path) -> None:
     path.write_text(json.dumps(mine, indent=2) + "\n")
 
 
+def read_plan(out: Path) -> Plan:
+    """The plan of the numbers in a folder. Raises ValueError if there is none."""
+    path = out / "plan.json"
+    if not path.is_file():
+        raise ValueError(f"{path} is not there; --out is the folder of a grid that was run.")
+    return Plan(**json.loads(path.read_text()))
+
+
 def run_grid(plan: Plan, cells: Sequence[Cell], seeds: Sequence[int], out: Path) -> str:
     """Run what is left of the grid, seed by seed, and write the tables after every cell; returns them as Markdown."""
     check_plan(plan, out)
@@ -515,7 +524,7 @@ def run_grid(plan: Plan, cells: Sequence[Cell], seeds: Sequence[int], out: Path)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--banks", nargs="+", required=True, help="feature banks of python -m train.mosaic bank")
+    parser.add_argument("--banks", nargs="+", default=[], help="feature banks of python -m train.mosaic bank")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=[cell.name for cell in CELLS], metavar="CELL")
@@ -529,7 +538,13 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=Plan.questions, help="of each seed")
     parser.add_argument("--long-questions", type=int, default=Plan.long_questions, help="for rows of N tokens")
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--tables", action="store_true", help="train and ask nothing, write the tables of --out")
     given = parser.parse_args()
+    if given.tables:
+        print(write_tables(read_plan(given.out), given.out))
+        return
+    if not given.banks:
+        raise ValueError("--banks is missing: the feature banks of python -m train.mosaic bank.")
     plan = Plan(
         tuple(given.banks), tuple(given.recipe), tuple(given.init), given.llm, given.dense_steps, given.steps,
         given.accumulation, given.n, given.questions, given.long_questions,

@@ -5,6 +5,13 @@
 asks a checkpoint the same questions on three paths: the hard top-K of inference, the same through the denoiser, and the
 soft path of training at its last temperature. How much they differ is the gap between training and inference.
 
+    python -m train.rivals --model assets/demo-model --bank runs/real.safetensors --seed 0 1 2 --questions 340 \\
+        --mil-banks runs/real.safetensors runs/phantom.safetensors --out runs/rivals
+
+asks one model the same questions about the patches that each selector keeps, a set of questions a seed. Attention MIL
+is trained first, on the train split of --mil-banks, on as many bags as the demo's stage 2. train/grid.py compares
+selectors with a language model trained on each.
+
 N patches, D feature dim, C needle kinds, W width inside.
 """
 
@@ -13,6 +20,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +34,16 @@ from sparsewsi.model import Selection, SparseWSI
 from sparsewsi.selector import ROWS, SELECTORS, hard_topk
 from train.checkpoint import load_state
 from train.command import run_command
-from train.config import TrainConfig
+from train.config import RECIPES, TrainConfig
 from train.data import Example
 from train.evaluate import check_settings, evaluate, fingerprint, mosaic_items
-from train.mosaic import NEEDLE_KINDS, Bank, MosaicStream
-from train.scoring import majority, markdown, summary
+from train.mosaic import NEEDLE_KINDS, Bank, MosaicStream, load_bank
+from train.scoring import majority, markdown, summary, wilson
 from train.sparselearn import GATES, SparseLearn, gumbel_topk, ste_topk, zscore
 
 STRAIGHT_THROUGH = ("ste", "gumbel")
 PATHS = ("learned", "denoised", "soft")
+MIL = "attention-mil"
 
 
 # ---- straight-through estimators
@@ -231,27 +240,84 @@ def load_contender(checkpoint: Path) -> Contender:
     return model
 
 
+def against_learned(records: Sequence[dict], row: str, draws: int = 4000) -> tuple[float, float, float]:
+    """Paired difference in accuracy, row minus learned, over the questions that both were asked; a 95 % bootstrap."""
+    both = [record for record in records if row in record and "learned" in record]
+    values = np.array([float(r[row] == r["answer"]) - float(r["learned"] == r["answer"]) for r in both])
+    drawn = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
+    low, high = np.quantile(values[drawn].mean(1), [0.025, 0.975])
+    return float(values.mean()), float(low), float(high)
+
+
+def share(records: Sequence[dict], row: str) -> str:
+    """Accuracy of a row in percent with its Wilson interval."""
+    asked = [record for record in records if row in record]
+    right = sum(record[row] == record["answer"] for record in asked)
+    low, high = wilson(right, len(asked))
+    return f"{100 * right / max(1, len(asked)):.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def comparison(records: Sequence[dict], rows: Sequence[str]) -> str:
+    """Rows as Markdown: overall, microscopy and diagnosis in percent, needle recall, paired difference from learned."""
+    parts = ([r for r in records if r["family"] != "diagnosis"], [r for r in records if r["family"] == "diagnosis"])
+    lines = ["| row | overall | microscopy | diagnosis | needle recall | minus learned | n |", "|" + "---|" * 7]
+    for row in rows:
+        found = [record[f"{row} recall"] for record in records if f"{row} recall" in record]
+        cells = [row, share(records, row), *(share(part, row) for part in parts)]
+        cells.append(f"{100 * np.mean(found):.0f} %" if found else "")
+        change = against_learned(records, row) if row != "learned" else None
+        cells.append("{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value for value in change)) if change else "")
+        lines.append(f"| {' | '.join(cells)} | {sum(row in record for record in records)} |")
+    return "\n".join(lines)
+
+
+def attention_mil(banks: Sequence[Path], path: Path) -> AttentionMIL:
+    """The one in path; if there is none it is trained on the train split of banks as long as the demo's stage 2."""
+    if not path.is_file():
+        config = RECIPES["demo-stage2"]()
+        loaded = [load_bank(bank, "train") for bank in banks]
+        save_mil(train_mil(loaded, config.seed, config.steps, config.accumulation, config.patches)[0], path)
+    return load_mil(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--checkpoint", type=Path, help="of train.run; knows its training path as well")
+    what.add_argument("--model", type=Path, help="a released model")
     parser.add_argument("--bank", type=Path, required=True)
     parser.add_argument("--n", type=int, default=1024, help="patches of a mosaic")
-    parser.add_argument("--questions", type=int, default=400)
-    parser.add_argument("--rows", nargs="+", default=list(PATHS))
+    parser.add_argument("--questions", type=int, default=400, help="of each seed, one mosaic each")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of the questions")
+    parser.add_argument(
+        "--mil-banks", type=Path, nargs="+", help="what attention MIL is trained on; without, it is no row"
+    )
+    parser.add_argument("--rows", nargs="+", help="default: the paths of a checkpoint, the selectors for a model")
     parser.add_argument("--out", type=Path, required=True, help="folder for records.jsonl, table.json and table.md")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    settings = {name: str(getattr(given, name)) for name in ("checkpoint", "bank", "n")}
-    weights = sorted(given.checkpoint.resolve().rglob("*.safetensors"))
-    check_settings(given.out, settings | {"weights": fingerprint(weights)})
-    items = mosaic_items(given.bank, "test", given.questions, given.n, 0)
-    rows, log = tuple(given.rows), given.out / "records.jsonl"
-    records = evaluate(load_contender(given.checkpoint), items, given.questions, rows, None, log)
+    settings = {name: str(getattr(given, name)) for name in ("checkpoint", "model", "bank", "n", "seed")}
+    settings |= {"questions": str(given.questions)} if len(given.seed) > 1 else {}  # else more can be asked later
+    source: Path = given.checkpoint or given.model
+    check_settings(given.out, settings | {"weights": fingerprint(sorted(source.resolve().rglob("*.safetensors")))})
+    if given.checkpoint:
+        model, rows = load_contender(given.checkpoint), PATHS
+    else:
+        model, rows = Contender.from_pretrained(given.model), ("learned", *SELECTORS, "text-only")
+        assert isinstance(model, Contender)
+    if given.mil_banks:
+        model.add_selector(MIL, attention_mil(given.mil_banks, given.out / f"{MIL}.safetensors").select)
+        rows = (*rows, MIL)
+    rows = tuple(given.rows or rows)
+    items = chain.from_iterable(mosaic_items(given.bank, "test", given.questions, given.n, seed) for seed in given.seed)
+    total = given.questions * len(given.seed)
+    records = evaluate(model, items, total, rows, None, given.out / "records.jsonl")
     majority(records)
     table = summary(records, rows)
     (given.out / "table.json").write_text(json.dumps({"settings": settings, "rows": table}, indent=2) + "\n")
-    (given.out / "table.md").write_text(markdown(table) + "\n")
-    print(markdown(table))
+    text = markdown(table) + ("\n\n" + comparison(records, (*rows, "majority")) if "learned" in rows else "")
+    (given.out / "table.md").write_text(text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":
