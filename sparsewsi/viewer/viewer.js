@@ -490,7 +490,7 @@ function drawMap() {
   pen.clearRect(0, 0, ...dims);
   if (!points || !bag) {
     pen.fillStyle = getComputedStyle(root).getPropertyValue("--quiet"); pen.font = "14px system-ui, sans-serif"; pen.textAlign = "center"; pen.textBaseline = "middle";
-    pen.fillText(bag ? "The map of the features is being made …" : "", dims[0] / 2, dims[1] / 2);
+    pen.fillText(bag ? "The map is being made …" : "", dims[0] / 2, dims[1] / 2, dims[0] - 16);
     return;
   }
   $(".features .title").textContent = points.title; $(".features .title").title = points.title;
