@@ -797,9 +797,12 @@ def main() -> int:
     try:
         os.environ.setdefault("GRADIO_TEMP_DIR", str(intake.private_root() / "gradio"))  # uploads start there
         demo = build(allow_paths=options.host in LOOPBACK and not on_space and not options.auth)
-        threading.Thread(target=warm_up, name="warm-up", daemon=True).start()
         settings = launch_settings(options.host, options.port, options.auth, options.mcp)
         _, address, _ = demo.launch(**settings, quiet=True, prevent_thread_lock=True)
+        if demo.mcp_error:  # Gradio would serve the page without
+            demo.close(verbose=False)
+            raise ValueError("--mcp needs the packages of an extra of Gradio: pip install 'gradio[mcp]'.")
+        threading.Thread(target=warm_up, name="warm-up", daemon=True).start()
         print(f"SparseWSI is served at {address}", flush=True)
         demo.block_thread()
     except (ValueError, OSError, ImportError) as error:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -126,6 +127,13 @@ def test_importing_the_app_loads_neither_train_nor_the_model():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(find_spec("mcp") is not None, reason="what MCP needs is installed")
+def test_tools_that_cannot_be_served_are_not_left_out_silently() -> None:
+    done = subprocess.run([sys.executable, "app.py", "--mcp"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "--mcp needs the packages of an extra of Gradio: pip install 'gradio[mcp]'."
 
 
 # ---- how it is served
