@@ -1,7 +1,10 @@
 """Evaluation: the score of an option is the model's own, tables count right, a stopped run goes on."""
 
 import json
+import os
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from sparsewsi.bag import Bag, save_bag
 from sparsewsi.config import SparseWSIConfig
 from sparsewsi.llm import load_llm
 from sparsewsi.model import SparseWSI
+from train.command import alone_in
 from train.data import Question
 from train.evaluate import Item, Prefix, evaluate, main, option_log_likelihoods, worded
 from train.scoring import (
@@ -26,6 +30,8 @@ from train.scoring import (
     summary,
     wilson,
 )
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -282,3 +288,20 @@ def test_no_features_at_all_is_said(
         command(monkeypatch, "tcga-1494", *flags)
     assert end.value.code == 2
     assert "none of the 3 slides has a feature file" in capsys.readouterr().err
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code = f"from pathlib import Path; from train.command import alone_in\nwith alone_in(Path({str(out)!r})): input()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, env=environment) as other:
+        while not (out / ".lock").exists():
+            assert other.poll() is None
+            time.sleep(0.05)
+        time.sleep(0.2)
+        with pytest.raises(ValueError, match="Another run is writing to"), alone_in(out):
+            pass
+        other.kill()
+        other.wait()
+        with alone_in(out):
+            pass

@@ -1,7 +1,14 @@
 """What the commands of train/ have in common."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has none; there nothing is locked
+    fcntl = None
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -11,3 +18,23 @@ def run_command(main: Callable[[], None]) -> None:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold an output folder, so that no two runs write the same files; the system lets go of it when a run dies.
+
+    Raises ValueError if another run holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"Another run is writing to {folder}. Wait for it, stop it, or choose another --out."
+                ) from None
+            except OSError:  # a file system without locks
+                pass
+        yield

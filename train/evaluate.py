@@ -41,7 +41,7 @@ from sparsewsi.config import SparseWSIConfig
 from sparsewsi.model import Selection, SparseWSI
 from sparsewsi.prompt import text_ids
 from train.benchmarks import BENCHMARKS, closed_questions, without_features
-from train.command import run_command
+from train.command import alone_in, run_command
 from train.data import Example, FeatureFolder, Packed, Question, Record, answer_logits, evenly, pack
 from train.mosaic import FAMILIES, NEEDLE_KINDS, Facts, ask, balanced_set, load_bank
 from train.scoring import add_readings, majority, markdown, picture, summary
@@ -196,7 +196,7 @@ def evaluate(
     whole: dict[
         int, tuple[Bag, Selection, Prefix]
     ] = {}  # the present slide's; the bag is held so that its id stays its
-    with log.open("a") as file:
+    with alone_in(log.parent), log.open("a") as file:
         file.write("\n" * cut_off)
         for number, item in enumerate(tqdm(items, total=total, desc=log.stem, disable=None)):
             record = records.setdefault(number, {})

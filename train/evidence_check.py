@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from sparsewsi.evidence import leave_one_out, without
 from sparsewsi.model import Selection, SparseWSI
-from train.command import run_command
+from train.command import alone_in, run_command
 from train.data import Question
 from train.evaluate import Item, check_settings, fingerprint, mosaic_items, read_records
 from train.mosaic import WORDS
@@ -131,7 +131,7 @@ def main() -> None:
     fewest, most = given.needles
     questions = 10 * given.questions  # two in five are cases
     items = mosaic_items(given.bank, given.split, questions, given.n, given.seed, (fewest, most))
-    with log.open("a") as file:
+    with alone_in(log.parent), log.open("a") as file:
         for number, (item, kind) in enumerate(tqdm(cases(items, given.questions), total=given.questions, disable=None)):
             if number not in records:
                 records[number] = check(model, item, kind, np.random.default_rng((given.seed, number)))

@@ -22,7 +22,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -42,7 +42,7 @@ from sparsewsi.selector import hard_topk
 from train.align import align
 from train.benchmarks import training_set
 from train.checkpoint import latest, load_state, save_state
-from train.command import run_command
+from train.command import alone_in, run_command
 from train.config import RECIPES, TrainConfig
 from train.data import Example, Packed, SlideVQADataset, answer_logits, join, pack, passes
 from train.mosaic import NEEDLE_KINDS, Bank, MosaicStream, load_bank
@@ -399,7 +399,8 @@ def train(config: TrainConfig, sparselearn_class: type[SparseLearn] = SparseLear
 
     steps = range(done, config.steps)
     bar = tqdm(steps, initial=done, total=config.steps, desc=f"stage {config.stage}", disable=rank() > 0 or None)
-    with recording(config, done) as record, closing(read_ahead(examples_of, steps, most=2)) as loaded:
+    held = alone_in(out) if rank() == 0 else nullcontext()
+    with held, recording(config, done) as record, closing(read_ahead(examples_of, steps, most=2)) as loaded:
         start = time.perf_counter()
         for step, examples in zip(bar, loaded):
             torch.manual_seed(config.seed * 1_000_003 + step)  # dropout, if any: the same after a resume
