@@ -205,6 +205,8 @@ def test_a_row_may_have_its_own_k(model: SparseWSI, items: list[Item], tmp_path:
     records = evaluate(model, iter(items), 6, ("random@9", "random@2", "all"), None, tmp_path / "a.jsonl")
     assert [record["random@9"] for record in records] == [record["all"] for record in records]
     assert all(record["random@9 recall"] == 1.0 and record["random@2 recall"] <= 1.0 for record in records)
+    assert all(record["random@9 kinds"] == 1.0 and record["random@2 kinds"] <= 1.0 for record in records)
+    assert all(record["random@2 kinds"] >= record["random@2 recall"] for record in records)
 
 
 COHORT = {"TCGA-A7-A0CJ-01Z-00-DX2": 9, "TCGA-A7-A0CE-01Z-00-DX1": 200}

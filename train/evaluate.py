@@ -251,14 +251,17 @@ def answers(
     generate: bool,
     whole: dict[int, tuple[Bag, Selection, Prefix]],
 ) -> dict:
-    """What is not known yet: per row the likeliest option, what is written, the share of needle patches kept.
+    """What is not known yet: per row the likeliest option, what is written, the share of needle patches kept, and that
+    of the needle kinds of which at least one patch is kept.
 
     whole: what the questions about all patches of one bag share, by the bag's id.
     """
     needles = np.flatnonzero(np.isin(item.kinds, NEEDLE_KINDS))
+    planted = set(item.kinds[needles])
     found: dict = {}
     for row in rows:
-        if row in known and (not generate or f"{row} text" in known):
+        told = [row, *[f"{row} text"] * generate, *[f"{row} kinds"] * (row not in WITHOUT_K and len(needles) > 0)]
+        if all(name in known for name in told):
             continue
         prefix = None
         if row == "all":
@@ -269,8 +272,10 @@ def answers(
             selection = selection_of(model, item.bag, row, k, seed)
         if row not in known:
             found[row] = likeliest(model, selection, item.question, preset, prefix)
-            if row not in WITHOUT_K and len(needles):
-                found[f"{row} recall"] = len(np.intersect1d(selection.indices.numpy(), needles)) / len(needles)
+        if row not in WITHOUT_K and len(needles):
+            kept = np.intersect1d(selection.indices.numpy(), needles)
+            found[f"{row} recall"] = len(kept) / len(needles)
+            found[f"{row} kinds"] = len(planted & set(item.kinds[kept])) / len(planted)
         if generate and f"{row} text" not in known:
             found[f"{row} text"] = written_answer(model, selection, item.question, preset)
     return found

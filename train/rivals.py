@@ -258,13 +258,18 @@ def share(records: Sequence[dict], row: str) -> str:
 
 
 def comparison(records: Sequence[dict], rows: Sequence[str]) -> str:
-    """Rows as Markdown: overall, microscopy and diagnosis in percent, needle recall, paired difference from learned."""
+    """Rows as Markdown: overall, microscopy and diagnosis in percent, and the paired difference from learned.
+
+    Needle recall is the share of needle patches that are kept, kinds found that of the needle kinds of which one is.
+    """
     parts = ([r for r in records if r["family"] != "diagnosis"], [r for r in records if r["family"] == "diagnosis"])
-    lines = ["| row | overall | microscopy | diagnosis | needle recall | minus learned | n |", "|" + "---|" * 7]
+    head = "| row | overall | microscopy | diagnosis | needle recall | kinds found | minus learned | n |"
+    lines = [head, "|" + "---|" * 8]
     for row in rows:
-        found = [record[f"{row} recall"] for record in records if f"{row} recall" in record]
         cells = [row, share(records, row), *(share(part, row) for part in parts)]
-        cells.append(f"{100 * np.mean(found):.0f} %" if found else "")
+        for what in ("recall", "kinds"):
+            found = [record[f"{row} {what}"] for record in records if f"{row} {what}" in record]
+            cells.append(f"{100 * np.mean(found):.0f} %" if found else "")
         change = against_learned(records, row) if row != "learned" else None
         cells.append("{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value for value in change)) if change else "")
         lines.append(f"| {' | '.join(cells)} | {sum(row in record for record in records)} |")
@@ -289,6 +294,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=1024, help="patches of a mosaic")
     parser.add_argument("--questions", type=int, default=400, help="of each seed, one mosaic each")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of the questions")
+    parser.add_argument("--needles", type=int, nargs=2, default=[4, 12], help="least and most patches of a focus")
     parser.add_argument(
         "--mil-banks", type=Path, nargs="+", help="what attention MIL is trained on; without, it is no row"
     )
@@ -298,6 +304,7 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     settings = {name: str(getattr(given, name)) for name in ("checkpoint", "model", "bank", "n", "seed")}
     settings |= {"questions": str(given.questions)} if len(given.seed) > 1 else {}  # else more can be asked later
+    settings |= {"needles": str(given.needles)} if given.needles != [4, 12] else {}
     source: Path = given.checkpoint or given.model
     check_settings(given.out, settings | {"weights": fingerprint(sorted(source.resolve().rglob("*.safetensors")))})
     if given.checkpoint:
@@ -309,7 +316,10 @@ def main() -> None:
         model.add_selector(MIL, attention_mil(given.mil_banks, given.out / f"{MIL}.safetensors").select)
         rows = (*rows, MIL)
     rows = tuple(given.rows or rows)
-    items = chain.from_iterable(mosaic_items(given.bank, "test", given.questions, given.n, seed) for seed in given.seed)
+    fewest, most = given.needles
+    items = chain.from_iterable(
+        mosaic_items(given.bank, "test", given.questions, given.n, seed, (fewest, most)) for seed in given.seed
+    )
     total = given.questions * len(given.seed)
     records = evaluate(model, items, total, rows, None, given.out / "records.jsonl")
     majority(records)

@@ -2,8 +2,8 @@
 
 A record is a dict of one item: number, slide, family, answer, options, n (patches), and per row of the table what it
 chose (text of an option, or None where it chose none); "<row> text" is what it wrote, "<row> recall" the share of
-needles it kept. A row is a selector, or "selector@K", "all" or "text-only"; "<row>, strict" and "<row>, lenient" are
-readings of what the row wrote.
+needle patches it kept, "<row> kinds" the share of needle kinds of which it kept one. A row is a selector, or
+"selector@K", "all" or "text-only"; "<row>, strict" and "<row>, lenient" are readings of what the row wrote.
 """
 
 import math
@@ -149,6 +149,9 @@ def summary(records: list[dict], rows: Sequence[str]) -> dict[str, dict]:
         recall = [record[f"{row} recall"] for record in asked if f"{row} recall" in record]
         if recall:
             entry["needle_recall"] = float(np.mean(recall))
+        kinds = [record[f"{row} kinds"] for record in asked if f"{row} kinds" in record]
+        if kinds:
+            entry["kind_recall"] = float(np.mean(kinds))
         entry["families"] = {
             family: [sum(r["family"] == family for r in right), sum(r["family"] == family for r in asked)]
             for family in families
