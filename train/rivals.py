@@ -325,7 +325,9 @@ def main() -> None:
     majority(records)
     table = summary(records, rows)
     (given.out / "table.json").write_text(json.dumps({"settings": settings, "rows": table}, indent=2) + "\n")
-    text = markdown(table) + ("\n\n" + comparison(records, (*rows, "majority")) if "learned" in rows else "")
+    text = markdown(table)
+    if "learned" in rows:
+        text += "\n\n" + comparison(records, (*rows, "majority"))
     (given.out / "table.md").write_text(text + "\n")
     print(text)
 
