@@ -12,6 +12,10 @@ asks one model the same questions about the patches that each selector keeps, a 
 is trained first, on the train split of --mil-banks, on as many bags as the demo's stage 2. train/grid.py compares
 selectors with a language model trained on each.
 
+    python -m train.rivals --tables --out results/rivals-real
+
+prints the tables again, from the answers that are there.
+
 N patches, D feature dim, C needle kinds, W width inside.
 """
 
@@ -36,7 +40,7 @@ from train.checkpoint import load_state
 from train.command import run_command
 from train.config import RECIPES, TrainConfig
 from train.data import Example
-from train.evaluate import check_settings, evaluate, fingerprint, mosaic_items
+from train.evaluate import check_settings, evaluate, fingerprint, mosaic_items, read_records
 from train.mosaic import NEEDLE_KINDS, Bank, MosaicStream, load_bank
 from train.scoring import majority, markdown, summary, wilson
 from train.sparselearn import GATES, SparseLearn, gumbel_topk, ste_topk, zscore
@@ -276,6 +280,21 @@ def comparison(records: Sequence[dict], rows: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def write_tables(known: dict[int, dict], rows: Sequence[str] | None, out: Path) -> str:
+    """Write table.json and table.md from answers, of all rows that were asked or of these; returns the Markdown."""
+    records = [known[number] for number in sorted(known)]
+    majority(records)
+    names = (*PATHS, *SELECTORS, MIL, "all", "text-only")
+    rows = tuple(rows or (name for name in names if any(name in record for record in records)))
+    table = summary(records, rows)
+    (out / "table.json").write_text(json.dumps({"rows": table}, indent=2) + "\n")
+    text = markdown(table)
+    if "learned" in rows:
+        text += "\n\n" + comparison(records, (*rows, "majority"))
+    (out / "table.md").write_text(text + "\n")
+    return text
+
+
 def attention_mil(banks: Sequence[Path], path: Path) -> AttentionMIL:
     """The one in path; if there is none it is trained on the train split of banks as long as the demo's stage 2."""
     if not path.is_file():
@@ -287,10 +306,10 @@ def attention_mil(banks: Sequence[Path], path: Path) -> AttentionMIL:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
+    what = parser.add_mutually_exclusive_group()
     what.add_argument("--checkpoint", type=Path, help="of train.run; knows its training path as well")
     what.add_argument("--model", type=Path, help="a released model")
-    parser.add_argument("--bank", type=Path, required=True)
+    parser.add_argument("--bank", type=Path)
     parser.add_argument("--n", type=int, default=1024, help="patches of a mosaic")
     parser.add_argument("--questions", type=int, default=400, help="of each seed, one mosaic each")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of the questions")
@@ -300,12 +319,21 @@ def main() -> None:
     )
     parser.add_argument("--rows", nargs="+", help="default: the paths of a checkpoint, the selectors for a model")
     parser.add_argument("--out", type=Path, required=True, help="folder for records.jsonl, table.json and table.md")
+    parser.add_argument("--tables", action="store_true", help="ask nothing, print the tables of --out")
     given = parser.parse_args()
+    log = given.out / "records.jsonl"
+    if given.tables:
+        if not log.is_file():
+            raise ValueError(f"{log} is not there; --out is the folder of answers that were asked for.")
+        print(write_tables(read_records(log), given.rows, given.out))
+        return
+    source = given.checkpoint or given.model
+    if source is None or given.bank is None:
+        raise ValueError("Say what is asked, with --checkpoint or --model, and about what, with --bank.")
     given.out.mkdir(parents=True, exist_ok=True)
     settings = {name: str(getattr(given, name)) for name in ("checkpoint", "model", "bank", "n", "seed")}
     settings |= {"questions": str(given.questions)} if len(given.seed) > 1 else {}  # else more can be asked later
     settings |= {"needles": str(given.needles)} if given.needles != [4, 12] else {}
-    source: Path = given.checkpoint or given.model
     check_settings(given.out, settings | {"weights": fingerprint(sorted(source.resolve().rglob("*.safetensors")))})
     if given.checkpoint:
         model, rows = load_contender(given.checkpoint), PATHS
@@ -321,15 +349,8 @@ def main() -> None:
         mosaic_items(given.bank, "test", given.questions, given.n, seed, (fewest, most)) for seed in given.seed
     )
     total = given.questions * len(given.seed)
-    records = evaluate(model, items, total, rows, None, given.out / "records.jsonl")
-    majority(records)
-    table = summary(records, rows)
-    (given.out / "table.json").write_text(json.dumps({"settings": settings, "rows": table}, indent=2) + "\n")
-    text = markdown(table)
-    if "learned" in rows:
-        text += "\n\n" + comparison(records, (*rows, "majority"))
-    (given.out / "table.md").write_text(text + "\n")
-    print(text)
+    evaluate(model, items, total, rows, None, log)
+    print(write_tables(read_records(log), rows, given.out))
 
 
 if __name__ == "__main__":
