@@ -719,11 +719,9 @@ def wire(demo: gr.Blocks, ui: SimpleNamespace, allow_paths: bool) -> None:
     for event in [*answers, *weighed]:
         event.then(idle, None, ui.question, **quiet)
     # Words that were on their way when it was pressed come after what the cancelling event itself returns: so the
-    # chat is set right by the next event, and once more by one after that.
+    # chat is set right by the next event.
     halted = ui.question.stop(lambda: None, None, None, cancels=[*answers, *weighed], **quiet)
-    halted.then(stopped, ui.chat, [ui.chat, ui.question], **quiet).then(
-        stopped, ui.chat, [ui.chat, ui.question], **quiet
-    )
+    halted.then(stopped, ui.chat, [ui.chat, ui.question], **quiet)
     undone = ui.chat.undo(undo, [ui.chat, ui.answers], [ui.chat, ui.answers, ui.question, ui.options], **quiet)
     for event in (undone, ui.chat.clear(dict, None, ui.answers, **quiet)):
         event.success(offer, [ui.case, ui.answers], None, **quiet)
