@@ -671,7 +671,8 @@ def _read_npy(path: Path, allow_pickle: bool) -> _Foreign:
                 f"{path.name} holds pickled objects, which can run code when loaded. "
                 "If you made it yourself, pass allow_pickle=True."
             ) from error
-        # SlideChat's old copies are a pickled dict; only a caller who vouches for the file gets here.
+        # SlideChat's old copies are a pickled dict. Neither a command nor the app sets allow_pickle: only a Python
+        # caller who vouches for a file of their own gets here.
         data = np.load(path, allow_pickle=True)
         data = data.item() if data.ndim == 0 else data
         data = np.asarray(data["feature"]) if isinstance(data, dict) and "feature" in data else data

@@ -641,6 +641,7 @@ class Bomb:
 def test_pickles_are_never_run(tmp_path: Path):
     torch.save({"features": Bomb(tmp_path / "exploded")}, tmp_path / "a.pt")
     (tmp_path / "b.pt").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded"), protocol=2))
+    # Pickled on purpose: if load_bag unpickled it, the bomb would leave its mark.
     np.save(tmp_path / "c.npy", np.array([Bomb(tmp_path / "exploded")], dtype=object), allow_pickle=True)
     for name in ("a.pt", "b.pt", "c.npy"):
         with pytest.raises(ValueError, match=r"never loaded|can run code"):
