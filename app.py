@@ -56,11 +56,14 @@ FILES = (
     ("selection.json", "selection.json"),
     ("log.jsonl", "log of this session"),
 )
+STOPPED = "Stopped; the evidence was not weighed."
+PROCESS = os.getpid()
 WEIGHING = "_Weighing the evidence: the answer is scored again without each of the patches …_"
 
 
 _slides = Slides()
 _cases: dict[str, Case] = {}  # by token, for the API
+_answering: dict[str, threading.Event] = {}  # by session, while it is answered; set once Stop is pressed
 
 
 # ---- the model: loaded once, when first needed
@@ -281,6 +284,7 @@ def forget(request: gr.Request) -> None:
     """The tab was closed: delete what was uploaded in it and what was made of it."""
     for token in _slides.forget(str(request.session_hash)):
         _cases.pop(token, None)
+    end(request)
     for what in ("", "-files"):
         shutil.rmtree(intake.private_folder(request.session_hash, what), ignore_errors=True)
 
@@ -328,7 +332,7 @@ def take_example(index: int, asked: list) -> tuple[str, str]:
     return text, "\n".join(options)
 
 
-def add_turn(question: str, options: str, case: Case | None, chat: list) -> tuple:
+def add_turn(question: str, options: str, case: Case | None, chat: list, request: gr.Request) -> tuple:
     """Put the question into the chat and give the box back empty, with a Stop button while the answer comes."""
     if case is None:
         raise gr.Error("Open a slide first; the question stays in the box.", print_exception=False)
@@ -336,8 +340,8 @@ def add_turn(question: str, options: str, case: Case | None, chat: list) -> tupl
         raise gr.Error("Write a question first.", print_exception=False)
     with sentences():
         text = format_question(question.strip(), [line.strip() for line in options.splitlines() if line.strip()])
-    answered = chat[:-1] if chat and chat[-1]["role"] == "user" else chat  # a question that was stopped goes
-    return busy(value=""), "", [*answered, {"role": "user", "content": inert(text)}]
+    answered = chat[:-1] if chat and chat[-1]["role"] == "user" else chat  # a question that was not answered goes
+    return begin(request, value=""), "", [*answered, {"role": "user", "content": inert(text)}]
 
 
 def asked_in(chat: list) -> tuple[list[dict[str, str]], list[str]]:
@@ -345,28 +349,93 @@ def asked_in(chat: list) -> tuple[list[dict[str, str]], list[str]]:
     return turns_of(chat, history=loaded()[0].config.multi_turn)
 
 
-@gpu
-def reply(case: Case, chat: list) -> Iterator[list]:
-    """Stream the answer to the last question."""
-    with sentences():
-        turns, options = asked_in(chat)
-        text = ""
-        for piece in loaded()[0].answer(case.selection, turns, options):
-            text += piece
-            yield [*chat, said(text, notice(), [WEIGHING])]
-        if not text:
-            yield [*chat, said("", notice(), [WEIGHING])]
+# Stop is a flag that an answer looks at, not Gradio's `cancels`: of a cancelled event, what was on its way still comes,
+# what follows it is started, and the next question may find it not ended yet and never be asked.
+
+
+def begin(request: gr.Request, **changes: Any) -> Any:
+    """An answer is coming: the question box, with a Stop button. One at a time: the chat is what all of them write."""
+    unanswered(request)
+    _answering[str(request.session_hash)] = threading.Event()
+    return gr.Textbox(submit_btn=False, stop_btn="Stop", **changes)
+
+
+def unanswered(request: gr.Request) -> None:
+    """Raises gr.Error while an answer is coming."""
+    if str(request.session_hash) in _answering:
+        sentence = "The last question is still being answered: wait for it or press Stop. Nothing was changed."
+        raise gr.Error(sentence, print_exception=False)
+
+
+def halt(request: gr.Request) -> None:
+    """Stop was pressed."""
+    if str(request.session_hash) in _answering:
+        _answering[str(request.session_hash)].set()
+
+
+def end(request: gr.Request) -> Any:
+    """The answer has come, or will not: the question box for the next one."""
+    _answering.pop(str(request.session_hash), None)
+    return gr.Textbox(submit_btn=True, stop_btn=False)
+
+
+def halted(session: str) -> bool:
+    """Stop was pressed, the chat cleared or the tab closed. Never known in a process of its own (ZeroGPU's)."""
+    return os.getpid() == PROCESS and (session not in _answering or _answering[session].is_set())
 
 
 @gpu
-def weigh(case: Case, chat: list, answers: dict[int, export.Answer]) -> tuple[list, dict[int, export.Answer], Any]:
-    """What the answer rests on."""
-    with sentences():
-        answer = measure(loaded()[0], case.selection, *asked_in(chat), text_of(chat[-1]).replace("(no answer)", ""))
-    place = len(chat) - 1
-    answers = {i: earlier for i, earlier in answers.items() if i < place} | {place: answer}
-    message = said(answer.text, notice(), about(answer, case.selection))
-    return [*chat[:-1], message], answers, gr.HTML(evidence=evidence_props(case.selection, answer))
+def words(case: Case, chat: list) -> Iterator[str]:
+    """The answer to the last question, in pieces."""
+    yield from loaded()[0].answer(case.selection, *asked_in(chat))
+
+
+class Halted(Exception):
+    """Stop was pressed while the evidence was weighed."""
+
+
+@gpu
+def weighed(case: Case, chat: list, text: str, session: str) -> export.Answer:
+    """What the answer to the last question rests on. Raises Halted."""
+
+    def look(*_: int) -> None:
+        if halted(session):
+            raise Halted
+
+    return measure(loaded()[0], case.selection, *asked_in(chat), text, look)
+
+
+def reply(case: Case, chat: list, answers: dict[int, export.Answer], request: gr.Request) -> Iterator[tuple]:
+    """Stream the answer to the last question, then what it rests on, until Stop is pressed."""
+    session, text, lines = str(request.session_hash), "", [STOPPED]
+    mine = _answering.get(session)
+    answers = {i: earlier for i, earlier in answers.items() if i < len(chat)}
+
+    def so_far(*lines: str) -> list:
+        return [*chat, said(text, notice(), list(lines))]
+
+    try:
+        with sentences():
+            for piece in words(case, chat):
+                if halted(session):
+                    break
+                text += piece
+                yield so_far(WEIGHING), gr.skip(), gr.skip(), gr.skip()
+            else:
+                yield so_far(WEIGHING), gr.skip(), gr.skip(), gr.skip()
+                answer = weighed(case, chat, text_of(so_far()[-1]) if text else "", session)
+                answers[len(chat)], text, lines = answer, answer.text, about(answer, case.selection)
+    except Halted:
+        pass
+    except gr.Error:
+        if text:
+            failed = so_far("The evidence could not be weighed.")
+            yield failed, answers, last_evidence(case, failed, answers), end(request)
+        raise
+    if mine is _answering.get(session):
+        yield so_far(*lines), answers, last_evidence(case, so_far(), answers), end(request)
+    else:  # the chat was cleared meanwhile
+        yield [], {}, last_evidence(case, [], {}), gr.skip()
 
 
 def evidence_props(selection: Selection, answer: export.Answer) -> dict[str, Any] | None:
@@ -380,8 +449,10 @@ def last_evidence(case: Case | None, chat: list, answers: dict[int, export.Answe
     return gr.HTML(evidence=evidence_props(case.selection, answer) if case and answer else None)
 
 
-def log_answer(case: Case, answers: dict[int, export.Answer], request: gr.Request) -> None:
-    answer = answers[max(answers)]
+def log_answer(case: Case, chat: list, answers: dict[int, export.Answer], request: gr.Request) -> None:
+    """Write down the answer that the chat ends with; one that was stopped with its words alone."""
+    question, options = read_turn(text_of(chat[-2]))
+    answer = answers.get(len(chat) - 1, export.Answer(question, text_of(chat[-1]), tuple(options)))
     record(request.session_hash, event="ask", slide=case.bag.slide, **dataclasses.asdict(answer))
 
 
@@ -389,38 +460,29 @@ def log_views(event: gr.EventData, request: gr.Request) -> None:
     record(request.session_hash, event="look", views=event._data["views"][:200])
 
 
-def busy(**changes: Any) -> Any:
-    return gr.Textbox(submit_btn=False, stop_btn="Stop", **changes)
-
-
-def idle() -> Any:
-    return gr.Textbox(submit_btn=True, stop_btn=False)
-
-
-def stopped(chat: list) -> tuple[list, Any]:
-    """What was said so far stays; its evidence is not weighed any more."""
-    if chat and chat[-1]["role"] == "assistant" and WEIGHING in str(chat[-1]["content"]):
-        chat = [*chat[:-1], said(text_of(chat[-1]), notice(), ["Stopped; the evidence was not weighed."])]
-    return chat, idle()
-
-
-def retry(chat: list) -> tuple[list, Any]:
+def retry(chat: list, request: gr.Request) -> tuple[list, Any]:
     """Ask the last question again."""
-    return back_to_question(chat), busy()
+    return back_to_question(chat), begin(request)
 
 
-def undo(chat: list, answers: dict[int, export.Answer]) -> tuple[list, dict[int, export.Answer], str, str]:
+def undo(chat: list, answers: dict[int, export.Answer], request: gr.Request) -> tuple[list, dict, str, str]:
     """Take back the last question; its words return to the boxes."""
+    unanswered(request)
     kept = back_to_question(chat)
     question, options = read_turn(text_of(kept[-1]))
     answers = {i: answer for i, answer in answers.items() if i < len(kept) - 1}
     return kept[:-1], answers, question, "\n".join(options)
 
 
-def edit(chat: list, change: gr.EditData) -> tuple[list, Any]:
+def clear(request: gr.Request) -> tuple[dict, Any]:
+    """The chat was emptied; an answer that is still coming does not fill it again."""
+    return {}, end(request)
+
+
+def edit(chat: list, change: gr.EditData, request: gr.Request) -> tuple[list, Any]:
     """Ask an edited question in place of the old one and of what came after it."""
     place = change.index[0] if isinstance(change.index, (list, tuple)) else change.index
-    return [*chat[:place], {"role": "user", "content": inert(html.unescape(str(change.value)))}], busy()
+    return [*chat[:place], {"role": "user", "content": inert(html.unescape(str(change.value)))}], begin(request)
 
 
 def take_picks(event: gr.EventData, case: Case) -> tuple[dict[str, list[int]], str]:
@@ -706,24 +768,16 @@ def wire(demo: gr.Blocks, ui: SimpleNamespace, allow_paths: bool) -> None:
         ui.chat.edit(edit, ui.chat, [ui.chat, ui.question], **quiet),
     ]
     ended = [ui.case, ui.chat, ui.answers]
+    told = [ui.chat, ui.answers, ui.view, ui.question]
     for event in asked:
         event.success(last_evidence, ended, ui.view, **quiet)
-    answers = [event.success(reply, [ui.case, ui.chat], ui.chat, **quiet | alone) for event in asked]
-    weighed = [
-        event.success(weigh, [ui.case, ui.chat, ui.answers], [ui.chat, ui.answers, ui.view], **quiet | alone)
-        for event in answers
-    ]
-    for event in weighed:
-        event.success(offer, [ui.case, ui.answers], None, **quiet)
-        event.success(log_answer, [ui.case, ui.answers], None, **quiet)
-    for event in [*answers, *weighed]:
-        event.then(idle, None, ui.question, **quiet)
-    # Words that were on their way when it was pressed come after what the cancelling event itself returns: so the
-    # chat is set right by the next event.
-    halted = ui.question.stop(lambda: None, None, None, cancels=[*answers, *weighed], **quiet)
-    halted.then(stopped, ui.chat, [ui.chat, ui.question], **quiet)
+        answered = event.success(reply, ended, told, trigger_mode="multiple", **quiet | alone)
+        answered.failure(end, None, ui.question, **quiet)
+        answered.success(offer, [ui.case, ui.answers], None, **quiet)
+        answered.success(log_answer, ended, None, **quiet)
+    ui.question.stop(halt, None, None, queue=False, **quiet)  # never behind others
     undone = ui.chat.undo(undo, [ui.chat, ui.answers], [ui.chat, ui.answers, ui.question, ui.options], **quiet)
-    for event in (undone, ui.chat.clear(dict, None, ui.answers, **quiet)):
+    for event in (undone, ui.chat.clear(clear, None, [ui.answers, ui.question], **quiet)):
         event.success(offer, [ui.case, ui.answers], None, **quiet)
         event.success(last_evidence, ended, ui.view, **quiet)
 

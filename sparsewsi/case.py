@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,14 +71,22 @@ def numbers(selection: Selection) -> np.ndarray:
 
 
 def measure(
-    model: SparseWSI, selection: Selection, turns: list[dict[str, str]], options: list[str], text: str
+    model: SparseWSI,
+    selection: Selection,
+    turns: list[dict[str, str]],
+    options: list[str],
+    text: str,
+    progress: Callable[[int, int], None] | None = None,
 ) -> export.Answer:
-    """What is known of an answer: its options' probabilities, and what it loses without each patch."""
+    """What is known of an answer: its options' probabilities, and what it loses without each patch.
+
+    progress: see evidence.leave_one_out.
+    """
     question = turns[-1]["content"]
     probs = model.option_probs(selection, question, options).tolist() if options else ()
     if not text.strip():
         return export.Answer(question, "", tuple(options), tuple(probs))
-    found = evidence.leave_one_out(model, selection, turns, text, options or None)
+    found = evidence.leave_one_out(model, selection, turns, text, options or None, progress)
     found = dataclasses.replace(found, score_ranks=torch.from_numpy(numbers(selection)))
     return export.Answer(question, text, tuple(options), tuple(probs), tuple(found.effects.tolist()), found.sentence)
 

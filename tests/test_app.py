@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -256,9 +257,14 @@ def test_what_goes_wrong_is_one_sentence_on_the_page(error):
     assert "slide_mpp" not in caught.value.message
 
 
+def visitor() -> gr.Request:
+    """What Gradio tells a handler of who asks: somebody new."""
+    return gr.Request(session_hash=uuid.uuid4().hex)
+
+
 def test_a_question_without_a_slide_stays_in_the_box():
     with pytest.raises(gr.Error, match="Open a slide first"):
-        app.add_turn("What is it?", "", None, [])
+        app.add_turn("What is it?", "", None, [], visitor())
 
 
 def test_undo_gives_the_words_back_and_edit_drops_what_came_after():
@@ -269,10 +275,10 @@ def test_undo_gives_the_words_back_and_edit_drops_what_came_after():
         {"role": "assistant", "content": [{"type": "text", "text": "Because."}]},
     ]
     answers = {1: Answer("Which?", "fat"), 3: Answer("Why?", "Because.")}
-    assert app.undo(turns, answers) == (turns[:2], {1: answers[1]}, "Why?", "")
-    assert app.undo(turns[:2], answers) == ([], {}, "Which?", "fat\nmucin")
+    assert app.undo(turns, answers, visitor()) == (turns[:2], {1: answers[1]}, "Why?", "")
+    assert app.undo(turns[:2], answers, visitor()) == ([], {}, "Which?", "fat\nmucin")
     assert chat.back_to_question(turns) == turns[:3]
-    edited, _ = app.edit(turns, SimpleNamespace(index=2, value="How?"))  # type: ignore[arg-type]
+    edited, _ = app.edit(turns, SimpleNamespace(index=2, value="How?"), visitor())  # type: ignore[arg-type]
     assert edited == [*turns[:2], {"role": "user", "content": "How?"}]
     assert chat.text_of(turns[1]) == "fat", "the notice is not said to the model"
 
@@ -329,15 +335,101 @@ def test_a_patch_keeps_its_number_in_every_selection(tiny_model):
     assert order[torch.from_numpy(case.numbers(other)) - 1].tolist() == other.indices.tolist()
 
 
-def test_what_was_stopped_is_neither_weighed_nor_asked_again(tiny_model, monkeypatch):
+@pytest.fixture
+def asked(tiny_model, monkeypatch):
+    """A slide, a visitor, and the chat with the question just asked; a pass of the evidence for every patch."""
     monkeypatch.setenv("SPARSEWSI_MODEL", str(tiny_model))
+    monkeypatch.setitem(case.evidence.TOKENS, "cpu", 1)
+    held, me = tiny_case(app.loaded()[0]), visitor()
+    box, _, chat_now = app.add_turn("Why?", "", held, [], me)
+    assert box.stop_btn == "Stop"
+    yield held, me, chat_now
+    app.end(me)
+
+
+def test_one_question_at_a_time(asked):
+    held, me, chat_now = asked
+    for handler in (
+        lambda: app.add_turn("How?", "", held, chat_now, me),
+        lambda: app.retry(chat_now, me),
+        lambda: app.undo(chat_now, {}, me),
+    ):
+        with pytest.raises(gr.Error, match="still being answered"):
+            handler()
+    *_, (chat_then, *_) = app.reply(held, chat_now, {}, me)
+    assert len(app.add_turn("How?", "", held, chat_then, me)[2]) == 3
+
+
+def test_what_was_stopped_is_neither_weighed_nor_asked_again(asked):
+    held, me, chat_now = asked
+    steps = app.reply(held, chat_now, {}, me)
+    first = next(steps)[0]
+    assert app.WEIGHING in str(first)
+    app.halt(visitor())
+    assert app.WEIGHING in str(next(steps)[0])
+    app.halt(me)
+    [(last, answers, view, box)] = steps
+    assert app.STOPPED in str(last)
+    assert app.WEIGHING not in str(last)
+    assert chat.text_of(last[-1]) != "(no answer)"
+    assert answers == {}
+    assert view.props["evidence"] is None
+    assert box.stop_btn is False
+    assert [turn["role"] for turn in app.add_turn("How?", "", held, last, me)[2]] == ["user", "assistant", "user"]
+
+
+def test_stop_before_the_first_word(asked):
+    held, me, chat_now = asked
+    app.halt(me)
+    [(last, answers, *_)] = app.reply(held, chat_now, {}, me)
+    assert chat.text_of(last[-1]) == "(no answer)"
+    assert app.STOPPED in str(last)
+    assert answers == {}
+
+
+def test_stop_while_the_evidence_is_weighed(asked, monkeypatch):
+    held, me, chat_now = asked
+    passes, scores = [], case.evidence._scores
+    monkeypatch.setattr(case.evidence, "_scores", lambda *given: (passes.append(app.halt(me)), scores(*given))[1])
+    *_, (before, *_), (last, answers, view, _) = app.reply(held, chat_now, {}, me)
+    assert len(passes) == 1
+    assert answers == {}
+    assert view.props["evidence"] is None
+    assert app.STOPPED in str(last)
+    assert chat.text_of(last[-1]) == chat.text_of(before[-1])
+
+
+def test_an_answer_to_a_chat_that_was_cleared_does_not_fill_it_again(asked):
+    held, me, chat_now = asked
+    steps = app.reply(held, chat_now, {}, me)
+    next(steps)
+    assert app.clear(me)[0] == {}
+    [(last, answers, *_)] = steps
+    assert (last, answers) == ([], {})
+
+
+def test_an_answer_whose_evidence_failed_stands_without_it(asked, monkeypatch):
+    held, me, chat_now = asked
+
+    def fail(*_):
+        raise ValueError("it is too large.")
+
+    monkeypatch.setattr(case.evidence, "_scores", fail)
+    steps, last = app.reply(held, chat_now, {}, me), []
+    with pytest.raises(gr.Error, match="too large"):
+        for last, *_ in steps:  # noqa: B007
+            pass
+    assert "could not be weighed" in str(last)
+    assert app.WEIGHING not in str(last)
+
+
+def test_a_question_that_failed_goes_with_the_next_one(tiny_model, monkeypatch):
+    monkeypatch.setenv("SPARSEWSI_MODEL", str(tiny_model))
+    held, me = tiny_case(app.loaded()[0]), visitor()
     asked = [{"role": "user", "content": "Why?"}]
-    half, _ = app.stopped([*asked, chat.said("Because", "notice", [app.WEIGHING])])
-    assert app.WEIGHING not in str(half)
-    assert chat.text_of(half[-1]) == "Because"
-    assert app.stopped(asked)[0] == asked
-    held = tiny_case(app.loaded()[0])
-    assert [turn["content"] for turn in app.add_turn("How?", "", held, asked)[2]] == ["How?"]
+    assert [turn["content"] for turn in app.add_turn("How?", "", held, asked, me)[2]] == ["How?"]
+    app.forget(me)
+    assert str(me.session_hash) not in app._answering
 
 
 def test_the_ground_truth_names_foci_and_what_was_selected():
@@ -362,10 +454,10 @@ def test_the_ground_truth_names_foci_and_what_was_selected():
 def test_an_answer_streams_with_its_notice_and_is_then_weighed(tiny_model, monkeypatch):
     monkeypatch.setenv("SPARSEWSI_MODEL", str(tiny_model))
     held = tiny_case(app.loaded()[0])
-    asked = [{"role": "user", "content": format_question("Which?", ["fat", "liver"])}]
-    steps = list(app.reply(held, asked))
-    assert all(step[-1]["content"][-1].startswith("Demo model, research use only") for step in steps)
-    answered, answers, update = app.weigh(held, steps[-1], {})
+    me, options = visitor(), "fat\nliver"
+    chat_now = app.add_turn("Which?", options, held, [], me)[2]
+    *steps, (answered, answers, update, _) = app.reply(held, chat_now, {}, me)
+    assert all(step[0][-1]["content"][-1].startswith("Demo model, research use only") for step in steps)
     answer = answers[1]
     assert sum(answer.probs) == pytest.approx(1, abs=1e-5)
     assert len(answer.effects) == 6
@@ -401,7 +493,7 @@ def test_what_was_said_before_goes_to_the_model_only_if_it_was_trained_on_that(
     before = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
     asked = {"role": "user", "content": "Which?"}
     assert app.asked_in([*before, *question]) == ([*before, asked] if multi_turn else [asked], ["fat", "liver"])
-    alone, later = (list(app.reply(held, chat))[-1][-1] for chat in (question, [*before, *question]))
+    alone, later = ("".join(app.words(held, chat)) for chat in (question, [*before, *question]))
     assert (alone == later) != multi_turn
 
 

@@ -385,10 +385,7 @@ def stop_in_time(page, served) -> bool:
     return "was not weighed" in page.inner_text("#chat")
 
 
-def test_09_stop_retry_and_undo(desk, served, request):
-    if served.name == "real":
-        reason = "on a busy machine a question that follows Stop at once is now and then not answered; why is not known"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
+def test_09_stop_retry_and_undo(desk, served):
     wait_until_weighed(desk, 1)
     first = desk.inner_text("#chat .bot >> nth=0")
     try:
@@ -400,6 +397,12 @@ def test_09_stop_retry_and_undo(desk, served, request):
         else:
             raise AssertionError("no answer could be stopped")
         ask(desk, "Describe it.")
+        if served.name == "real":  # slow enough to be met while it answers
+            desk.wait_for_selector("#question button.stop-button")
+            ask(desk, "Too early?")
+            desk.wait_for_selector("text=still being answered")
+            assert desk.input_value("#question textarea") == "Too early?"
+            desk.fill("#question textarea", "")
         wait_until_weighed(desk, 3)
         desk.locator("#chat button[aria-label='Retry']").last.click()
         desk.wait_for_function(f"{ANSWERS} === 2 || document.querySelector('#chat').innerText.includes('Weighing')")
