@@ -8,8 +8,8 @@
 A cell is a training run followed by an evaluation. All cells of a seed branch from one dense checkpoint (alpha = 1),
 the dense part of the demo's recipe, and differ only in what follows; the few that need another slide encoder have a
 dense part of their own. Every cell starts with the same new scorer. The questions are the same for all cells of a seed
-and others for the next seed, one mosaic each, from the banks' test split in turn. Rows that show the LLM all N patches
-are asked of the first ones only (--long-questions): they cost ten times as much.
+and others for the next seed, one mosaic each, from the banks' test split in turn. Rows that show the LLM all N patches,
+which cost ten times as much, and those of another K are asked of the first ones only (--long-questions).
 
 Started again after a kill, the grid goes on where it was: trainings from their last checkpoint, evaluations from their
 last question. The tables are written anew after every cell, from what there is by then.
@@ -58,6 +58,7 @@ RECIPE = ("demo-stage1", "demo-stage2")  # the last one is cut in two where its 
 FREE = tuple(SELECTORS)  # selectors without training
 SWEEP = (8, 16, 64, 128)  # K other than 32
 LONG = ("all", "soft")  # rows of N tokens
+FEW = (*LONG, *(f"learned@{k}" for k in SWEEP))  # asked of the first questions only
 PAPER_SCHEDULE = {"tau_start": 2.0, "tau_end": 0.1, "k_start": 0.0, "anneal": 1.0, "hard": 0.0}
 MODEL_FIELDS = ("scorer_attention", "num_tokens")  # of the changes, those that the start of a cell is made with
 DIAGNOSIS = ("diagnosis",)  # families of questions; all others are microscopy
@@ -122,7 +123,7 @@ class Plan:
     accumulation: int = 0  # 0: the recipe's
     n: int = 1024  # patches of a test mosaic
     questions: int = 1000  # of each seed
-    long_questions: int = 200  # of which the rows of N tokens are asked
+    long_questions: int = 200  # of which the rows of FEW are asked
     changes: dict = field(default_factory=dict)  # further fields of TrainConfig, for all stages and cells
 
 
@@ -241,7 +242,7 @@ def items(plan: Plan, seed: int) -> Iterator[Item]:
 def asked(plan: Plan, row: str = "") -> int:
     """How many questions of a seed a row is asked."""
     everything = plan.questions // len(plan.banks) * len(plan.banks)
-    return min(everything, plan.long_questions) if row in LONG else everything
+    return min(everything, plan.long_questions) if row in FEW else everything
 
 
 def run_cell(plan: Plan, cell: Cell, seed: int, folder: Path) -> None:
@@ -264,7 +265,7 @@ def run_cell(plan: Plan, cell: Cell, seed: int, folder: Path) -> None:
         assert isinstance(model, Contender)
     if MIL in cell.rows:
         model.add_selector(MIL, attention_mil(plan, seed, folder).select)
-    for rows in (tuple(row for row in cell.rows if row not in LONG), tuple(row for row in cell.rows if row in LONG)):
+    for rows in (tuple(row for row in cell.rows if row not in FEW), tuple(row for row in cell.rows if row in FEW)):
         if rows:
             evaluate(model, islice(items(plan, seed), asked(plan, rows[0])), asked(plan, rows[0]), rows, None, log)
 
@@ -536,7 +537,9 @@ def main() -> None:
     parser.add_argument("--accumulation", type=int, default=0, help="bags a step; default: the recipe's")
     parser.add_argument("--n", type=int, default=Plan.n, help="patches of a test mosaic")
     parser.add_argument("--questions", type=int, default=Plan.questions, help="of each seed")
-    parser.add_argument("--long-questions", type=int, default=Plan.long_questions, help="for rows of N tokens")
+    parser.add_argument(
+        "--long-questions", type=int, default=Plan.long_questions, help="for rows of N tokens and of other K"
+    )
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--tables", action="store_true", help="train and ask nothing, write the tables of --out")
     given = parser.parse_args()
