@@ -19,6 +19,7 @@ import re
 import struct
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -145,15 +146,12 @@ class Slide:
         if abs(ratio - round(ratio)) * max(size) < 1e-3 and ratio > 0.5:
             ratio = float(round(ratio))  # 0.3 / 0.1 is 2.9999999999999996; the integer path is exact and faster
         x0, y0 = (v / self.level_downsamples[level] for v in xy_level0)
-        block_w, block_h = (max(1, int(side / max(ratio, 1))) for side in BLOCK)
-        if width <= block_w and height <= block_h:
+        block = tuple(max(1, int(side / max(ratio, 1))) for side in BLOCK)
+        if ratio == 1 or (width <= block[0] and height <= block[1]):
             return self._read_block(level, (x0, y0), size, ratio)
         out = np.empty((height, width, 3), np.uint8)
-        for top in range(0, height, block_h):
-            for left in range(0, width, block_w):
-                part = (min(block_w, width - left), min(block_h, height - top))
-                xy = (x0 + left * ratio, y0 + top * ratio)
-                out[top : top + part[1], left : left + part[0]] = self._read_block(level, xy, part, ratio)
+        for (left, top), part, here in _parts(size, block):
+            out[here] = self._read_block(level, (x0 + left * ratio, y0 + top * ratio), part, ratio)
         return out
 
     def level_for(self, downsample: float) -> int:
@@ -302,6 +300,11 @@ class _OpenSlideSource:
         return slide
 
     def _read_openslide(self, level: int, xy: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+        if size[0] > BLOCK[0] or size[1] > BLOCK[1]:
+            out = np.empty((size[1], size[0], 3), np.uint8)
+            for (left, top), part, here in _parts(size, BLOCK):
+                out[here] = self._read_openslide(level, (xy[0] + left, xy[1] + top), part)
+            return out
         # OpenSlide takes the corner in level 0 and divides it by its own downsample; undo exactly that.
         own = self._own_downsamples[level]
         corner = (round(xy[0] * own), round(xy[1] * own))
@@ -407,6 +410,16 @@ class _ImageSource:
     def close(self) -> None:
         self._image.close()
         self._pixels = None
+
+
+def _parts(
+    size: tuple[int, int], block: tuple[int, ...]
+) -> Iterator[tuple[tuple[int, int], tuple[int, int], tuple[slice, slice]]]:
+    """A region of size = (w, h) in parts of at most a block: corner (x, y), (w, h), and where it lies in an array."""
+    for top in range(0, size[1], block[1]):
+        for left in range(0, size[0], block[0]):
+            width, height = min(block[0], size[0] - left), min(block[1], size[1] - top)
+            yield (left, top), (width, height), (slice(top, top + height), slice(left, left + width))
 
 
 def _on_white(region: Image.Image) -> np.ndarray:

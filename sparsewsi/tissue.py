@@ -33,8 +33,9 @@ SPECK_MM2 = 0.015  # tissue and marks smaller than this are dropped
 FAT_MM2 = 0.05  # fat smaller than this is taken for scratches
 HOLE_MM2 = 0.03  # holes smaller than this, 0.2 mm across, are lumina and gaps within tissue
 GAP_UM = 64.0  # gaps narrower than this are closed
-STRIP = 512  # rows of mask px handled at once
+STRIP = 256  # rows of mask px handled at once
 LOST = 16  # mask px: side of the squares in which damage is looked for, 128 um
+DARK_FIELD = "The slide is dark all over, as in fluorescence; tissue is only found on bright slides stained with H&E."
 DEFAULT_GLASS = (245.0, 245.0, 245.0)  # where a slide shows no glass
 
 
@@ -153,28 +154,32 @@ def _row_sum(mask: np.ndarray, start: float, stop: float) -> np.ndarray:
 def _segment(slide: Slide, mpp: float) -> _Segmentation:
     scale = _mask_scale(slide, mpp)
     width, height = (math.ceil(side / scale - 1e-6) for side in slide.size)
-    mask = np.zeros((height, width), bool)
     # Only the scanned part is read; it begins on a mask px.
     x, y, w, h = slide.bounds
     left, top = int(x / scale), int(y / scale)
     right, bottom = math.ceil((x + w) / scale - 1e-6), math.ceil((y + h) / scale - 1e-6)
     rgb, lost = _read_what_is_there(slide, (left * scale, top * scale), (right - left, bottom - top), scale)
     um = scale * slide.require_mpp()
-    part, reason = _tissue_of(rgb, um)
-    # Whoever reads the patches there finds out, and can tell which they are.
-    mask[top:bottom, left:right] = part | lost
+    colours = _colours(rgb, um)
+    del rgb  # a cell's worth of numbers stands for its px from here on
+    if colours is None:
+        return _Segmentation(np.zeros((height, width), bool), scale, DARK_FIELD)
+    part, reason = _tissue_of(colours, um)
+    if lost is not None:  # whoever reads the patches there finds out, and can tell which they are
+        part |= lost
+    mask = np.pad(part, ((top, height - bottom), (left, width - right))) if part.shape != (height, width) else part
     return _Segmentation(mask, scale, reason)
 
 
 def _read_what_is_there(
     slide: Slide, xy: tuple[float, float], size: tuple[int, int], scale: float
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray | None]:
     """slide.read_scaled, white where the file is damaged, and where that is, in squares of LOST mask px: bool (h, w).
 
-    Raises SlideError if that is more than half.
+    None if the file is whole. Raises SlideError if more than half is damaged.
     """
     try:
-        return slide.read_scaled(xy, size, scale), np.zeros(size[::-1], bool)
+        return slide.read_scaled(xy, size, scale), None
     except SlideError as error:
         rgb, lost = np.full((*size[::-1], 3), 255, np.uint8), np.ones(size[::-1], bool)
         damage = error
@@ -204,26 +209,41 @@ def _mask_scale(slide: Slide, mpp: float) -> float:
     return finer * max(1, round(target / finer))
 
 
-def _tissue_of(rgb: np.ndarray, um: float) -> tuple[np.ndarray, str]:
-    """Mask of an image of um um/px, uint8 (h, w, 3) -> bool (h, w), and the reason if it is empty."""
-    cell = max(2, round(CELL_UM / um))  # mask px
-    # Mean colours of the cells, uint8 (rows, columns, 3).
-    cells = np.concatenate([np.asarray(strip.reduce(cell)) for _, strip in _strips(rgb, cell)])
-    if _is_dark_field(cells):
-        return np.zeros(rgb.shape[:2], bool), (
-            "The slide is dark all over, as in fluorescence; tissue is only found on bright slides stained with H&E."
-        )
-    glass = _glass(cells)
+@dataclass(frozen=True)
+class _Colours:
+    """What the px of an image say, for their cells to decide."""
+
+    cell: int  # mask px
+    means: np.ndarray  # mean colours of the cells, uint8 (rows, columns, 3)
+    glass: tuple[float, float, float]
+    stained: np.ndarray  # px, bool (h, w)
+    shares: tuple[np.ndarray, ...]  # of each cell's px: stained, foreign, darker than the cell; float32 (rows, columns)
+
+
+def _colours(rgb: np.ndarray, um: float) -> _Colours | None:
+    """Of an image of um um/px, uint8 (h, w, 3). None for a dark field."""
+    cell = max(2, round(CELL_UM / um))
+    means = np.concatenate([np.asarray(strip.reduce(cell)) for _, strip in _strips(rgb, cell)])
+    if _is_dark_field(means):
+        return None
+    glass = _glass(means)
     stained, shares = np.empty(rgb.shape[:2], bool), []
     for rows, strip in _strips(rgb, cell):
-        stained[rows], foreign = _classify(strip, glass)
-        shares.append((_share(stained[rows], cell), _share(foreign, cell), _share(_darker(strip, cell), cell)))
-    stained_share, foreign_share, darker_share = (np.concatenate(parts) for parts in zip(*shares))
+        bands = strip.split()
+        stained[rows], foreign = _classify(bands, glass)
+        green = means[rows.start // cell : rows.stop // cell, :, 1]
+        darker = _darker(np.asarray(bands[1]), green, cell)
+        shares.append((_share(stained[rows], cell), _share(foreign, cell), _share(darker, cell)))
+    return _Colours(cell, means, glass, stained, tuple(np.concatenate(parts) for parts in zip(*shares)))
 
-    cell_um = cell * um
+
+def _tissue_of(colours: _Colours, um: float) -> tuple[np.ndarray, str]:
+    """Mask of the image, bool (h, w), and the reason if it is empty."""
+    stained_share, foreign_share, darker_share = colours.shares
+    cell_um = colours.cell * um
     logarithm = np.log(np.arange(256, dtype=np.float32) + OFFSET)
-    density = np.stack([math.log(i0 + OFFSET) - logarithm[cells[..., c]] for c, i0 in enumerate(glass)])  # OD
-    stain = density[1] - density[2]
+    density = np.stack([math.log(i0 + OFFSET) - logarithm[colours.means[..., c]] for c, i0 in enumerate(colours.glass)])
+    stain = density[1] - density[2]  # of optical densities
     marks = _marks(foreign_share, density, cell_um)
     tissue = stained_share > 0.5
     tissue |= _fat(darker_share, stain, tissue, cell_um)
@@ -234,7 +254,7 @@ def _tissue_of(rgb: np.ndarray, um: float) -> tuple[np.ndarray, str]:
     # Whole cells inside, single px along the rim: the outline is as fine as the mask.
     inside = _crossed(tissue, np.logical_and, beyond=True)
     rim = _dilated(tissue, 1) & ~marks
-    mask = _spread(rim.view(np.uint8) + inside, cell, stained.shape) + stained > 1
+    mask = _spread(rim.view(np.uint8) + inside, colours.cell, colours.stained.shape) + colours.stained > 1
     if mask.any():
         return mask, ""
     if marks.any():
@@ -282,14 +302,13 @@ def _extremes(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.minimum(np.minimum(red, green), blue), np.maximum(np.maximum(red, green), blue)
 
 
-def _classify(image: Image.Image, glass: tuple[float, float, float]) -> tuple[np.ndarray, np.ndarray]:
-    """Per px, bool (h, w): stained as with H&E, and foreign: absorbs, but not as H&E does.
+def _classify(bands: tuple[Image.Image, ...], glass: tuple[float, float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Per px of an image's bands, bool (h, w): stained as with H&E, and foreign: absorbs, but not as H&E does.
 
     Every rule compares blue or red with a function of green, so that tables of 256 entries stand for the logarithms.
     """
     red0, green0, blue0 = (c + OFFSET for c in glass)
     density = np.log(green0 / (np.arange(256) + OFFSET))  # OD_green of every green value
-    bands = image.split()
     red, green, blue = (np.asarray(band) for band in bands)
 
     def limit(values: np.ndarray) -> np.ndarray:
@@ -330,11 +349,9 @@ def _marks(foreign_share: np.ndarray, density: np.ndarray, cell_um: float) -> np
     return _dilated(with_core[labels], 64 / cell_um)
 
 
-def _darker(image: Image.Image, cell: int) -> np.ndarray:
+def _darker(green: np.ndarray, mean: np.ndarray, cell: int) -> np.ndarray:
     """Px that absorb more green than the mean of their cell, bool (h, w): lines on pale ground."""
-    band = image.getchannel(1)
-    mean = np.asarray(band.reduce(cell).point([max(0, v - 6) for v in range(256)]))
-    return np.asarray(band) < _spread(mean, cell, (image.height, image.width))
+    return green < _spread(np.maximum(mean, 6) - np.uint8(6), cell, green.shape)
 
 
 def _fat(darker_share: np.ndarray, stain: np.ndarray, tissue: np.ndarray, cell_um: float) -> np.ndarray:
