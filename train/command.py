@@ -20,6 +20,13 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write under a temporary name, then rename: whoever reads path finds the old text or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Hold an output folder, so that no two runs write the same files; the system lets go of it when a run dies.

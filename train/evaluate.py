@@ -41,7 +41,7 @@ from sparsewsi.config import SparseWSIConfig
 from sparsewsi.model import Selection, SparseWSI
 from sparsewsi.prompt import text_ids
 from train.benchmarks import BENCHMARKS, closed_questions, without_features
-from train.command import alone_in, run_command
+from train.command import alone_in, run_command, write_whole
 from train.data import Example, FeatureFolder, Packed, Question, Record, answer_logits, evenly, pack
 from train.mosaic import FAMILIES, NEEDLE_KINDS, Facts, ask, balanced_set, load_bank
 from train.scoring import add_readings, majority, markdown, picture, summary
@@ -326,9 +326,8 @@ def mosaic_items(
     """Balanced questions on mosaics of one split of a bank, one mosaic each; per_needle: patches of a focus."""
     asked = balanced_set(load_bank(bank_file, split), questions, n, seed, per_needle)
     for number, (bag, kinds, question) in enumerate(asked):
-        yield Item(
-            Bag(bag.features, bag.coords, bag.patch_size, bag.mpp, bag.encoder, f"mosaic {number}"), kinds, question
-        )
+        named = f"mosaic {number}, seed {seed}"
+        yield Item(Bag(bag.features, bag.coords, bag.patch_size, bag.mpp, bag.encoder, named), kinds, question)
 
 
 def phantom_items(
@@ -374,7 +373,7 @@ def check_settings(folder: Path, settings: dict) -> None:
         if other:
             changes = "; ".join(f"{name} was {before.get(name)}, is {settings[name]}" for name in other)
             raise ValueError(f"{folder} holds answers of another evaluation ({changes}). Choose another --out.")
-    path.write_text(json.dumps(settings, indent=2) + "\n")
+    write_whole(path, json.dumps(settings, indent=2) + "\n")
 
 
 def fingerprint(files: Iterable[Path]) -> str:
@@ -470,8 +469,8 @@ def run(arguments: argparse.Namespace) -> str:
     table = summary(answered, (*rows, *readings))
     settings = {name: str(value) for name, value in vars(arguments).items()}
     text = "\n".join([markdown(table), *("", *notes) * bool(notes)])
-    (out / "table.json").write_text(json.dumps({"settings": settings, "rows": table, "notes": notes}, indent=2) + "\n")
-    (out / "table.md").write_text(text + "\n")
+    write_whole(out / "table.json", json.dumps({"settings": settings, "rows": table, "notes": notes}, indent=2) + "\n")
+    write_whole(out / "table.md", text + "\n")
     picture(table, arguments.k or config.num_tokens, out / "table.png")
     return text
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from sparsewsi.evidence import leave_one_out, without
 from sparsewsi.model import Selection, SparseWSI
-from train.command import alone_in, run_command
+from train.command import alone_in, run_command, write_whole
 from train.data import Question
 from train.evaluate import Item, check_settings, fingerprint, mosaic_items, read_records
 from train.mosaic import WORDS
@@ -138,7 +138,7 @@ def main() -> None:
                 file.write(json.dumps({"number": number, **records[number]}) + "\n")
                 file.flush()
     text = table([records[number] for number in sorted(records)])
-    (given.out / "table.md").write_text(text + "\n")
+    write_whole(given.out / "table.md", text + "\n")
     print(text)
 
 

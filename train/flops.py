@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 from sparsewsi.config import SparseWSIConfig
 from sparsewsi.llm import default_device, default_dtype, load_llm
 from sparsewsi.slide_encoder import DILATIONS, SEGMENTS
+from train.command import write_whole
 
 PATCHES = (64, 256, 1024, 1842, 4096, 10_240, 38_400, 100_000)  # 1,842: the average slide of TC-SSA
 TEXT = 98  # text tokens: with 32 visual ones the only number for which the paper's convention rounds to its 1.70T
@@ -449,8 +450,8 @@ def main() -> None:
         sections.append(f"## Measured: {where}\n\n{latency_table(measured)}")
         record["latency"] = {"where": where, "rows": [asdict(row) for row in measured]}
     given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "flops.json").write_text(json.dumps(record, indent=2) + "\n")
-    (given.out / "flops.md").write_text("\n\n".join(sections) + "\n")
+    write_whole(given.out / "flops.json", json.dumps(record, indent=2) + "\n")
+    write_whole(given.out / "flops.md", "\n\n".join(sections) + "\n")
     print("\n\n".join(sections))
 
 

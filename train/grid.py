@@ -36,7 +36,7 @@ import torch
 from sparsewsi.model import SparseWSI
 from sparsewsi.selector import SELECTORS, Scorer
 from train.checkpoint import latest
-from train.command import run_command
+from train.command import run_command, write_whole
 from train.config import RECIPES, TrainConfig
 from train.evaluate import Item, evaluate, mosaic_items, read_records
 from train.mosaic import load_bank
@@ -412,9 +412,7 @@ def write_tables(plan: Plan, out: Path) -> str:
     )
     text = "\n\n".join(sections) + "\n"
     for path, content in ((out / "tables.json", json.dumps(record, indent=2) + "\n"), (out / "tables.md", text)):
-        temporary = path.with_name(f".{path.name}.part")
-        temporary.write_text(content)
-        temporary.replace(path)
+        write_whole(path, content)
     return text
 
 
@@ -501,7 +499,7 @@ def check_plan(plan: Plan, out: Path) -> None:
         if changed:
             raise ValueError(f"{out} belongs to another plan ({'; '.join(changed)}). Choose another --out.")
     out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(mine, indent=2) + "\n")
+    write_whole(path, json.dumps(mine, indent=2) + "\n")
 
 
 def read_plan(out: Path) -> Plan:

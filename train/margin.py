@@ -23,7 +23,7 @@ from torch import Tensor
 from sparsewsi.bag import load_bag
 from sparsewsi.model import SparseWSI
 from sparsewsi.plots import umap_coords
-from train.command import run_command
+from train.command import run_command, write_whole
 
 NEIGHBOURS = 10
 DRAWS = 2000
@@ -123,8 +123,8 @@ def main() -> None:
         slide: {selector: {space: asdict(m) for space, m in spaces.items()} for selector, spaces in selectors.items()}
         for slide, selectors in found.items()
     }
-    (given.out / "margin.json").write_text(json.dumps(record, indent=2) + "\n")
-    (given.out / "margin.md").write_text(markdown(found) + "\n")
+    write_whole(given.out / "margin.json", json.dumps(record, indent=2) + "\n")
+    write_whole(given.out / "margin.md", markdown(found) + "\n")
     print(markdown(found))
 
 

@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 
 from sparsewsi import phantom
 from sparsewsi.bag import Bag
-from train.command import run_command
+from train.command import run_command, write_whole
 from train.data import Example, Question
 
 SPLIT_FILE = Path(__file__).with_name("mosaic_split.json")
@@ -687,7 +687,7 @@ def write_slides(
         for asked in json.loads(truth_path(slide).read_text())["questions"]:
             record = {"slide": slide.stem, "category": asked.pop("family"), **asked}
             lines.append(json.dumps(record) + "\n")
-    (folder / "questions.jsonl").write_text("".join(lines))
+    write_whole(folder / "questions.jsonl", "".join(lines))
     return slides
 
 

@@ -37,7 +37,7 @@ from sparsewsi.bag import Bag
 from sparsewsi.model import Selection, SparseWSI
 from sparsewsi.selector import ROWS, SELECTORS, hard_topk
 from train.checkpoint import load_state
-from train.command import run_command
+from train.command import run_command, write_whole
 from train.config import RECIPES, TrainConfig
 from train.data import Example
 from train.evaluate import check_settings, evaluate, fingerprint, mosaic_items, read_records
@@ -287,11 +287,11 @@ def write_tables(known: dict[int, dict], rows: Sequence[str] | None, out: Path) 
     names = (*PATHS, *SELECTORS, MIL, "all", "text-only")
     rows = tuple(rows or (name for name in names if any(name in record for record in records)))
     table = summary(records, rows)
-    (out / "table.json").write_text(json.dumps({"rows": table}, indent=2) + "\n")
+    write_whole(out / "table.json", json.dumps({"rows": table}, indent=2) + "\n")
     text = markdown(table)
     if "learned" in rows:
         text += "\n\n" + comparison(records, (*rows, "majority"))
-    (out / "table.md").write_text(text + "\n")
+    write_whole(out / "table.md", text + "\n")
     return text
 
 

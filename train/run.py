@@ -42,7 +42,7 @@ from sparsewsi.selector import hard_topk
 from train.align import align
 from train.benchmarks import training_set
 from train.checkpoint import latest, load_state, save_state
-from train.command import alone_in, run_command
+from train.command import alone_in, run_command, write_whole
 from train.config import RECIPES, TrainConfig
 from train.data import Example, Packed, SlideVQADataset, answer_logits, join, pack, passes
 from train.mosaic import NEEDLE_KINDS, Bank, MosaicStream, load_bank
@@ -308,9 +308,7 @@ def cut_metrics(path: Path, done: int) -> None:
                 kept.append(line + "\n")
         except ValueError:
             continue
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    write_whole(path, "".join(kept))
 
 
 @contextmanager
