@@ -57,13 +57,29 @@ FILES = (
     ("log.jsonl", "log of this session"),
 )
 STOPPED = "Stopped; the evidence was not weighed."
+UNWEIGHED = "The evidence could not be weighed."
+BROKEN_OFF = "The answer broke off here; ask again."
 PROCESS = os.getpid()
 WEIGHING = "_Weighing the evidence: the answer is scored again without each of the patches …_"
 
 
+@dataclasses.dataclass(eq=False)
+class Turn:
+    """A question that is being answered.
+
+    asked: which one, of which slide: an answer that waited in the queue finds out whether it is still wanted
+    """
+
+    asked: tuple
+    stop: threading.Event = dataclasses.field(default_factory=threading.Event)
+    started: bool = False
+    done: bool = False
+
+
 _slides = Slides()
 _cases: dict[str, Case] = {}  # by token, for the API
-_answering: dict[str, threading.Event] = {}  # by session, while it is answered; set once Stop is pressed
+_turns: dict[str, Turn] = {}  # by session, while a question is being answered
+_taking = threading.Lock()
 
 
 # ---- the model: loaded once, when first needed
@@ -160,11 +176,12 @@ def read_bag(path: str, slide_mpp: float | None, progress: Callable[..., Any]) -
 @gpu
 def analyse(token: str, path: str, slide_mpp: float | None, progress: Callable[..., Any]) -> Case:
     """Slide -> bag -> selection, saying what it is doing."""
-    progress(None, desc="Loading the model")
-    model = loaded()[0]
-    bag = read_bag(path, slide_mpp, progress)
-    progress(1, desc="Selecting patches")
-    return Case(token, path, slide_mpp, bag, model.select(bag))
+    with sentences():
+        progress(None, desc="Loading the model")
+        model = loaded()[0]
+        bag = read_bag(path, slide_mpp, progress)
+        progress(1, desc="Selecting patches")
+        return Case(token, path, slide_mpp, bag, model.select(bag))
 
 
 # ---- words
@@ -284,7 +301,7 @@ def forget(request: gr.Request) -> None:
     """The tab was closed: delete what was uploaded in it and what was made of it."""
     for token in _slides.forget(str(request.session_hash)):
         _cases.pop(token, None)
-    end(request)
+    drop(request)
     for what in ("", "-files"):
         shutil.rmtree(intake.private_folder(request.session_hash, what), ignore_errors=True)
 
@@ -299,13 +316,16 @@ def show(path: str, resolution: str, request: gr.Request) -> tuple:
             props = slide_props(token, slide, example_name(path))
         record(request.session_hash, event="open", slide=slide.name, size=slide.size, mpp=slide.mpp)
     view = gr.HTML(slide=props, bag=None, kept=None, map=None, evidence=None, files=[])
-    return token, view, None, [], {}, "", gr.Accordion(visible=False), f"{slide.name} · being analysed"
+    box = drop(request)
+    return token, view, None, [], {}, "", gr.Accordion(visible=False), f"{slide.name} · being analysed", box
 
 
 def look(token: str, path: str, resolution: str, progress: gr.Progress = gr.Progress()) -> tuple:  # noqa: B008
     """Analyse the slide. The resolution was this slide's: left in its field it would be taken for the next one's."""
     with sentences():
         case = analyse(token, path, read_mpp(resolution), progress)
+        if not _slides.holds(token):  # another one was opened meanwhile
+            return (gr.skip(),) * 10
         truth = truth_of(path)
         secret = planted(truth, case.bag, case.selection)
     asked = questions_for(truth)
@@ -317,14 +337,18 @@ def look(token: str, path: str, resolution: str, progress: gr.Progress = gr.Prog
     return case, view, facts(case), opened, secret, samples, asked, "", k, alone
 
 
-def draw_map(case: Case) -> Any:
+def draw_map(case: Case | None) -> Any:
+    if case is None:
+        return gr.skip()
     with sentences():
-        return gr.HTML(map=map_props(plots.umap_coords(case.bag.features, case.selection)))
+        props = map_props(plots.umap_coords(case.bag.features, case.selection))
+    return gr.HTML(map=props) if _slides.holds(case.token) else gr.skip()
 
 
-def offer(case: Case, answers: dict[int, export.Answer], request: gr.Request) -> None:
+def offer(case: Case | None, answers: dict[int, export.Answer], request: gr.Request) -> None:
     """From now on the downloads hold these answers."""
-    _slides.offer(case.token, functools.partial(make_file, case, answers, request.session_hash))
+    if case is not None:
+        _slides.offer(case.token, functools.partial(make_file, case, answers, request.session_hash))
 
 
 def take_example(index: int, asked: list) -> tuple[str, str]:
@@ -338,10 +362,12 @@ def add_turn(question: str, options: str, case: Case | None, chat: list, request
         raise gr.Error("Open a slide first; the question stays in the box.", print_exception=False)
     if not question.strip():
         raise gr.Error("Write a question first.", print_exception=False)
+    alone(chat, request)
     with sentences():
         text = format_question(question.strip(), [line.strip() for line in options.splitlines() if line.strip()])
     answered = chat[:-1] if chat and chat[-1]["role"] == "user" else chat  # a question that was not answered goes
-    return begin(request, value=""), "", [*answered, {"role": "user", "content": inert(text)}]
+    asked = [*answered, {"role": "user", "content": inert(text)}]
+    return begin(case, asked, request, value=""), "", asked
 
 
 def asked_in(chat: list) -> tuple[list[dict[str, str]], list[str]]:
@@ -353,41 +379,79 @@ def asked_in(chat: list) -> tuple[list[dict[str, str]], list[str]]:
 # what follows it is started, and the next question may find it not ended yet and never be asked.
 
 
-def begin(request: gr.Request, **changes: Any) -> Any:
-    """An answer is coming: the question box, with a Stop button. One at a time: the chat is what all of them write."""
-    unanswered(request)
-    _answering[str(request.session_hash)] = threading.Event()
-    return gr.Textbox(submit_btn=False, stop_btn="Stop", **changes)
-
-
-def unanswered(request: gr.Request) -> None:
-    """Raises gr.Error while an answer is coming."""
-    if str(request.session_hash) in _answering:
-        sentence = "The last question is still being answered: wait for it or press Stop. Nothing was changed."
-        raise gr.Error(sentence, print_exception=False)
-
-
-def halt(request: gr.Request) -> None:
-    """Stop was pressed."""
-    if str(request.session_hash) in _answering:
-        _answering[str(request.session_hash)].set()
-
-
-def end(request: gr.Request) -> Any:
-    """The answer has come, or will not: the question box for the next one."""
-    _answering.pop(str(request.session_hash), None)
+def idle() -> Any:
+    """The question box, ready for the next question."""
     return gr.Textbox(submit_btn=True, stop_btn=False)
 
 
-def halted(session: str) -> bool:
-    """Stop was pressed, the chat cleared or the tab closed. Never known in a process of its own (ZeroGPU's)."""
-    return os.getpid() == PROCESS and (session not in _answering or _answering[session].is_set())
+def what(case: Case, chat: list) -> tuple:
+    """The last question, as it comes back from the page."""
+    return case.token, len(chat), " ".join(text_of(chat[-1]).split())
+
+
+def begin(case: Case, chat: list, request: gr.Request, **changes: Any) -> Any:
+    """An answer is coming: the question box, with a Stop button."""
+    _turns[str(request.session_hash)] = Turn(what(case, chat))
+    return gr.Textbox(submit_btn=False, stop_btn="Stop", **changes)
+
+
+def alone(chat: list, request: gr.Request) -> None:
+    """One at a time, the chat is what all of them write: raises gr.Error while an answer is coming, on the page too."""
+    turn = _turns.get(str(request.session_hash))
+    if (turn is not None and not turn.done) or (chat and WEIGHING in str(chat[-1]["content"])):
+        sentence = "The last question is still being answered: wait for it or press Stop."
+        raise gr.Error(sentence, print_exception=False)
+
+
+def take(case: Case | None, chat: list, session: str) -> Turn | None:
+    """The question to be answered, unless it is not wanted any more: the chat was cleared, another slide opened."""
+    with _taking:
+        turn = _turns.get(session)
+        if case is None or turn is None or turn.started or turn.asked != what(case, chat):
+            return None
+        turn.started = True
+        return turn
+
+
+def wanted(turn: Turn | None, session: str) -> bool:
+    return turn is not None and _turns.get(session) is turn and not turn.stop.is_set()
+
+
+def halt(chat: list, request: gr.Request) -> tuple[Any, Any]:
+    """Stop was pressed: an answer that has not started never will, another one looks."""
+    with _taking:
+        turn = _turns.get(str(request.session_hash))
+        if turn is not None:
+            turn.stop.set()
+            if turn.started and not turn.done:
+                return gr.skip(), gr.skip()
+            del _turns[str(request.session_hash)]
+    unstarted = turn is not None and not turn.started
+    return [*chat, said("", notice(), [STOPPED])] if unstarted else gr.skip(), idle()
+
+
+def end(request: gr.Request) -> Any:
+    """The answer has come, or will not: the question box for the next one, if that has not been asked already."""
+    with _taking:
+        turn = _turns.get(str(request.session_hash))
+        if turn is not None and not turn.done:  # another one by now
+            return gr.skip()
+        _turns.pop(str(request.session_hash), None)
+    return idle()
+
+
+def drop(request: gr.Request) -> Any:
+    """Whatever is being answered is not wanted any more."""
+    with _taking:
+        _turns.pop(str(request.session_hash), None)
+    return idle()
 
 
 @gpu
 def words(case: Case, chat: list) -> Iterator[str]:
     """The answer to the last question, in pieces."""
-    yield from loaded()[0].answer(case.selection, *asked_in(chat))
+    with sentences():
+        yield from loaded()[0].answer(case.selection, *asked_in(chat))
 
 
 class Halted(Exception):
@@ -396,46 +460,63 @@ class Halted(Exception):
 
 @gpu
 def weighed(case: Case, chat: list, text: str, session: str) -> export.Answer:
-    """What the answer to the last question rests on. Raises Halted."""
+    """What the answer to the last question rests on. Raises Halted, but not in a process of its own (ZeroGPU's)."""
+    turn = _turns.get(session)
 
     def look(*_: int) -> None:
-        if halted(session):
+        if os.getpid() == PROCESS and not wanted(turn, session):
             raise Halted
 
-    return measure(loaded()[0], case.selection, *asked_in(chat), text, look)
+    with sentences():
+        return measure(loaded()[0], case.selection, *asked_in(chat), text, look)
 
 
-def reply(case: Case, chat: list, answers: dict[int, export.Answer], request: gr.Request) -> Iterator[tuple]:
+NOTHING = (gr.skip(),) * 4  # new in chat, answers, view and question box
+
+
+def reply(case: Case | None, chat: list, answers: dict[int, export.Answer], request: gr.Request) -> Iterator[tuple]:
     """Stream the answer to the last question, then what it rests on, until Stop is pressed."""
     session, text, lines = str(request.session_hash), "", [STOPPED]
-    mine = _answering.get(session)
+    failure, without = None, BROKEN_OFF
+    turn = take(case, chat, session)
+    if case is None or turn is None:
+        yield NOTHING
+        return
     answers = {i: earlier for i, earlier in answers.items() if i < len(chat)}
 
     def so_far(*lines: str) -> list:
         return [*chat, said(text, notice(), list(lines))]
 
     try:
-        with sentences():
-            for piece in words(case, chat):
-                if halted(session):
-                    break
-                text += piece
-                yield so_far(WEIGHING), gr.skip(), gr.skip(), gr.skip()
-            else:
-                yield so_far(WEIGHING), gr.skip(), gr.skip(), gr.skip()
-                answer = weighed(case, chat, text_of(so_far()[-1]) if text else "", session)
-                answers[len(chat)], text, lines = answer, answer.text, about(answer, case.selection)
+        for piece in words(case, chat):
+            if not wanted(turn, session):
+                break
+            text += piece
+            yield so_far(WEIGHING), *NOTHING[1:]
+        else:
+            without = UNWEIGHED
+            yield so_far(WEIGHING), *NOTHING[1:]
+            answers[len(chat)] = weighed(case, chat, text_of(so_far()[-1]) if text else "", session)
+            text, lines = answers[len(chat)].text, about(answers[len(chat)], case.selection)
     except Halted:
         pass
-    except gr.Error:
-        if text:
-            failed = so_far("The evidence could not be weighed.")
-            yield failed, answers, last_evidence(case, failed, answers), end(request)
-        raise
-    if mine is _answering.get(session):
-        yield so_far(*lines), answers, last_evidence(case, so_far(), answers), end(request)
-    else:  # the chat was cleared meanwhile
-        yield [], {}, last_evidence(case, [], {}), gr.skip()
+    except Exception as error:  # whatever it is, no half answer may stand as a whole one
+        failure = error
+        if not isinstance(error, gr.Error):
+            failure = gr.Error("The answer failed, and the program is at fault; ask again.", duration=30)
+            failure.__cause__ = error
+        lines = [without]
+    turn.done = True
+    if _turns.get(session) is turn:
+        chat = chat if failure and not text else so_far(*lines)
+        if not failure:
+            log_answer(case, chat, answers, request)
+        offer(case, answers, request)
+        yield chat, answers, last_evidence(case, chat, answers), idle()
+    elif session not in _turns:  # cleared, or another slide: a word may have come after that
+        yield [], {}, *NOTHING[2:]
+    if failure:
+        raise failure
 
 
 def evidence_props(selection: Selection, answer: export.Answer) -> dict[str, Any] | None:
@@ -460,14 +541,16 @@ def log_views(event: gr.EventData, request: gr.Request) -> None:
     record(request.session_hash, event="look", views=event._data["views"][:200])
 
 
-def retry(chat: list, request: gr.Request) -> tuple[list, Any]:
+def retry(case: Case, chat: list, request: gr.Request) -> tuple[list, Any]:
     """Ask the last question again."""
-    return back_to_question(chat), begin(request)
+    alone(chat, request)
+    asked = back_to_question(chat)
+    return asked, begin(case, asked, request)
 
 
 def undo(chat: list, answers: dict[int, export.Answer], request: gr.Request) -> tuple[list, dict, str, str]:
     """Take back the last question; its words return to the boxes."""
-    unanswered(request)
+    alone(chat, request)
     kept = back_to_question(chat)
     question, options = read_turn(text_of(kept[-1]))
     answers = {i: answer for i, answer in answers.items() if i < len(kept) - 1}
@@ -476,13 +559,15 @@ def undo(chat: list, answers: dict[int, export.Answer], request: gr.Request) -> 
 
 def clear(request: gr.Request) -> tuple[dict, Any]:
     """The chat was emptied; an answer that is still coming does not fill it again."""
-    return {}, end(request)
+    return {}, drop(request)
 
 
-def edit(chat: list, change: gr.EditData, request: gr.Request) -> tuple[list, Any]:
+def edit(case: Case, chat: list, change: gr.EditData, request: gr.Request) -> tuple[list, Any]:
     """Ask an edited question in place of the old one and of what came after it."""
+    alone(chat, request)
     place = change.index[0] if isinstance(change.index, (list, tuple)) else change.index
-    return [*chat[:place], {"role": "user", "content": inert(html.unescape(str(change.value)))}], begin(request)
+    asked = [*chat[:place], {"role": "user", "content": inert(html.unescape(str(change.value)))}]
+    return asked, begin(case, asked, request)
 
 
 def take_picks(event: gr.EventData, case: Case) -> tuple[dict[str, list[int]], str]:
@@ -492,11 +577,29 @@ def take_picks(event: gr.EventData, case: Case) -> tuple[dict[str, list[int]], s
     return picks, f"Pinned: {len(picks['pinned'])} · dropped: {len(picks['dropped'])}"
 
 
-@gpu
 def ask_again(
-    case: Case | None, chat: list, answers: dict[int, export.Answer], k: int, selector: str, picks: dict[str, list[int]]
+    case: Case | None,
+    chat: list,
+    answers: dict[int, export.Answer],
+    k: int,
+    selector: str,
+    picks: dict[str, list[int]],
+    request: gr.Request,
 ) -> Iterator[tuple[Any, Any]]:
     """The last question once more, from other patches; both answers beside each other."""
+    alone(chat, request)
+    for step in what_if(case, chat, answers, k, selector, picks):
+        if case is None or not _slides.holds(case.token):  # another slide was opened
+            yield "", gr.skip()
+            return
+        yield step
+
+
+@gpu
+def what_if(
+    case: Case | None, chat: list, answers: dict[int, export.Answer], k: int, selector: str, picks: dict[str, list[int]]
+) -> Iterator[tuple[Any, Any]]:
+    """The steps of ask_again."""
     with sentences():
         if case is None or not chat:
             raise ValueError("Ask a question first: a what-if asks the same again, from other patches.")
@@ -738,10 +841,11 @@ def layout(allow_paths: bool) -> tuple[gr.Blocks, SimpleNamespace]:
 
 def wire(demo: gr.Blocks, ui: SimpleNamespace, allow_paths: bool) -> None:
     """Connect clicks with handlers."""
-    alone: dict[str, Any] = {"concurrency_id": "gpu", "concurrency_limit": 1, "api_visibility": "private"}
+    single: dict[str, Any] = {"concurrency_id": "gpu", "concurrency_limit": 1, "api_visibility": "private"}
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     waiting: dict[str, Any] = {"show_progress_on": ui.facts, "api_visibility": "private"}
-    first = [ui.token, ui.view, ui.case, ui.chat, ui.answers, ui.compare, ui.secret, ui.facts]
+    every: dict[str, Any] = {"trigger_mode": "multiple"}  # also while the same event is still busy with another slide
+    first = [ui.token, ui.view, ui.case, ui.chat, ui.answers, ui.compare, ui.secret, ui.facts, ui.question]
     seen = [ui.case, ui.view, ui.facts, ui.secret, ui.planted, ui.examples, ui.asked, ui.mpp, ui.k, ui.alone]
 
     sources = [
@@ -753,10 +857,10 @@ def wire(demo: gr.Blocks, ui: SimpleNamespace, allow_paths: bool) -> None:
     if allow_paths:  # never on a page that others can reach: it would read any image on the server
         sources.append(ui.typed.submit(open_path, ui.typed, ui.path, **waiting))
     for trigger in [*[source.success for source in sources], ui.mpp.submit]:
-        shown = trigger(show, [ui.path, ui.mpp], first, **quiet)
-        looked = shown.success(look, [ui.token, ui.path, ui.mpp], seen, **waiting | alone)
-        looked.success(offer, [ui.case, ui.answers], None, **quiet)
-        looked.success(draw_map, ui.case, ui.view, **quiet)
+        shown = trigger(show, [ui.path, ui.mpp], first, **quiet | every)
+        looked = shown.success(look, [ui.token, ui.path, ui.mpp], seen, **waiting | single | every)
+        looked.success(offer, [ui.case, ui.answers], None, **quiet | every)
+        looked.success(draw_map, ui.case, ui.view, **quiet | every)
     demo.unload(forget)
 
     ui.examples.click(take_example, [ui.examples, ui.asked], [ui.question, ui.options], **quiet)
@@ -764,18 +868,16 @@ def wire(demo: gr.Blocks, ui: SimpleNamespace, allow_paths: bool) -> None:
         ui.question.submit(
             add_turn, [ui.question, ui.options, ui.case, ui.chat], [ui.question, ui.options, ui.chat], **quiet
         ),
-        ui.chat.retry(retry, ui.chat, [ui.chat, ui.question], **quiet),
-        ui.chat.edit(edit, ui.chat, [ui.chat, ui.question], **quiet),
+        ui.chat.retry(retry, [ui.case, ui.chat], [ui.chat, ui.question], **quiet),
+        ui.chat.edit(edit, [ui.case, ui.chat], [ui.chat, ui.question], **quiet),
     ]
     ended = [ui.case, ui.chat, ui.answers]
-    told = [ui.chat, ui.answers, ui.view, ui.question]
     for event in asked:
         event.success(last_evidence, ended, ui.view, **quiet)
-        answered = event.success(reply, ended, told, trigger_mode="multiple", **quiet | alone)
-        answered.failure(end, None, ui.question, **quiet)
-        answered.success(offer, [ui.case, ui.answers], None, **quiet)
-        answered.success(log_answer, ended, None, **quiet)
-    ui.question.stop(halt, None, None, queue=False, **quiet)  # never behind others
+        told = [ui.chat, ui.answers, ui.view, ui.question]
+        answered = event.success(reply, ended, told, **quiet | single | every)
+        answered.then(end, None, ui.question, **quiet | every)
+    ui.question.stop(halt, ui.chat, [ui.chat, ui.question], queue=False, **quiet)  # never behind others
     undone = ui.chat.undo(undo, [ui.chat, ui.answers], [ui.chat, ui.answers, ui.question, ui.options], **quiet)
     for event in (undone, ui.chat.clear(clear, None, [ui.answers, ui.question], **quiet)):
         event.success(offer, [ui.case, ui.answers], None, **quiet)
@@ -783,8 +885,8 @@ def wire(demo: gr.Blocks, ui: SimpleNamespace, allow_paths: bool) -> None:
 
     ui.view.picks(take_picks, ui.case, [ui.picks, ui.picked], **quiet)
     ui.view.journal(log_views, None, None, **quiet)
-    what_if = [ui.case, ui.chat, ui.answers, ui.k, ui.selector, ui.picks]
-    ui.again.click(ask_again, what_if, [ui.compare, ui.view], **alone, show_progress_on=ui.compare)
+    other = [ui.case, ui.chat, ui.answers, ui.k, ui.selector, ui.picks]
+    ui.again.click(ask_again, other, [ui.compare, ui.view], **single, show_progress_on=ui.compare)
     ui.own.click(own_patches, ui.case, [ui.compare, ui.view], **quiet).success(last_evidence, ended, ui.view, **quiet)
     ui.regions.upload(import_regions, [ui.regions, ui.case], ui.view, **quiet)
 

@@ -267,7 +267,7 @@ def test_a_question_without_a_slide_stays_in_the_box():
         app.add_turn("What is it?", "", None, [], visitor())
 
 
-def test_undo_gives_the_words_back_and_edit_drops_what_came_after():
+def test_undo_gives_the_words_back_and_edit_drops_what_came_after(tiny_model):
     turns = [
         {"role": "user", "content": format_question("Which?", ["fat", "mucin"])},
         {"role": "assistant", "content": [{"type": "text", "text": "fat"}, {"type": "text", "text": "Demo model"}]},
@@ -278,7 +278,8 @@ def test_undo_gives_the_words_back_and_edit_drops_what_came_after():
     assert app.undo(turns, answers, visitor()) == (turns[:2], {1: answers[1]}, "Why?", "")
     assert app.undo(turns[:2], answers, visitor()) == ([], {}, "Which?", "fat\nmucin")
     assert chat.back_to_question(turns) == turns[:3]
-    edited, _ = app.edit(turns, SimpleNamespace(index=2, value="How?"), visitor())  # type: ignore[arg-type]
+    held, change = tiny_case(SparseWSI.from_pretrained(tiny_model)), SimpleNamespace(index=2, value="How?")
+    edited, _ = app.edit(held, turns, change, visitor())  # type: ignore[arg-type]
     assert edited == [*turns[:2], {"role": "user", "content": "How?"}]
     assert chat.text_of(turns[1]) == "fat", "the notice is not said to the model"
 
@@ -344,20 +345,29 @@ def asked(tiny_model, monkeypatch):
     box, _, chat_now = app.add_turn("Why?", "", held, [], me)
     assert box.stop_btn == "Stop"
     yield held, me, chat_now
-    app.end(me)
+    app.forget(me)
+    assert str(me.session_hash) not in app._turns
 
 
 def test_one_question_at_a_time(asked):
     held, me, chat_now = asked
     for handler in (
         lambda: app.add_turn("How?", "", held, chat_now, me),
-        lambda: app.retry(chat_now, me),
+        lambda: app.retry(held, chat_now, me),
         lambda: app.undo(chat_now, {}, me),
+        lambda: next(app.ask_again(held, chat_now, {}, 8, "random", {"pinned": [], "dropped": []}, me)),
     ):
         with pytest.raises(gr.Error, match="still being answered"):
             handler()
-    *_, (chat_then, *_) = app.reply(held, chat_now, {}, me)
+    *_, (chat_then, answers, view, box) = app.reply(held, chat_now, {}, me)
+    assert list(answers) == [1]
+    assert view.props["evidence"]
+    assert box.stop_btn is False
+    late = [*chat_then[:-1], chat.said("Half", "notice", [app.WEIGHING])]
+    with pytest.raises(gr.Error, match="still being answered"):  # the page has not been told yet
+        app.add_turn("How?", "", held, late, me)
     assert len(app.add_turn("How?", "", held, chat_then, me)[2]) == 3
+    assert app.end(me) == gr.skip(), "it comes after the next question"
 
 
 def test_what_was_stopped_is_neither_weighed_nor_asked_again(asked):
@@ -365,9 +375,9 @@ def test_what_was_stopped_is_neither_weighed_nor_asked_again(asked):
     steps = app.reply(held, chat_now, {}, me)
     first = next(steps)[0]
     assert app.WEIGHING in str(first)
-    app.halt(visitor())
+    app.halt(chat_now, visitor())
     assert app.WEIGHING in str(next(steps)[0])
-    app.halt(me)
+    app.halt(chat_now, me)
     [(last, answers, view, box)] = steps
     assert app.STOPPED in str(last)
     assert app.WEIGHING not in str(last)
@@ -378,25 +388,31 @@ def test_what_was_stopped_is_neither_weighed_nor_asked_again(asked):
     assert [turn["role"] for turn in app.add_turn("How?", "", held, last, me)[2]] == ["user", "assistant", "user"]
 
 
-def test_stop_before_the_first_word(asked):
+def test_stop_before_an_answer_has_its_turn(asked):
     held, me, chat_now = asked
-    app.halt(me)
-    [(last, answers, *_)] = app.reply(held, chat_now, {}, me)
-    assert chat.text_of(last[-1]) == "(no answer)"
-    assert app.STOPPED in str(last)
-    assert answers == {}
+    stopped, box = app.halt(chat_now, me)
+    assert app.STOPPED in str(stopped)
+    assert chat.text_of(stopped[-1]) == "(no answer)"
+    assert box.stop_btn is False
+    assert only_skips(app.reply(held, chat_now, {}, me))
 
 
 def test_stop_while_the_evidence_is_weighed(asked, monkeypatch):
     held, me, chat_now = asked
     passes, scores = [], case.evidence._scores
-    monkeypatch.setattr(case.evidence, "_scores", lambda *given: (passes.append(app.halt(me)), scores(*given))[1])
+    monkeypatch.setattr(
+        case.evidence, "_scores", lambda *given: (passes.append(app.halt(chat_now, me)), scores(*given))[1]
+    )
     *_, (before, *_), (last, answers, view, _) = app.reply(held, chat_now, {}, me)
     assert len(passes) == 1
     assert answers == {}
     assert view.props["evidence"] is None
     assert app.STOPPED in str(last)
     assert chat.text_of(last[-1]) == chat.text_of(before[-1])
+
+
+def only_skips(steps) -> bool:
+    return all(part == gr.skip() for step in steps for part in step)
 
 
 def test_an_answer_to_a_chat_that_was_cleared_does_not_fill_it_again(asked):
@@ -408,18 +424,64 @@ def test_an_answer_to_a_chat_that_was_cleared_does_not_fill_it_again(asked):
     assert (last, answers) == ([], {})
 
 
-def test_an_answer_whose_evidence_failed_stands_without_it(asked, monkeypatch):
+def test_an_answer_leaves_the_question_that_was_asked_after_clearing_alone(asked):
+    held, me, chat_now = asked
+    steps = app.reply(held, chat_now, {}, me)
+    next(steps)
+    app.clear(me)
+    later = app.add_turn("How?", "", held, [], me)[2]
+    assert list(steps) == []
+    assert only_skips(app.reply(held, chat_now, {}, me)), "it waited in the queue when the chat was cleared"
+    *_, (answered, *_) = app.reply(held, later, {}, me)
+    assert chat.text_of(answered[0]) == "How?"
+
+
+def test_an_answer_never_lands_beside_another_slide(asked, tmp_path):
+    held, me, chat_now = asked
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "other.png")
+    steps = app.reply(held, chat_now, {}, me)
+    next(steps)
+    app.show(str(tmp_path / "other.png"), "0.5", me)
+    [(last, answers, *_)] = steps
+    assert (last, answers) == ([], {})
+    assert not app._slides.holds(held.token)
+
+
+def test_a_slide_that_was_replaced_while_it_was_analysed_is_not_shown(asked, monkeypatch):
+    held, _, _ = asked
+    monkeypatch.setattr(app, "analyse", lambda *_: held)
+    assert all(part == gr.skip() for part in app.look("a token of before", "a.svs", "", gr.Progress()))
+
+
+@pytest.mark.parametrize("error", [ValueError("it is too large."), KeyError("layer")])
+def test_an_answer_whose_evidence_failed_stands_without_it(asked, monkeypatch, error):
     held, me, chat_now = asked
 
     def fail(*_):
-        raise ValueError("it is too large.")
+        raise error
 
     monkeypatch.setattr(case.evidence, "_scores", fail)
     steps, last = app.reply(held, chat_now, {}, me), []
-    with pytest.raises(gr.Error, match="too large"):
+    with pytest.raises(gr.Error, match="too large" if isinstance(error, ValueError) else "at fault"):
         for last, *_ in steps:  # noqa: B007
             pass
-    assert "could not be weighed" in str(last)
+    assert app.WEIGHING not in str(last)
+    assert app.UNWEIGHED in str(last)
+
+
+def test_an_answer_that_breaks_off_says_so(asked, monkeypatch):
+    held, me, chat_now = asked
+
+    def broken(*_):
+        yield "There is no"
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(app, "words", broken)
+    steps, last = app.reply(held, chat_now, {}, me), []
+    with pytest.raises(gr.Error):
+        for last, *_ in steps:  # noqa: B007
+            pass
+    assert app.BROKEN_OFF in str(last)
     assert app.WEIGHING not in str(last)
 
 
@@ -429,7 +491,6 @@ def test_a_question_that_failed_goes_with_the_next_one(tiny_model, monkeypatch):
     asked = [{"role": "user", "content": "Why?"}]
     assert [turn["content"] for turn in app.add_turn("How?", "", held, asked, me)[2]] == ["How?"]
     app.forget(me)
-    assert str(me.session_hash) not in app._answering
 
 
 def test_the_ground_truth_names_foci_and_what_was_selected():

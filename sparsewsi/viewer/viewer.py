@@ -87,6 +87,10 @@ class Slides:
             self.forget(other)
         return token
 
+    def holds(self, token: str) -> bool:
+        """Whether the token is worth anything: its session is there and has opened no other slide."""
+        return token in self._known
+
     def offer(self, token: str, make: Callable[[str], Path]) -> None:
         """What writes a slide's downloads, by their name, when one is asked for."""
         with self._lock:
