@@ -844,18 +844,18 @@ def wire(demo: gr.Blocks, ui: SimpleNamespace, allow_paths: bool) -> None:
     single: dict[str, Any] = {"concurrency_id": "gpu", "concurrency_limit": 1, "api_visibility": "private"}
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     waiting: dict[str, Any] = {"show_progress_on": ui.facts, "api_visibility": "private"}
-    every: dict[str, Any] = {"trigger_mode": "multiple"}  # also while the same event is still busy with another slide
     first = [ui.token, ui.view, ui.case, ui.chat, ui.answers, ui.compare, ui.secret, ui.facts, ui.question]
     seen = [ui.case, ui.view, ui.facts, ui.secret, ui.planted, ui.examples, ui.asked, ui.mpp, ui.k, ui.alone]
 
+    every: dict[str, Any] = {"trigger_mode": "multiple"}  # also while the same event is still busy with another slide
     sources = [
-        ui.phantom.click(open_phantom, None, ui.path, **waiting),
-        ui.sample.click(open_sample, None, ui.path, **waiting),
-        ui.upload.upload(open_upload, ui.upload, ui.path, **waiting),
+        ui.phantom.click(open_phantom, None, ui.path, **waiting | every),
+        ui.sample.click(open_sample, None, ui.path, **waiting | every),
+        ui.upload.upload(open_upload, ui.upload, ui.path, **waiting | every),
         demo.load(open_address, None, ui.path, **quiet),
     ]
     if allow_paths:  # never on a page that others can reach: it would read any image on the server
-        sources.append(ui.typed.submit(open_path, ui.typed, ui.path, **waiting))
+        sources.append(ui.typed.submit(open_path, ui.typed, ui.path, **waiting | every))
     for trigger in [*[source.success for source in sources], ui.mpp.submit]:
         shown = trigger(show, [ui.path, ui.mpp], first, **quiet | every)
         looked = shown.success(look, [ui.token, ui.path, ui.mpp], seen, **waiting | single | every)

@@ -370,7 +370,7 @@ def undo(page, question: str) -> None:
 
 
 def stop_in_time(page) -> float:
-    """Ask, and press Stop once words come: seconds until the next question may be asked; inf if the answer was whole."""
+    """Ask, press Stop once words come: seconds until the next question may be asked; inf if the answer was whole."""
     import playwright.sync_api
 
     ask(page, "Describe this slide.")
@@ -396,6 +396,7 @@ def test_09_stop_retry_and_undo(desk, served):
             wait_until_weighed(desk, 1)
             seconds = min(seconds, stop_in_time(desk))
         assert "was not weighed" in desk.inner_text("#chat")
+        desk.screenshot(path=served.looks / "stopped.png")
         waited(served, "stop", seconds, 1)
         ask(desk, "Describe it.")
         if served.name == "real":  # slow enough to be met while it answers
