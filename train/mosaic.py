@@ -257,12 +257,17 @@ def fill(bank: Bank, kinds: np.ndarray, rng: np.random.Generator) -> torch.Tenso
     return bank.features[torch.from_numpy(draw(kinds, bank.kinds, bank.sources, rng))]
 
 
+def bag_of(bank: Bank, rows: np.ndarray, name: str = "mosaic") -> Bag:
+    """A Bag of the bank's rows (n,); patches lie on a square raster of 224 px at 0.5 um/px."""
+    side = int(np.ceil(np.sqrt(len(rows))))
+    row, column = np.divmod(np.arange(len(rows)), side)
+    coords = torch.from_numpy(np.stack([column, row], 1).astype(np.int32) * 224)
+    return Bag(bank.features[torch.from_numpy(rows)], coords, 224, 0.5, bank.encoder, name)
+
+
 def make_bag(bank: Bank, kinds: np.ndarray, rng: np.random.Generator, name: str = "mosaic") -> Bag:
-    """A Bag of a layout; patches lie on a square raster of 224 px at 0.5 um/px."""
-    side = int(np.ceil(np.sqrt(len(kinds))))
-    rows, columns = np.divmod(np.arange(len(kinds)), side)
-    coords = torch.from_numpy(np.stack([columns, rows], 1).astype(np.int32) * 224)
-    return Bag(fill(bank, kinds, rng), coords, 224, 0.5, bank.encoder, name)
+    """A Bag of a layout."""
+    return bag_of(bank, draw(kinds, bank.kinds, bank.sources, rng), name)
 
 
 def balanced_set(
