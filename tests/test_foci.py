@@ -8,7 +8,7 @@ import torch
 
 from sparsewsi.model import SparseWSI
 from train import foci
-from train.mosaic import BACKGROUNDS, NEEDLES, Bank, lay_out, plan
+from train.mosaic import BACKGROUNDS, NEEDLES, Bank, lay_out, other_kinds, plan, with_other_tissue
 
 NEW = ("squamous_epithelium", "brunner_glands")
 
@@ -42,11 +42,11 @@ def test_no_patch_recurs_before_all_of_its_kind_were_taken(bank):
 def test_new_background_leaves_the_foci_alone(bank):
     rng = np.random.default_rng(0)
     kinds = lay_out(plan("real", "present", rng), 900, (4, 12), rng)
-    changed = foci.with_new_background(bank, kinds, rng)
+    changed = with_other_tissue("real", kinds, other_kinds(bank), foci.REGION, rng)
     focus = np.isin(kinds, NEEDLES["real"])
     assert (changed[focus] == kinds[focus]).all()
     assert set(NEW) <= set(changed[~focus])
-    assert foci.new_backgrounds(bank) == sorted(NEW)
+    assert other_kinds(bank) == sorted(NEW)
 
 
 @pytest.mark.parametrize("slides", foci.SLIDES)

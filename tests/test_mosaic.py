@@ -112,6 +112,24 @@ def test_nothing_is_answerable_from_the_text() -> None:
             assert right < chance + 0.12, (family, asked, option, right)
 
 
+def test_other_tissue_is_background_that_nothing_is_asked_about(bank: Bank) -> None:
+    more = replace(
+        bank,
+        features=torch.cat([bank.features, bank.features[:20]]),
+        kinds=np.concatenate([bank.kinds, ["spleen"] * 20]),
+        sources=np.concatenate([bank.sources, ["slide-9"] * 20]),
+    )
+    plain, mixed = MosaicStream((more,), 3, 2), MosaicStream((more,), 3, 2, other_tissue=1.0)
+    for index in range(20):
+        one, other = plain.example(index, 200), mixed.example(index, 200)
+        if one.questions[0].family == "name":
+            continue
+        focus = np.isin(one.kinds, NEEDLES["real"])
+        assert 1 <= other.kinds.count("spleen") <= 10
+        assert (np.array(other.kinds)[focus] == np.array(one.kinds)[focus]).all()
+        assert not any("spleen" in str(question) for question in other.questions)
+
+
 def test_a_training_example_depends_on_its_number_only(bank: Bank) -> None:
     one, other = MosaicStream((bank,), 3, stage=2), MosaicStream((bank,), 3, stage=2)
     other.example(0, 64)

@@ -20,6 +20,7 @@ class TrainConfig:
     steps: int = 1000
     accumulation: int = 8  # bags a step
     questions_per_bag: int = 4
+    other_tissue: float = 0.0  # banks: share of the mosaics with tissue that is neither background nor asked about
     seed: int = 0
     # model
     dim: int = 512

@@ -6,7 +6,7 @@ Three kinds of slides, all of the bank's test split:
 
     as trained      the mosaics of train/evaluate.py: one source a tissue, so that its patches recur many times
     each patch once patches of all sources, none twice before all were taken: more that differs without being a focus
-    new background  the same, with regions of every tissue of the bank that no training ever showed as background
+    new background  the same, with regions of every tissue of the test split that is neither asked about nor background
 
 Kinds found: of the kinds of the planted foci, the share of which at least one patch is kept; recall: of their patches
 (of K, where there are more). Intervals are 95 % percentiles of a bootstrap over mosaics. N patches, K kept.
@@ -21,7 +21,16 @@ from tqdm import tqdm
 
 from sparsewsi.model import SparseWSI
 from train.command import run_command, write_whole
-from train.mosaic import BACKGROUNDS, NEEDLES, Bank, bag_of, draw, lay_out, load_bank, plan
+from train.mosaic import (
+    Bank,
+    bag_of,
+    draw,
+    lay_out,
+    load_bank,
+    other_kinds,
+    plan,
+    with_other_tissue,
+)
 
 SLIDES = ("as trained", "each patch once", "new background")
 REGION = (10, 60)  # patches of a region of new background
@@ -37,24 +46,6 @@ def draw_once(bank: Bank, kinds: np.ndarray, rng: np.random.Generator) -> np.nda
     return rows
 
 
-def new_backgrounds(bank: Bank) -> list[str]:
-    """Kinds that are neither asked about nor background in training."""
-    return sorted(set(map(str, bank.kinds)) - {*NEEDLES[bank.origin], *BACKGROUNDS[bank.origin]})
-
-
-def with_new_background(bank: Bank, kinds: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The layout (N,) with a ragged region of every such kind in place of background; foci stay."""
-    side = int(np.ceil(np.sqrt(len(kinds))))
-    yx = np.stack(np.divmod(np.arange(len(kinds)), side), 1)  # (N, 2)
-    added = new_backgrounds(bank)
-    kinds = kinds.astype(f"<U{max(map(len, (*added, *map(str, np.unique(kinds)))))}")
-    for kind in added:
-        distance = np.hypot(*(yx - rng.uniform(0, side, 2)).T) + rng.normal(0, 0.1 * side, len(kinds))
-        free = np.flatnonzero(np.isin(kinds, BACKGROUNDS[bank.origin]))
-        kinds[free[distance[free].argsort()][: rng.integers(*REGION)]] = kind
-    return kinds
-
-
 def found_in(
     model: SparseWSI, bank: Bank, slides: str, number: int, n: int, ks: list[int], selectors: list[str], seed: int
 ) -> tuple[dict[str, tuple[float, float]], int]:
@@ -63,7 +54,7 @@ def found_in(
     facts = plan(bank.origin, "present", rng)
     kinds = lay_out(facts, n, (4, 12), rng)
     if slides == "new background":
-        kinds = with_new_background(bank, kinds, rng)
+        kinds = with_other_tissue(bank.origin, kinds, other_kinds(bank), REGION, rng)
     rows = draw(kinds, bank.kinds, bank.sources, rng) if slides == "as trained" else draw_once(bank, kinds, rng)
     bag = bag_of(bank, rows)
     focus = np.isin(kinds, facts.present)  # (N,)
@@ -109,7 +100,7 @@ def main() -> None:
     given = parser.parse_args()
     model, bank, table = SparseWSI.from_pretrained(given.model), load_bank(given.bank, "test"), []
     for slides in SLIDES:
-        if slides == "new background" and not new_backgrounds(bank):
+        if slides == "new background" and not other_kinds(bank):
             continue
         numbers = tqdm(range(given.mosaics), desc=slides, unit="mosaics")
         made = [found_in(model, bank, slides, i, given.n, given.k, given.selectors, given.seed) for i in numbers]

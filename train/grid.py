@@ -105,6 +105,7 @@ CELLS = (
     Cell("paper-schedule", 2, PAPER_SCHEDULE),
     Cell("paper-schedule-from-scratch", 2, PAPER_SCHEDULE, scratch=True),
     *(Cell(f"k{k}", 2, {"num_tokens": k}) for k in SWEEP),
+    Cell("other-tissue", 2, {"other_tissue": 0.5}),
     Cell("longnet", 2, {"slide_encoder": "longnet"}),
     Cell("no-slide-encoder", 2, {"slide_encoder": "none"}),
 )  # fmt: skip

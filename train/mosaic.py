@@ -92,6 +92,7 @@ CLASSES = {
     "08_EMPTY": "background",
 }
 IMAGES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
+MOST_OTHERS = 4  # kinds of other tissue in a mosaic
 FAMILIES = ("present", "absent", "dominant", "contains", "diagnosis")
 
 
@@ -235,6 +236,25 @@ def lay_out(facts: Facts, n: int, per_needle: tuple[int, int], rng: np.random.Ge
     return kinds
 
 
+def other_kinds(bank: Bank) -> list[str]:
+    """Kinds that are neither asked about nor background: real slides hold such tissue, too."""
+    return sorted(set(map(str, bank.kinds)) - {*NEEDLES[bank.origin], *BACKGROUNDS[bank.origin]})
+
+
+def with_other_tissue(
+    origin: str, kinds: np.ndarray, added: Sequence[str], size: tuple[int, int], rng: np.random.Generator
+) -> np.ndarray:
+    """The layout (n,) with a ragged region of each added kind in place of background, of size[0] to size[1] patches."""
+    side = int(np.ceil(np.sqrt(len(kinds))))
+    yx = np.stack(np.divmod(np.arange(len(kinds)), side), 1)  # (n, 2)
+    kinds = kinds.astype(f"<U{max(map(len, (*added, *map(str, np.unique(kinds)))))}")
+    for kind in added:
+        distance = np.hypot(*(yx - rng.uniform(0, side, 2)).T) + rng.normal(0, 0.1 * side, len(kinds))
+        free = np.flatnonzero(np.isin(kinds, BACKGROUNDS[origin]))
+        kinds[free[distance[free].argsort()][: rng.integers(size[0], size[1] + 1)]] = kind
+    return kinds
+
+
 def draw(kinds: np.ndarray, held: np.ndarray, sources: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Rows (n,) of held (M,) for a layout (n,): each kind's from one source where that source has it.
 
@@ -293,6 +313,7 @@ class MosaicStream:
     seed: int
     stage: int
     questions_per_bag: int = 4
+    other_tissue: float = 0.0  # share of the mosaics with regions of tissue that is neither background nor asked about
 
     def example(self, index: int, n: int, max_index: int = 4096) -> Example:
         """Example number `index` with n patches.
@@ -311,6 +332,10 @@ class MosaicStream:
         facts = plan(bank.origin, planned, rng)
         # As many needles as a long slide has, so that a short bag looks like what a good selection of one would keep.
         kinds = lay_out(facts, n, (max(1, min(4, n // 8)), max(1, min(12, n // 4))), rng)
+        others = other_kinds(bank) if self.other_tissue else []
+        if others and rng.random() < self.other_tissue:
+            added = rng.choice(others, rng.integers(1, min(MOST_OTHERS, len(others)) + 1), replace=False)
+            kinds = with_other_tissue(bank.origin, kinds, added.tolist(), (1, max(1, n // 20)), rng)
         num_patches = int(np.exp(rng.uniform(np.log(n), np.log(max(max_index, n)))))
         indices = np.sort(rng.choice(num_patches, n, replace=False))
         if self.stage == 1:

@@ -348,7 +348,7 @@ def training_data(config: TrainConfig) -> tuple[MosaicStream | SlideVQADataset, 
     if config.data and config.align:
         raise ValueError("--align needs the labelled patches of --banks; pass --align 0 with --data")
     if banks:
-        stream = MosaicStream(banks, config.seed, config.stage, config.questions_per_bag)
+        stream = MosaicStream(banks, config.seed, config.stage, config.questions_per_bag, config.other_tissue)
         return stream, banks, banks[0].features.shape[1], banks[0].encoder
     stream = training_set(config.data, config.features, config.seed, config.questions_per_bag)
     return stream, (), stream.feature_dim, stream.encoder
