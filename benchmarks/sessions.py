@@ -75,7 +75,7 @@ def first_word(address: str, pid: int | None) -> None:
     page.call("look", None, None, "")
     say("patches selected")
     chat = page.call("add_turn", QUESTION[0], "\n".join(QUESTION[1]), None, [])[2]
-    page.call("reply", None, chat, first=True)
+    page.call("reply", None, chat, None, first=True)
     say("first word")
 
 
