@@ -59,7 +59,6 @@ FILES = (
 STOPPED = "Stopped; the evidence was not weighed."
 UNWEIGHED = "The evidence could not be weighed."
 BROKEN_OFF = "The answer broke off here; ask again."
-PROCESS = os.getpid()
 WEIGHING = "_Weighing the evidence: the answer is scored again without each of the patches …_"
 
 
@@ -80,6 +79,7 @@ _slides = Slides()
 _cases: dict[str, Case] = {}  # by token, for the API
 _turns: dict[str, Turn] = {}  # by session, while a question is being answered
 _taking = threading.Lock()
+PROCESS = os.getpid()  # that knows them: ZeroGPU runs what is on the GPU in another
 
 
 # ---- the model: loaded once, when first needed

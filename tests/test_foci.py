@@ -59,7 +59,7 @@ def test_who_keeps_all_finds_all(model, bank, slides):
 
 
 def test_the_interval_is_of_the_mean():
-    mean, low, high = foci.interval(np.array([0.0, 1.0] * 50))
+    mean, low, high = foci.interval(np.array([[0.0, 1.0] * 50]))
     assert mean == 0.5
     assert 0.38 < low < 0.43
     assert 0.57 < high < 0.62

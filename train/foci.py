@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from sparsewsi.model import SparseWSI
 from train.command import run_command, write_whole
+from train.grid import interval
 from train.mosaic import (
     Bank,
     bag_of,
@@ -34,7 +35,6 @@ from train.mosaic import (
 
 SLIDES = ("as trained", "each patch once", "new background")
 REGION = (10, 60)  # patches of a region of new background
-DRAWS = 2000
 
 
 def draw_once(bank: Bank, kinds: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -65,13 +65,6 @@ def found_in(
             share = len(set(kinds[kept]) & set(facts.present)) / len(facts.present)
             found[f"{selector}@{k}"] = (share, float(focus[kept].sum() / min(k, focus.sum())))
     return found, len(np.unique(rows))
-
-
-def interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean of values (M,) and its 95 % interval."""
-    drawn = values[np.random.default_rng(0).integers(len(values), size=(DRAWS, len(values)))].mean(1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return float(values.mean()), float(low), float(high)
 
 
 def markdown(table: list[dict]) -> str:
@@ -107,7 +100,7 @@ def main() -> None:
         different = float(np.median([count for _, count in made]))
         for name in made[0][0]:
             selector, k = name.split("@")
-            kinds, recall = (interval(np.array([found[name][i] for found, _ in made])) for i in range(2))
+            kinds, recall = (interval(np.array([[found[name][i] for found, _ in made]])) for i in range(2))
             row = {"slides": slides, "different": different, "n": given.n, "selector": selector, "k": int(k)}
             table.append(row | {"kinds": kinds, "recall": recall, "mosaics": given.mosaics})
     given.out.mkdir(parents=True, exist_ok=True)
