@@ -16,6 +16,7 @@ decide what belongs together: gaps and fat are filled, specks dropped, pen marks
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 from PIL import Image
@@ -129,19 +130,11 @@ def _coverage(mask: np.ndarray, left: np.ndarray, top: np.ndarray, side: float) 
     left, top, side in mask px, fractions allowed; what lies beyond the mask counts as False.
     """
     sums = np.stack([_row_sum(mask, start, start + side) for start in top])  # (rows, w)
-    running = np.concatenate([np.zeros((len(top), 1)), np.cumsum(sums, axis=1)], axis=1)
-
-    def below(edge: np.ndarray) -> np.ndarray:
-        """Sums over [0, edge), piecewise linear in the edge."""
-        edge = np.clip(edge, 0, mask.shape[1])
-        whole = np.minimum(edge.astype(int), mask.shape[1] - 1)
-        return running[:, whole] + (edge - whole) * sums[:, whole]
-
-    return (below(left + side) - below(left)) / side**2
+    return np.stack([_row_sum(sums.T, start, start + side) for start in left], axis=1) / side**2
 
 
 def _row_sum(mask: np.ndarray, start: float, stop: float) -> np.ndarray:
-    """Sum of the rows in [start, stop), in mask px, the first and last in part: float64 (w,)."""
+    """Sum of the rows in [start, stop), the first and last in part: float64 (w,)."""
     first, last = max(0, math.floor(start)), min(len(mask), math.ceil(stop))
     row = np.arange(first, last)
     share = np.minimum(row + 1, stop) - np.maximum(row, start)
@@ -223,13 +216,13 @@ class _Colours:
 def _colours(rgb: np.ndarray, um: float) -> _Colours | None:
     """Of an image of um um/px, uint8 (h, w, 3). None for a dark field."""
     cell = max(2, round(CELL_UM / um))
-    means = np.concatenate([np.asarray(strip.reduce(cell)) for _, strip in _strips(rgb, cell)])
+    strips = list(_strips(rgb, cell))
+    means = np.concatenate([np.stack([np.asarray(band.reduce(cell)) for band in bands], -1) for _, bands in strips])
     if _is_dark_field(means):
         return None
     glass = _glass(means)
     stained, shares = np.empty(rgb.shape[:2], bool), []
-    for rows, strip in _strips(rgb, cell):
-        bands = strip.split()
+    for rows, bands in strips:
         stained[rows], foreign = _classify(bands, glass)
         green = means[rows.start // cell : rows.stop // cell, :, 1]
         darker = _darker(np.asarray(bands[1]), green, cell)
@@ -262,11 +255,11 @@ def _tissue_of(colours: _Colours, um: float) -> tuple[np.ndarray, str]:
     return mask, "No tissue was found: the slide is blank, or too pale to be told from glass."
 
 
-def _strips(rgb: np.ndarray, cell: int) -> Iterator[tuple[slice, Image.Image]]:
-    """(rows, image) of strips that are whole rows of cells, few enough to stay in the processor's cache."""
+def _strips(rgb: np.ndarray, cell: int) -> Iterator[tuple[slice, tuple[Image.Image, ...]]]:
+    """(rows, bands) of strips that are whole rows of cells, few enough to stay in the processor's cache."""
     step = cell * max(1, STRIP // cell)
     for top in range(0, len(rgb), step):
-        yield slice(top, top + step), Image.fromarray(rgb[top : top + step])
+        yield slice(top, top + step), Image.fromarray(rgb[top : top + step]).split()
 
 
 def _is_dark_field(cells: np.ndarray) -> bool:
@@ -362,15 +355,22 @@ def _fat(darker_share: np.ndarray, stain: np.ndarray, tissue: np.ndarray, cell_u
     """
     counted = 1 - _dilated(_opened(tissue, 3), 1).astype(np.float32)
     span = max(1, round(160 / cell_um))
-    weight = ndimage.uniform_filter(counted, span)
-    safe = np.maximum(weight, 1e-6)
-    mean_stain = ndimage.uniform_filter(np.clip(stain, -0.05, 0.05) * counted, span) / safe
-    mean_darker = ndimage.uniform_filter(darker_share * counted, span) / safe
-    fat = (counted > 0) & (weight > 0.1) & (mean_stain > 0.002) & (mean_darker > 0.05)
+    weight = _summed(counted, span)
+    stain_around = _summed(np.clip(stain, -0.05, 0.05) * counted, span)
+    darker_around = _summed(darker_share * counted, span)
+    fat = (counted > 0) & (weight > 0.1 * span**2) & (stain_around > 0.002 * weight) & (darker_around > 0.05 * weight)
     if not fat.any():
         return fat
     # A strand of tissue has such surroundings too, but they are narrow; nets of fat are not.
     return _drop_small(fat & _opened(fat | tissue, 288 / cell_um), FAT_MM2, cell_um)
+
+
+def _summed(cells: np.ndarray, span: int) -> np.ndarray:
+    """Sum over the square of span cells around each, 0 beyond the border; for few cells twice as fast as scipy's."""
+    for _ in range(2):
+        padded = np.pad(cells, ((span // 2, span - 1 - span // 2), (0, 0)))
+        cells = reduce(np.add, (padded[shift : shift + len(cells)] for shift in range(span))).T
+    return cells
 
 
 def _share(mask: np.ndarray, cell: int) -> np.ndarray:
