@@ -42,6 +42,7 @@ from sparsewsi.model import Selection, SparseWSI
 from sparsewsi.prompt import format_question
 from sparsewsi.selector import SELECTORS
 from sparsewsi.slide import open_slide
+from sparsewsi.turns import Turns
 from sparsewsi.viewer import PAGE_CSS, Slides, bag_props, intake, map_props, packed, slide_props, slide_viewer, theme
 
 DEFAULT_MODEL = Path(__file__).resolve().parent / "assets" / "demo-model"
@@ -62,24 +63,10 @@ BROKEN_OFF = "The answer broke off here; ask again."
 WEIGHING = "_Weighing the evidence: the answer is scored again without each of the patches …_"
 
 
-@dataclasses.dataclass(eq=False)
-class Turn:
-    """A question that is being answered.
-
-    asked: which one, of which slide: an answer that waited in the queue finds out whether it is still wanted
-    """
-
-    asked: tuple
-    stop: threading.Event = dataclasses.field(default_factory=threading.Event)
-    started: bool = False
-    done: bool = False
-
-
 _slides = Slides()
 _cases: dict[str, Case] = {}  # by token, for the API
-_turns: dict[str, Turn] = {}  # by session, while a question is being answered
-_taking = threading.Lock()
-PROCESS = os.getpid()  # that knows them: ZeroGPU runs what is on the GPU in another
+_openings: dict[str, object] = {}  # by session: the slide that was asked for last
+_turns = Turns()
 
 
 # ---- the model: loaded once, when first needed
@@ -187,6 +174,10 @@ def analyse(token: str, path: str, slide_mpp: float | None, progress: Callable[.
 # ---- words
 
 
+class Halted(Exception):
+    """Stop was pressed while the evidence was weighed."""
+
+
 @contextmanager
 def sentences() -> Iterator[None]:
     """Turn what went wrong into one sentence on the page."""
@@ -197,6 +188,10 @@ def sentences() -> Iterator[None]:
         text = " ".join(text.split()).replace("Pass slide_mpp=", 'Fill in "Scan µm/px" and press Enter')
         text = text[:1].upper() + text[1:] if text.split(" ")[0].isalpha() else text  # a file's name stays as it is
         raise gr.Error(text, duration=30, print_exception=False) from error
+    except (gr.Error, Halted):
+        raise
+    except Exception as error:  # a defect: the server's log has the rest
+        raise gr.Error("That failed, and the program is at fault; try again.", duration=30) from error
 
 
 def short_name() -> str:
@@ -259,32 +254,53 @@ def weights() -> str | None:
 # ---- handlers
 
 
-def open_example(name: str, progress: gr.Progress) -> str:
+@contextmanager
+def opening(request: gr.Request) -> Iterator[None]:
+    """The slide that was asked for last is the one that opens, however long the others take."""
+    session, mine = str(request.session_hash), object()
+    _openings[session] = mine
+    try:
+        with sentences():
+            yield
+    except gr.Error:
+        if _openings.get(session) is mine:
+            del _openings[session]
+        raise
+    if _openings.get(session, mine) is not mine:
+        raise nothing_to_open()
+
+
+def nothing_to_open() -> gr.Error:
+    """Unseen: what would follow is not run."""
+    return gr.Error("", visible=False, print_exception=False)
+
+
+def open_example(name: str, request: gr.Request, progress: gr.Progress) -> str:
     words_for_it = {"phantom": "Opening the phantom (generated on first use)", "cmu-1": "Fetching CMU-1 (CC0)"}
     progress(None, desc=words_for_it[name])
-    with sentences():
+    with opening(request):
         return str(EXAMPLES[name]())
 
 
-def open_phantom(progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
-    return open_example("phantom", progress)
+def open_phantom(request: gr.Request, progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
+    return open_example("phantom", request, progress)
 
 
-def open_sample(progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
-    return open_example("cmu-1", progress)
+def open_sample(request: gr.Request, progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
+    return open_example("cmu-1", request, progress)
 
 
 def open_upload(file: str, request: gr.Request, progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
     progress(None, desc="Looking at the file")
-    with sentences():
+    with opening(request):
         path = intake.keep_upload(file, request.session_hash)
         intake.check(path)
         return str(path)
 
 
-def open_path(text: str, progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
+def open_path(text: str, request: gr.Request, progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
     progress(None, desc="Looking at the file")
-    with sentences():
+    with opening(request):
         intake.check(text.strip())
         return str(Path(text.strip()).expanduser())
 
@@ -293,8 +309,8 @@ def open_address(request: gr.Request, progress: gr.Progress = gr.Progress()) -> 
     """The slide that the page's address names, if it names one of the examples."""
     name = dict(request.query_params).get("slide", "")
     if name not in EXAMPLES:
-        raise gr.Error("", visible=False, print_exception=False)  # nothing to open: what follows is not run
-    return open_example(name, progress)
+        raise nothing_to_open()
+    return open_example(name, request, progress)
 
 
 def forget(request: gr.Request) -> None:
@@ -302,6 +318,7 @@ def forget(request: gr.Request) -> None:
     for token in _slides.forget(str(request.session_hash)):
         _cases.pop(token, None)
     drop(request)
+    _openings.pop(str(request.session_hash), None)
     for what in ("", "-files"):
         shutil.rmtree(intake.private_folder(request.session_hash, what), ignore_errors=True)
 
@@ -375,10 +392,6 @@ def asked_in(chat: list) -> tuple[list[dict[str, str]], list[str]]:
     return turns_of(chat, history=loaded()[0].config.multi_turn)
 
 
-# Stop is a flag that an answer looks at, not Gradio's `cancels`: of a cancelled event, what was on its way still comes,
-# what follows it is started, and the next question may find it not ended yet and never be asked.
-
-
 def idle() -> Any:
     """The question box, ready for the next question."""
     return gr.Textbox(submit_btn=True, stop_btn=False)
@@ -391,84 +404,53 @@ def what(case: Case, chat: list) -> tuple:
 
 def begin(case: Case, chat: list, request: gr.Request, **changes: Any) -> Any:
     """An answer is coming: the question box, with a Stop button."""
-    _turns[str(request.session_hash)] = Turn(what(case, chat))
+    _turns.begin(str(request.session_hash), what(case, chat))
     return gr.Textbox(submit_btn=False, stop_btn="Stop", **changes)
 
 
 def alone(chat: list, request: gr.Request) -> None:
     """One at a time, the chat is what all of them write: raises gr.Error while an answer is coming, on the page too."""
-    turn = _turns.get(str(request.session_hash))
-    if (turn is not None and not turn.done) or (chat and WEIGHING in str(chat[-1]["content"])):
+    if _turns.busy(str(request.session_hash)) or (chat and WEIGHING in str(chat[-1]["content"])):
         sentence = "The last question is still being answered: wait for it or press Stop."
         raise gr.Error(sentence, print_exception=False)
 
 
-def take(case: Case | None, chat: list, session: str) -> Turn | None:
-    """The question to be answered, unless it is not wanted any more: the chat was cleared, another slide opened."""
-    with _taking:
-        turn = _turns.get(session)
-        if case is None or turn is None or turn.started or turn.asked != what(case, chat):
-            return None
-        turn.started = True
-        return turn
-
-
-def wanted(turn: Turn | None, session: str) -> bool:
-    return turn is not None and _turns.get(session) is turn and not turn.stop.is_set()
-
-
 def halt(chat: list, request: gr.Request) -> tuple[Any, Any]:
-    """Stop was pressed: an answer that has not started never will, another one looks."""
-    with _taking:
-        turn = _turns.get(str(request.session_hash))
-        if turn is not None:
-            turn.stop.set()
-            if turn.started and not turn.done:
-                return gr.skip(), gr.skip()
-            del _turns[str(request.session_hash)]
+    """Stop was pressed: an answer that has started says so itself, soon."""
+    turn = _turns.stop(str(request.session_hash))
+    if turn is not None and turn.started and not turn.done:
+        return gr.skip(), gr.skip()
     unstarted = turn is not None and not turn.started
     return [*chat, said("", notice(), [STOPPED])] if unstarted else gr.skip(), idle()
 
 
 def end(request: gr.Request) -> Any:
     """The answer has come, or will not: the question box for the next one, if that has not been asked already."""
-    with _taking:
-        turn = _turns.get(str(request.session_hash))
-        if turn is not None and not turn.done:  # another one by now
-            return gr.skip()
-        _turns.pop(str(request.session_hash), None)
-    return idle()
+    return idle() if _turns.end(str(request.session_hash)) else gr.skip()
 
 
 def drop(request: gr.Request) -> Any:
     """Whatever is being answered is not wanted any more."""
-    with _taking:
-        _turns.pop(str(request.session_hash), None)
+    _turns.drop(str(request.session_hash))
     return idle()
 
 
 @gpu
 def words(case: Case, chat: list) -> Iterator[str]:
     """The answer to the last question, in pieces."""
-    with sentences():
-        yield from loaded()[0].answer(case.selection, *asked_in(chat))
-
-
-class Halted(Exception):
-    """Stop was pressed while the evidence was weighed."""
+    yield from loaded()[0].answer(case.selection, *asked_in(chat))
 
 
 @gpu
 def weighed(case: Case, chat: list, text: str, session: str) -> export.Answer:
-    """What the answer to the last question rests on. Raises Halted, but not in a process of its own (ZeroGPU's)."""
+    """What the answer to the last question rests on. Raises Halted."""
     turn = _turns.get(session)
 
     def look(*_: int) -> None:
-        if os.getpid() == PROCESS and not wanted(turn, session):
+        if not _turns.wanted(session, turn):
             raise Halted
 
-    with sentences():
-        return measure(loaded()[0], case.selection, *asked_in(chat), text, look)
+    return measure(loaded()[0], case.selection, *asked_in(chat), text, look)
 
 
 NOTHING = (gr.skip(),) * 4  # new in chat, answers, view and question box
@@ -478,7 +460,7 @@ def reply(case: Case | None, chat: list, answers: dict[int, export.Answer], requ
     """Stream the answer to the last question, then what it rests on, until Stop is pressed."""
     session, text, lines = str(request.session_hash), "", [STOPPED]
     failure, without = None, BROKEN_OFF
-    turn = take(case, chat, session)
+    turn = _turns.take(session, what(case, chat)) if case is not None else None
     if case is None or turn is None:
         yield NOTHING
         return
@@ -488,24 +470,21 @@ def reply(case: Case | None, chat: list, answers: dict[int, export.Answer], requ
         return [*chat, said(text, notice(), list(lines))]
 
     try:
-        for piece in words(case, chat):
-            if not wanted(turn, session):
-                break
-            text += piece
-            yield so_far(WEIGHING), *NOTHING[1:]
-        else:
-            without = UNWEIGHED
-            yield so_far(WEIGHING), *NOTHING[1:]
-            answers[len(chat)] = weighed(case, chat, text_of(so_far()[-1]) if text else "", session)
-            text, lines = answers[len(chat)].text, about(answers[len(chat)], case.selection)
+        with sentences():
+            for piece in words(case, chat):
+                if not _turns.wanted(session, turn):
+                    break
+                text += piece
+                yield so_far(WEIGHING), *NOTHING[1:]
+            else:
+                without = UNWEIGHED
+                yield so_far(WEIGHING), *NOTHING[1:]
+                answers[len(chat)] = weighed(case, chat, text_of(so_far()[-1]) if text else "", session)
+                text, lines = answers[len(chat)].text, about(answers[len(chat)], case.selection)
     except Halted:
         pass
-    except Exception as error:  # whatever it is, no half answer may stand as a whole one
-        failure = error
-        if not isinstance(error, gr.Error):
-            failure = gr.Error("The answer failed, and the program is at fault; ask again.", duration=30)
-            failure.__cause__ = error
-        lines = [without]
+    except gr.Error as error:  # no half answer may stand as a whole one
+        failure, lines = error, [without]
     turn.done = True
     if _turns.get(session) is turn:
         chat = chat if failure and not text else so_far(*lines)
@@ -513,7 +492,7 @@ def reply(case: Case | None, chat: list, answers: dict[int, export.Answer], requ
             log_answer(case, chat, answers, request)
         offer(case, answers, request)
         yield chat, answers, last_evidence(case, chat, answers), idle()
-    elif session not in _turns:  # cleared, or another slide: a word may have come after that
+    elif _turns.get(session) is None:  # cleared, or another slide: a word may have come after that
         yield [], {}, *NOTHING[2:]
     if failure:
         raise failure

@@ -346,7 +346,7 @@ def asked(tiny_model, monkeypatch):
     assert box.stop_btn == "Stop"
     yield held, me, chat_now
     app.forget(me)
-    assert str(me.session_hash) not in app._turns
+    assert app._turns.get(str(me.session_hash)) is None
 
 
 def test_one_question_at_a_time(asked):
@@ -409,6 +409,39 @@ def test_stop_while_the_evidence_is_weighed(asked, monkeypatch):
     assert view.props["evidence"] is None
     assert app.STOPPED in str(last)
     assert chat.text_of(last[-1]) == chat.text_of(before[-1])
+
+
+def test_the_slide_that_was_asked_for_last_is_opened(monkeypatch, tmp_path):
+    me, other = visitor(), visitor()
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "quick.png")
+    quick, opened = str(tmp_path / "quick.png"), []
+
+    def slow() -> str:  # meanwhile
+        opened.append(app.open_path(quick, me, gr.Progress()))
+        app.open_path(quick, other, gr.Progress())
+        return "phantom.tiff"
+
+    monkeypatch.setitem(app.EXAMPLES, "phantom", slow)
+    with pytest.raises(gr.Error) as unseen:
+        app.open_phantom(me, gr.Progress())
+    assert not unseen.value.visible
+    assert opened == [quick]
+
+    def slow_again() -> str:
+        with pytest.raises(gr.Error, match="no file at the path"):
+            app.open_path(quick + ".svs", me, gr.Progress())
+        return "phantom.tiff"
+
+    monkeypatch.setitem(app.EXAMPLES, "phantom", slow_again)
+    assert app.open_phantom(me, gr.Progress()) == "phantom.tiff", "what could not be opened is in nobody's way"
+    for one in (me, other):
+        app.forget(one)
+    assert not app._openings
+
+
+def test_a_defect_gets_a_sentence_too():
+    with pytest.raises(gr.Error, match="at fault"), app.sentences():
+        raise KeyError("layer")
 
 
 def only_skips(steps) -> bool:
