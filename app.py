@@ -220,7 +220,8 @@ def facts(case: Case | None) -> str:
 
 def doubts(case: Case) -> list[str]:
     """What a reader of this case should know before believing it, gravest first; the bag's own note is another."""
-    return novelty.warnings_about(case.bag, case.selection, novelty.load(model_name()))
+    model = loaded()[0]
+    return novelty.warnings_about(case.bag, case.selection, model.trained_on, model.config.mpp)
 
 
 def read_mpp(text: str) -> float | None:

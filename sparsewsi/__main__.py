@@ -220,7 +220,7 @@ def report(options: argparse.Namespace, slide: Path, model: SparseWSI, bag: Bag,
     from sparsewsi import export, novelty, plots
 
     name = Path(options.model).resolve().name if Path(options.model).is_dir() else options.model
-    doubts = novelty.warnings_about(bag, selection, novelty.load(options.model))
+    doubts = novelty.warnings_about(bag, selection, model.trained_on, model.config.mpp)
     print(export.summary(bag, selection, model.config, name))
     for line in filter(None, (bag.note, *doubts)):
         print(line)

@@ -42,6 +42,7 @@ class SparseWSIConfig:
     position: str = "scaled"  # "scaled" differs from the paper's "original" only where the ids would pass max_position
     max_position: int | None = None  # budget for all position ids; None: the LLM's max_position_embeddings
     option_scoring: str = "text"
+    adapter: bool | None = None  # whether the LLM has one, for a folder that lost it; save_pretrained knows
     multi_turn: bool = True  # false: trained on single questions, so a chat asks each on its own
     demo: bool = False  # true: "demonstration model" is said wherever an answer is shown
     note: str = ""  # one sentence shown with it
@@ -53,11 +54,15 @@ class SparseWSIConfig:
         for name in _WHOLE + tuple(n for n in _WHOLE_OR_NONE if getattr(self, n) is not None):
             if not _is_whole(getattr(self, name)) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}.")
-        if not isinstance(self.multi_turn, bool):
-            raise ValueError(f"multi_turn must be true or false, got {self.multi_turn!r}.")
+        for name in ("llm", "encoder", "note"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a text, got {getattr(self, name)!r}.")
+        for name in ("multi_turn", "demo"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}.")
         if not _is_whole(self.slide_encoder_layers) or self.slide_encoder_layers < 0:
             raise ValueError(f"slide_encoder_layers must be 0 or more, got {self.slide_encoder_layers!r}.")
-        if not isinstance(self.mpp, int | float) or not self.mpp > 0:
+        if not isinstance(self.mpp, int | float) or not 0 < self.mpp < float("inf"):
             raise ValueError(f"mpp must be a positive number of um/px, got {self.mpp!r}.")
         if self.scorer_width % self.heads:
             raise ValueError(f"the scorer's width {self.scorer_width} must be a multiple of heads, got {self.heads}.")

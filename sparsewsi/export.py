@@ -163,7 +163,11 @@ def write_selection(
     """
     record = {
         "notice": notice(config),
-        "model": {"name": model, "weights_sha256": weights_sha256, "config": asdict(config)},
+        "model": {
+            "name": model,
+            "weights_sha256": weights_sha256,
+            "config": asdict(config) | {"llm": llm_name(config)},
+        },
         "slide": {
             "name": bag.slide,
             "size": bag.slide_size,
@@ -245,7 +249,8 @@ def write_report(
         "Scan": f"{bag.slide_mpp:.4g} µm/px ({bag.mpp_source})" if bag.slide_mpp else "resolution unknown",
         "Model": f"{model}, language model {llm_name(config)}",
         "Weights (sha256)": weights_sha256 or "not recorded",
-        "Patch encoder": f"{bag.encoder}, {config.patch_size} px at {config.mpp:g} µm/px",
+        "Patch encoder": f"{bag.encoder}, patches read at "
+        + (f"{bag.mpp:.4g} µm/px" if bag.mpp else "an unknown resolution"),
         "Patches": f"{len(selection.indices):,} of {selection.num_patches:,} "
         f"({100 * len(selection.indices) / max(selection.num_patches, 1):.2g} % of the tissue), selector: {selector}",
         "All patches (sha256)": patches_digest(bag),

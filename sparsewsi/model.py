@@ -4,6 +4,7 @@ N patches, K kept, D feature dim, D_v width of a visual token, T text tokens, L 
 vocabulary.
 """
 
+import dataclasses
 import json
 import shutil
 import threading
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -26,7 +28,8 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from sparsewsi.bag import Bag, check_bag
+from sparsewsi import novelty
+from sparsewsi.bag import Bag, check_bag, replacing
 from sparsewsi.config import SparseWSIConfig
 from sparsewsi.llm import load_llm
 from sparsewsi.prompt import Prompt, build_prompt, end_of_turn, text_ids, visual_positions
@@ -52,6 +55,7 @@ class SparseWSI(nn.Module):
     """Slide encoder, scorer and projector (float32) in front of a causal LLM (in its own dtype)."""
 
     llm: PreTrainedModel | PeftModel
+    trained_on: novelty.Summary | None = None  # what its training features looked like, if the artefact says so
 
     def __init__(self, config: SparseWSIConfig, llm: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
@@ -266,7 +270,7 @@ class SparseWSI(nn.Module):
     def save_pretrained(
         self, folder: str | Path, *, dtype: torch.dtype = torch.float32, card: str | None = None
     ) -> None:
-        """Write config.json, model.safetensors, adapter/ (if the LLM has one) and README.md, then rename into place.
+        """Write all of FILES that the model has, then rename the folder into place.
 
         dtype: of the stored weights, adapter included. card: text of README.md; None keeps the one that is there, or
         writes a minimal one. Raises ValueError if the folder holds anything that is not a model's, so that nothing else
@@ -282,9 +286,11 @@ class SparseWSI(nn.Module):
         tag = uuid.uuid4().hex[:8]
         new, old = (folder.with_name(f".{folder.name}.{tag}.{end}") for end in ("part", "old"))
         try:
-            self.config.save(new)
+            dataclasses.replace(self.config, adapter=isinstance(self.llm, PeftModel)).save(new)
             state = {name: value.to("cpu", dtype).contiguous() for name, value in self.trained_state().items()}
-            save_file(state, new / "model.safetensors", metadata={"format": "pt"})
+            _save_tensors(state, new / "model.safetensors")
+            if self.trained_on is not None:
+                novelty.save(self.trained_on, new)
             if isinstance(self.llm, PeftModel):
                 _save_adapter(self.llm, new / "adapter", self.config.llm, dtype)
             for name in ("README.md", ".gitattributes"):
@@ -297,8 +303,9 @@ class SparseWSI(nn.Module):
             new.rename(folder)
         finally:
             shutil.rmtree(new, ignore_errors=True)
-            if folder.is_dir():
-                shutil.rmtree(old, ignore_errors=True)
+            if old.is_dir() and not folder.exists():  # the second rename failed
+                old.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
 
     @classmethod
     def from_pretrained(
@@ -311,12 +318,20 @@ class SparseWSI(nn.Module):
     ) -> "SparseWSI":
         """Load what save_pretrained wrote, from a folder or from the Hugging Face Hub, for inference.
 
-        llm: a base LLM that is loaded already, with its tokenizer; an adapter is put into it. llm_kwargs (dtype,
-        load_in_4bit) go to load_llm. Raises ValueError that names every missing or unexpected weight.
+        llm: a base LLM that is loaded already, with its tokenizer; an adapter is put into it, so that no other model
+        can share it. llm_kwargs (dtype, load_in_4bit) go to load_llm. Raises ValueError that names every missing or
+        unexpected weight.
         """
         folder = _local_folder(folder_or_repo, revision)
         config = SparseWSIConfig.load(folder)
         state = _read_weights(folder / "model.safetensors")
+        if config.adapter is not None and config.adapter != (folder / "adapter").is_dir():
+            raise ValueError(
+                f"{folder} was saved {'with' if config.adapter else 'without'} an adapter of the LLM, but now it holds "
+                f"{'none' if config.adapter else 'one'}. Copy or download the whole folder again."
+            )
+        if llm is not None and any("lora_" in name for name, _ in llm[0].named_parameters()):
+            raise ValueError("the LLM that was passed already holds another model's adapter. Load it anew.")
         base, tokenizer = llm or load_llm(config.llm, config.llm_revision, device, **llm_kwargs)
         model = cls(config, base, tokenizer)
         _check_keys(set(state), set(model.trained_state()), folder / "model.safetensors")
@@ -329,6 +344,7 @@ class SparseWSI(nn.Module):
         model.load_state_dict(state, strict=False)  # the LLM's weights are the only ones missing: checked above
         if (folder / "adapter").is_dir():
             model.llm = _load_adapter(base, folder / "adapter")
+        model.trained_on = novelty.load(folder)
         return model.eval()
 
     def push_to_hub(
@@ -394,7 +410,15 @@ def _local_folder(folder_or_repo: str | Path, revision: str | None) -> Path:
 def _read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"{path} is missing. Pass the folder that save_pretrained wrote.")
-    return load_file(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}). Copy or download it again.") from error
+
+
+def _save_tensors(state: dict[str, Tensor], path: Path) -> None:
+    with replacing(path) as partial:  # readable by whoever may read the rest, which safetensors' own files are not
+        save_file(state, partial, metadata={"format": "pt"})
 
 
 def _check_keys(found: set[str], wanted: set[str], source: Path) -> None:
@@ -411,7 +435,7 @@ def _save_adapter(llm: PeftModel, folder: Path, base: str, dtype: torch.dtype) -
     folder.mkdir()
     state = get_peft_model_state_dict(llm, save_embedding_layers=False)
     state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in state.items()}
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    _save_tensors(state, folder / "adapter_model.safetensors")
     llm.active_peft_config.save_pretrained(str(folder))
     path = folder / "adapter_config.json"
     settings = json.loads(path.read_text()) | {"base_model_name_or_path": base, "inference_mode": True}

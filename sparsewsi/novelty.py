@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -72,7 +73,11 @@ def distances(summary: Summary, features: Tensor) -> Tensor:
 def spread(summary: Summary, features: Tensor) -> float:
     """Variance of the patches (N, D), N >= 2, about their own mean, as a share of that of all training patches."""
     whole = float(summary.deviations.square().sum()) + summary.rest**2 * (features.shape[1] - len(summary.deviations))
-    return float(features.float().var(0).sum()) / whole
+    sums, squares = torch.zeros(2, features.shape[1], dtype=torch.float64)
+    for part in features.split(ROWS):
+        sums, squares = sums + part.double().sum(0), squares + part.double().square().sum(0)
+    n = len(features)
+    return float((squares - sums.square() / n).sum() / (n - 1)) / whole
 
 
 def summarise(features: Tensor, sources: np.ndarray) -> Summary:
@@ -126,7 +131,10 @@ def load(folder: str | Path) -> Summary | None:
     path = Path(folder) / FILE
     if not path.is_file():
         return None
-    found = load_file(path)
+    try:
+        found = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}). Copy or download it again.") from error
     if set(found) != {"mean", "axes", "deviations", "numbers"}:
         raise ValueError(f"{path} holds {', '.join(sorted(found))}, which is no summary of features. Make it again.")
     rest, farthest, least_spread, sources = found["numbers"].tolist()
@@ -159,10 +167,25 @@ def warning(summary: Summary, bag: Bag) -> str | None:
     return None
 
 
-def warnings_about(bag: Bag, selection: Selection, summary: Summary | None = None) -> list[str]:
-    """Every sentence that must stand beside an answer about this slide, gravest first."""
+def warnings_about(
+    bag: Bag, selection: Selection, summary: Summary | None = None, mpp: float | None = None
+) -> list[str]:
+    """Every sentence that must stand beside an answer about this slide, gravest first.
+
+    mpp: um/px of the patches that the model was trained on
+    """
     unlike = None if summary is None else warning(summary, bag)
-    return [*filter(None, [unlike]), *selection_warnings(bag, selection)]
+    return [*filter(None, [unlike, _other_scale(bag, mpp)]), *selection_warnings(bag, selection)]
+
+
+def _other_scale(bag: Bag, mpp: float | None) -> str | None:
+    """A sentence if the patches were read at another resolution: 20x is 0.5 um/px for one tool, 0.46 for another."""
+    if mpp is None or bag.mpp is None or abs(math.log(bag.mpp / mpp)) < math.log(1.2):
+        return None
+    return (
+        f"The patches were read at {bag.mpp:.4g} µm/px, but the model was trained on patches of {mpp:.4g} µm/px: "
+        "expect wrong selections and answers."
+    )
 
 
 def selection_warnings(bag: Bag, selection: Selection) -> list[str]:

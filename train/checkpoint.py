@@ -58,9 +58,11 @@ def _write(final: Path, step: int, model: SparseWSI, sparselearn: nn.Module, mom
     (temporary / "state" / "step.json").write_text(json.dumps({"step": step}))
     shutil.rmtree(final, ignore_errors=True)  # one that `last` does not point at yet: the run was killed in between
     temporary.rename(final)
-    link = final.with_name(".last.part")
+    last, link = final.with_name("last"), final.with_name(".last.part")
+    if last.is_dir() and not last.is_symlink():  # the run was copied by something that follows links
+        shutil.rmtree(last)
     link.symlink_to(final.name)
-    os.replace(link, final.with_name("last"))
+    os.replace(link, last)
 
 
 def latest(folder: Path) -> Path | None:
@@ -91,13 +93,10 @@ def release(
     model = SparseWSI.from_pretrained(checkpoint / "model")
     model.config = replace(model.config, demo=demo, note=note)
     trained_on = [load_bank(path, "train") for path in banks]
-    summary = None
     if trained_on:
         features = torch.cat([bank.features for bank in trained_on])
-        summary = novelty.summarise(features, np.concatenate([bank.sources for bank in trained_on]))
+        model.trained_on = novelty.summarise(features, np.concatenate([bank.sources for bank in trained_on]))
     model.save_pretrained(folder, dtype=torch.float16, card=card)
-    if summary is not None:
-        novelty.save(summary, folder)
 
 
 def main() -> None:

@@ -5,10 +5,16 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sparsewsi.config import SparseWSIConfig
+from train.command import write_whole
+
+# What stage 1 decides, and stage 2 takes over.
+OF_THE_MODEL = ("llm", "dim", "slide_encoder", "scorer_attention", "position", "max_position", "num_tokens")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of one training stage. Unknown keys in a saved file are errors."""
+    """Settings of one training stage."""
 
     stage: int = 1  # 1: captions, LLM frozen; 2: questions, slide encoder frozen, LoRA on the LLM
     out: str = "runs/stage1"
@@ -67,7 +73,22 @@ class TrainConfig:
     def save(self, path: Path) -> None:
         """Write as JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        write_whole(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    def with_model(self, model: SparseWSIConfig) -> "TrainConfig":
+        """These settings of a stage 2, with those of the model that it starts from.
+
+        Raises ValueError for a setting that was changed to something else than the model has.
+        """
+        has = {name: getattr(model, name) for name in OF_THE_MODEL}
+        usual = TrainConfig()
+        for name in OF_THE_MODEL:
+            if getattr(self, name) not in (has[name], getattr(usual, name)):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, but the model that stage 2 starts from has {has[name]!r}. "
+                    f"Leave out --{name}, or train stage 1 with it."
+                )
+        return dataclasses.replace(self, **has)
 
     def patches_at(self, step: int) -> int:
         """Patches a bag at this step."""

@@ -113,6 +113,7 @@ def build(
         model = SparseWSI(settings, llm, tokenizer)
     else:
         model = SparseWSI.from_pretrained(artefact(config.init), device=place, dtype=dtype)
+        model.trained_on = None  # other features are to come
     sparselearn = sparselearn_class(
         model.config.dim, model.config.num_tokens, kernel=config.kernel, gate=config.gate, denoiser=config.denoiser
     )
@@ -374,6 +375,7 @@ def train(config: TrainConfig, sparselearn_class: type[SparseLearn] = SparseLear
     checkpoint = latest(out)
     source = replace(config, init=str(checkpoint)) if checkpoint and config.stage == 2 else config
     model, sparselearn = build(source, feature_dim, encoder, sparselearn_class)
+    config = config if config.stage == 1 else config.with_model(model.config)
     if checkpoint and config.stage == 1:
         model = SparseWSI.from_pretrained(checkpoint / "model", llm=(model.llm, model.tokenizer))  # type: ignore[arg-type]
         freeze(model, config)
