@@ -75,7 +75,8 @@ class Bag:
     mpp_source: where slide_mpp comes from
     slide_size: (W, H) of level 0, px
     note:       what a reader should know, such as positions that the file does not hold
-    Raises ValueError for shapes that do not fit each other, and for features that are not finite in float16.
+    Raises ValueError for shapes that do not fit each other, for features that are not finite in float16, for coords
+    that are not whole numbers of 32 bits, and for sizes and resolutions that nothing can have.
     """
 
     features: Tensor
@@ -97,8 +98,17 @@ class Bag:
             raise ValueError(
                 f"coords must be (N, 2) with N = {len(features)} as in features, got {tuple(coords.shape)}."
             )
-        if self.patch_size < 1:
-            raise ValueError(f"patch_size must be at least 1 level-0 px, got {self.patch_size}.")
+        if not self.patch_size >= 1 or self.patch_size != int(self.patch_size):
+            raise ValueError(f"patch_size must be a whole number of level-0 px and at least 1, got {self.patch_size}.")
+        for name in ("mpp", "slide_mpp"):
+            stated = getattr(self, name)
+            if stated is not None and not 0 < stated < math.inf:
+                raise ValueError(f"{name} must be a positive number of um/px or None, got {stated}.")
+        if coords.dtype == torch.bool or coords.is_complex():
+            raise ValueError(f"coords must be whole numbers (int32), got {coords.dtype}.")
+        whole = coords.detach().cpu()
+        if len(whole) and not (whole.double().abs().max() < 2**31 and bool((whole.double() % 1 == 0).all())):
+            raise ValueError("coords must be whole level-0 px within 32 bits; some are fractions, too large or NaN.")
         half = features.detach().to("cpu", torch.float16)
         # In parts: isfinite's own copies of a million patches would take twice what the features do.
         finite = [torch.isfinite(part).all(1) for part in half.split(8192)]
@@ -109,7 +119,10 @@ class Bag:
                 f"{_MAX_FLOAT16:.0f} (first: row {int(rows[0])}). Encode the slide again."
             )
         object.__setattr__(self, "features", half)
-        object.__setattr__(self, "coords", coords.to("cpu", torch.int32))
+        object.__setattr__(self, "coords", whole.to(torch.int32))
+        object.__setattr__(self, "patch_size", int(self.patch_size))
+        if self.slide_size is not None:
+            object.__setattr__(self, "slide_size", (int(self.slide_size[0]), int(self.slide_size[1])))
 
 
 def check_bag(bag: Bag, encoder: str, feature_dim: int) -> None:
@@ -307,7 +320,7 @@ def _bag_from_facts(features: Tensor, coords: Tensor, text: str, path: Path) -> 
         size = facts["slide_size"]
         facts |= {"features": features, "coords": coords, "slide_size": tuple(size) if size else None}
         return Bag(**facts)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path.name} holds bag metadata that this version cannot read: {error}.") from error
 
 
@@ -385,11 +398,11 @@ def load_bag(
     if not head:
         raise ValueError(f"{path.name} is empty (0 bytes), probably left by a killed job. Make it again.")
     if head[8:9] == b"{":
-        return _read_safetensors(path)
+        return _completed(_read_safetensors(path), encoder, slide_mpp)
     if head.startswith(b"\x89HDF"):
         found = _read_h5(path, encoder, slide_mpp)
         if isinstance(found, Bag):
-            return found
+            return _completed(found, encoder, slide_mpp)
     elif head.startswith((b"PK", b"\x80\x02")):
         found = _read_pt(path, encoder, slide_mpp)
     elif head.startswith(b"\x93NUMPY"):
@@ -405,6 +418,15 @@ def load_bag(
     if encoder is not None:
         found = replace(found, encoder=found.encoder or encoder)
     return _to_bag(found, path)
+
+
+def _completed(bag: Bag, encoder: str | None, slide_mpp: float | None) -> Bag:
+    """A bag of our own, with what the caller knows and the file does not."""
+    if encoder is not None and bag.encoder == UNKNOWN_ENCODER:
+        bag = replace(bag, encoder=_encoder_name(encoder))
+    if slide_mpp is not None and bag.slide_mpp is None:
+        bag = replace(bag, slide_mpp=slide_mpp, mpp_source="argument")
+    return bag
 
 
 def _to_bag(found: _Foreign, path: Path) -> Bag:
@@ -437,6 +459,8 @@ def _to_bag(found: _Foreign, path: Path) -> Bag:
                 "with the same N. The file may come from a killed job."
             )
         coords = coords[:, :2]
+        if coords.dtype.kind not in "iuf":
+            raise ValueError(f"{path.name}: coords are {coords.dtype}, not numbers.")
         if not np.isfinite(coords).all() or np.abs(coords).max(initial=0) > 2**31 - 1:
             raise ValueError(f"{path.name}: coords are not finite or beyond 32 bits, so they are no pixel positions.")
         if size is None:
@@ -465,7 +489,7 @@ def _to_bag(found: _Foreign, path: Path) -> Bag:
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
     if note:
-        warnings.warn(f"{path.name}: {note}", UserWarning, stacklevel=3)
+        warnings.warn(note, UserWarning, stacklevel=3)  # without the file's name, which may be a patient's
     return bag
 
 
@@ -647,10 +671,13 @@ def _read_pt(path: Path, encoder: str | None, slide_mpp: float | None) -> _Forei
         ) from error
     if isinstance(data, dict) and isinstance(data.get("features"), Tensor):
         coords = data.get("coords")
-        return _Foreign(data["features"].float().numpy(), coords.numpy() if isinstance(coords, Tensor) else None)
+        return _Foreign(
+            _array(data["features"].float(), path),
+            _array(coords.double(), path) if isinstance(coords, Tensor) else None,
+        )
     if not isinstance(data, Tensor):
         raise ValueError(f"{path.name} holds a {type(data).__name__}; a tensor (N, D) of features is needed.")
-    features = data.float().numpy()
+    features = _array(data.float(), path)
     for sibling in (path.with_suffix(".h5"), path.parent.parent / "h5_files" / f"{path.stem}.h5"):
         if sibling.is_file():
             beside = _read_h5(sibling, encoder, slide_mpp)
@@ -658,6 +685,12 @@ def _read_pt(path: Path, encoder: str | None, slide_mpp: float | None) -> _Forei
                 return _Foreign(features, beside.coords.numpy(), beside.patch_size, beside.mpp, encoder=beside.encoder)
             return replace(beside, features=features)
     return _Foreign(features, encoder=_stated_encoder({}, {}, path))
+
+
+def _array(tensor: Tensor, path: Path) -> np.ndarray:
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{path.name} holds a sparse tensor; a dense one (N, D) of features is needed.")
+    return tensor.detach().numpy()
 
 
 def _read_npy(path: Path, allow_pickle: bool) -> _Foreign:
@@ -723,7 +756,10 @@ def _read_csv(path: Path) -> _Foreign:
     coords = None
     if texts:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            names = [row[texts[-1]] for row in list(csv.reader(file))[skip:] if row]
+            rows = [row for row in list(csv.reader(file))[skip:] if row]
+        if any(len(row) != width for row in rows):
+            raise ValueError(f"{path.name}: not every row has {width} columns as the first one. Make it again.")
+        names = [row[texts[-1]] for row in rows]
         coords = _coords_from_names(names)
     return _Foreign(features, coords)
 
@@ -788,6 +824,8 @@ def write_trident_h5(bag: Bag, path: str | Path) -> None:
         facts |= {"level0_width": bag.slide_size[0], "level0_height": bag.slide_size[1]}
     facts["sparsewsi_bag"] = json.dumps(_facts(bag))
     with replacing(Path(path)) as partial, h5py.File(partial, "w") as file:
-        features = file.create_dataset("features", data=bag.features.float().numpy())
+        features = file.create_dataset("features", tuple(bag.features.shape), np.float32)
+        for first in range(0, len(bag.features), 8192):  # a float32 copy of a million patches would be 5 GB
+            features[first : first + 8192] = bag.features[first : first + 8192].float().numpy()
         features.attrs.update({"name": bag.slide, "savetodir": "", "encoder": bag.encoder})
         file.create_dataset("coords", data=bag.coords.numpy().astype(np.int64)).attrs.update(facts)

@@ -46,7 +46,7 @@ def choose(
 
     Raises ValueError if nothing is left to answer from.
     """
-    bag, scores = case.bag, case.selection.scores
+    bag, scores, pinned = case.bag, case.selection.scores, sorted(set(pinned))
     free = torch.ones(len(scores), dtype=torch.bool)
     free[[*pinned, *dropped]] = False
     rest, room = free.nonzero()[:, 0], max(0, k - len(pinned))
@@ -57,7 +57,7 @@ def choose(
         taken = rest[hard_topk(scores[rest], room)]
     elif room and len(rest):
         taken = rest[SELECTORS[selector](bag.features[rest], bag.coords[rest], room, 0)]
-    indices = torch.cat([torch.tensor(sorted(pinned), dtype=torch.int64), taken]).sort().values
+    indices = torch.cat([torch.tensor(pinned, dtype=torch.int64), taken]).sort().values
     return dataclasses.replace(case.selection, indices=indices, tokens=evidence.tokens_of(model, bag, indices))
 
 

@@ -64,7 +64,7 @@ class SparseWSIConfig:
             raise ValueError(f"slide_encoder_layers must be 0 or more, got {self.slide_encoder_layers!r}.")
         if not isinstance(self.mpp, int | float) or not 0 < self.mpp < float("inf"):
             raise ValueError(f"mpp must be a positive number of um/px, got {self.mpp!r}.")
-        if self.scorer_width % self.heads:
+        if self.scorer_attention == "global" and self.scorer_width % self.heads:
             raise ValueError(f"the scorer's width {self.scorer_width} must be a multiple of heads, got {self.heads}.")
         if self.slide_encoder == "longnet" and self.dim % self.heads:
             raise ValueError(f"dim {self.dim} must be a multiple of heads for longnet, got {self.heads}.")

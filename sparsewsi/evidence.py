@@ -165,10 +165,12 @@ def leave_one_out(
 def _chosen(answer: str, offered: Sequence[tuple[str, str]]) -> int | None:
     """Number of the option that the answer is: by text, by letter, or by both; None if it is in other words."""
     said = answer.strip().rstrip(".").casefold()
-    for number, (letter, option) in enumerate(offered):
-        forms = (option, f"{letter}. {option}", letter)
-        if said in [form.rstrip(".").casefold() for form in forms]:
-            return number
+    texts, letters = [option for _, option in offered], [letter for letter, _ in offered]
+    both = [f"{letter}. {option}" for letter, option in offered]
+    for forms in (texts, both, letters):  # an option's text may be another one's letter
+        for number, form in enumerate(forms):
+            if said == form.rstrip(".").casefold():
+                return number
     return None
 
 

@@ -336,6 +336,8 @@ class SparseWSI(nn.Module):
         model = cls(config, base, tokenizer)
         _check_keys(set(state), set(model.trained_state()), folder / "model.safetensors")
         for name, value in model.trained_state().items():
+            if not state[name].isfinite().all():
+                raise ValueError(f"{name} in {folder / 'model.safetensors'} holds NaN or infinity. Train it again.")
             if state[name].shape != value.shape:
                 raise ValueError(
                     f"{name} is {tuple(state[name].shape)} in {folder / 'model.safetensors'}, but config.json asks for "
@@ -358,6 +360,11 @@ class SparseWSI(nn.Module):
 
         from huggingface_hub import HfApi
 
+        if Path(self.config.llm).is_dir():
+            raise ValueError(
+                "the model's LLM is a folder of this machine, which nobody else has. Upload the LLM, then name it in "
+                "config.llm as owner/name."
+            )
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as temporary:

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sparsewsi.bag import Bag
+from sparsewsi.bag import Bag, replacing
 
 if TYPE_CHECKING:  # model.py stands above this file
     from sparsewsi.model import Selection
@@ -123,7 +123,8 @@ def save(summary: Summary, folder: str | Path) -> None:
         "deviations": summary.deviations,
         "numbers": numbers,
     }
-    save_file({name: value.contiguous() for name, value in tensors.items()}, Path(folder) / FILE)
+    with replacing(Path(folder) / FILE) as partial:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
 
 
 def load(folder: str | Path) -> Summary | None:

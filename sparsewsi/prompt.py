@@ -88,13 +88,13 @@ def visual_positions(
     mode: "original": at + index, text goes on at at + num_patches (the paper);
           "scaled": the same as long as all fits into max_position, else the slide is squeezed linearly into the rest;
           "compact": consecutive, as if the slide had K patches.
-    Raises ValueError if not even the text fits ("scaled" only).
+    Raises ValueError if not even the text fits; "original" goes on past the end, as the paper has it.
     """
-    if mode == "compact":
-        return at + torch.arange(len(indices)), at + len(indices)
-    if mode not in ("original", "scaled"):
+    if mode not in ("original", "scaled", "compact"):
         raise ValueError(f"position is {mode!r}; choose original, scaled or compact.")
     indices = indices.to("cpu", torch.int64)
+    if mode == "compact":
+        indices, num_patches = torch.arange(len(indices)), len(indices)
     room = num_patches if max_position is None else max_position - at - text_len
     if mode == "original" or num_patches <= room:
         return at + indices, at + num_patches
@@ -109,7 +109,11 @@ def visual_positions(
 def _turns(messages: Sequence[Mapping[str, str]], options: Sequence[str] | None) -> list[tuple[str, str]]:
     turns = []
     for message in messages:
+        if not isinstance(message, Mapping):
+            raise ValueError(f"the chat is a list of messages, got {type(message).__name__} in place of one.")
         role, content = message.get("role"), message.get("content")
+        if isinstance(content, str) and any("\ud800" <= letter <= "\udfff" for letter in content):
+            raise ValueError("the text holds half a character (a lone surrogate). Write it again.")
         if role not in ROLES or not isinstance(content, str):
             raise ValueError(
                 f'a message must be {{"role": {" | ".join(ROLES)}, "content": text}}, '
@@ -118,6 +122,8 @@ def _turns(messages: Sequence[Mapping[str, str]], options: Sequence[str] | None)
         turns.append((role, content))
     if not turns or turns[-1][0] != "user":
         raise ValueError("the last message must be the user's. Add the question to be answered.")
+    if not turns[-1][1].strip():
+        raise ValueError("the question is empty. Write one.")
     turns[-1] = ("user", format_question(turns[-1][1], options))
     return turns
 

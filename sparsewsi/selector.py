@@ -28,8 +28,8 @@ class Block(nn.Module):
         super().__init__()
         if attention not in ("local", "global"):
             raise ValueError(f"attention is {attention!r}; choose local or global.")
-        if dim % heads:
-            raise ValueError(f"dim {dim} must be a multiple of heads, got {heads}.")
+        if attention == "global" and dim % heads:
+            raise ValueError(f"dim must be a multiple of heads, got dim {dim} and {heads} heads.")
         self.heads = heads
         self.norm1 = nn.LayerNorm(dim)
         self.query_key = nn.Linear(dim, 2 * dim) if attention == "global" else None

@@ -323,6 +323,7 @@ def test_another_selection_keeps_what_is_pinned_and_never_what_is_dropped(tiny_m
         assert not set(own[:3]) & set(indices)
     assert torch.equal(case.choose(model, held, 6, "learned", [], []).tokens, held.selection.tokens)
     assert len(case.choose(model, held, 1, "learned", left_out[:2], []).indices) == 2, "what is pinned stays"
+    assert len(case.choose(model, held, 3, "learned", left_out[:1] * 2, []).indices.unique()) == 3
     with pytest.raises(ValueError, match="Every patch was dropped"):
         case.choose(model, held, 4, "learned", [], range(30))  # type: ignore[arg-type]
 

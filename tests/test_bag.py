@@ -269,6 +269,55 @@ def test_a_bag_refuses_what_does_not_fit(bag: Bag):
             replace(bag, features=features)
 
 
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"coords": torch.tensor([[2**31 + 5, 0]])}, "within 32 bits"),
+        ({"coords": torch.tensor([[0.5, 0.0]])}, "fractions"),
+        ({"coords": torch.tensor([[float("nan"), 0.0]])}, "NaN"),
+        ({"coords": torch.tensor([[True, False]])}, "whole numbers"),
+        ({"patch_size": 224.5}, "patch_size"),
+        ({"patch_size": float("nan")}, "patch_size"),
+        ({"mpp": -1.0}, "mpp"),
+        ({"slide_mpp": float("nan")}, "slide_mpp"),
+    ],
+)
+def test_a_bag_refuses_what_nothing_can_have(changes: dict, match: str):
+    facts = {"features": torch.zeros(1, 4), "coords": torch.zeros(1, 2, dtype=torch.int32), "patch_size": 224}
+    with pytest.raises(ValueError, match=match):
+        Bag(**facts | {"mpp": 0.5, "encoder": "e", "slide": "s"} | changes)
+
+
+def test_what_a_file_of_ours_does_not_state_can_be_given(bag: Bag, tmp_path: Path):
+    unknown = replace(bag, encoder="unknown", slide_mpp=None, mpp_source="unknown")
+    save_bag(unknown, tmp_path / "bag.safetensors")
+    write_trident_h5(unknown, tmp_path / "bag.h5")
+    for name in ("bag.safetensors", "bag.h5"):
+        read = load_bag(tmp_path / name, encoder="conch_v1", slide_mpp=0.25)
+        assert (read.encoder, read.slide_mpp, read.mpp_source) == ("conch", 0.25, "argument")
+    save_bag(bag, tmp_path / "stated.safetensors")
+    assert load_bag(tmp_path / "stated.safetensors", encoder="conch", slide_mpp=9.0).encoder == bag.encoder
+
+
+def test_warnings_do_not_name_the_file(tmp_path: Path):
+    np.save(tmp_path / "DOE_JANE.npy", np.zeros((4, 8), np.float32))
+    with pytest.warns(UserWarning, match="no coordinates") as caught:
+        load_bag(tmp_path / "DOE_JANE.npy")
+    assert "JANE" not in str(caught[0].message)
+
+
+def test_tensors_that_need_care(tmp_path: Path):
+    torch.save(torch.zeros(3, 8, requires_grad=True), tmp_path / "grad.pt")
+    torch.save({"features": torch.zeros(3, 8), "coords": torch.zeros(3, 2).bfloat16()}, tmp_path / "dict.pt")
+    torch.save(torch.zeros(3, 8).to_sparse(), tmp_path / "sparse.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in ("grad.pt", "dict.pt"):
+            assert load_bag(tmp_path / name).features.shape == (3, 8)
+    with pytest.raises(ValueError, match="sparse"):
+        load_bag(tmp_path / "sparse.pt")
+
+
 def test_check_bag_compares_encoder_and_dimension(bag: Bag):
     check_bag(bag, "conch", 8)
     check_bag(replace(bag, encoder="unknown"), "conch", 8)

@@ -49,12 +49,21 @@ def test_a_broken_file_is_an_error_in_words(tmp_path, text: str) -> None:
         ("slide_encoder_layers", -1),
         ("mpp", 0.0),
         ("mpp", "half"),
-        ("heads", 7),
+        ("mpp", float("inf")),
+        ("llm", None),
+        ("encoder", 5),
+        ("demo", "yes"),
     ],
 )
 def test_values_no_model_can_have_are_refused(name: str, value: object) -> None:
-    with pytest.raises(ValueError, match=name if name != "heads" else "multiple of heads"):
+    with pytest.raises(ValueError, match=name):
         SparseWSIConfig(**{name: value})
+
+
+def test_heads_count_where_there_are_any() -> None:
+    with pytest.raises(ValueError, match="multiple of heads"):
+        SparseWSIConfig(heads=7, scorer_attention="global")
+    assert SparseWSIConfig(heads=7).heads == 7
 
 
 def test_the_scorer_is_as_wide_as_the_tokens_up_to_512() -> None:

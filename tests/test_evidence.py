@@ -91,6 +91,11 @@ def test_an_effect_is_what_the_answer_loses_when_the_patch_is_not_there(model, s
     assert not found.option
 
 
+def test_an_option_that_reads_like_a_letter_is_meant_by_its_text():
+    offered = [("A", "B"), ("B", "A"), ("C", "none")]
+    assert [evidence._chosen(said, offered) for said in ("A", "b.", "C", "B. A", "D")] == [1, 0, 2, 1, None]
+
+
 @pytest.mark.parametrize("scoring", ["text", "letter"])
 def test_of_an_option_the_log_odds_are_compared(tiny_llm, bag, scoring):
     model = make_model(tiny_llm, option_scoring=scoring)

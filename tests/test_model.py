@@ -6,12 +6,14 @@ N patches, K kept, L = K + T tokens.
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from sparsewsi import novelty
 from sparsewsi.bag import Bag
 from sparsewsi.config import SparseWSIConfig
 from sparsewsi.llm import load_llm
@@ -521,6 +524,61 @@ def test_missing_and_misshapen_weights_are_named(tiny_llm: Path, tmp_path: Path)
     save_file(lora, adapter)
     with pytest.raises(ValueError, match=f"missing: {gone}"):
         SparseWSI.from_pretrained(tmp_path / "model")
+
+
+def test_an_adapter_that_was_lost_or_belongs_to_another_model_is_noticed(tiny_llm: Path, tmp_path: Path) -> None:
+    make_model(tiny_llm, lora=True).save_pretrained(tmp_path / "model")
+    base = load_llm(str(tiny_llm), device="cpu")
+    SparseWSI.from_pretrained(tmp_path / "model", llm=base)
+    with pytest.raises(ValueError, match="already holds another model's adapter"):
+        SparseWSI.from_pretrained(tmp_path / "model", llm=base)
+    shutil.rmtree(tmp_path / "model" / "adapter")
+    with pytest.raises(ValueError, match="saved with an adapter of the LLM, but now it holds none"):
+        SparseWSI.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter/adapter_model.safetensors", "novelty.safetensors"])
+def test_damaged_files_are_named(tiny_llm: Path, tmp_path: Path, name: str) -> None:
+    model = make_model(tiny_llm, lora=True)
+    model.trained_on = novelty.summarise(torch.randn(40, CONFIG.feature_dim), np.arange(40) % 5)
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / name).write_bytes((tmp_path / "model" / name).read_bytes()[:-9])
+    with pytest.raises(ValueError, match=rf"{name} is damaged"):
+        SparseWSI.from_pretrained(tmp_path / "model")
+
+
+def test_weights_that_are_no_numbers_are_refused(tiny_llm: Path, tmp_path: Path) -> None:
+    model = make_model(tiny_llm)
+    model.projector[0].bias.data[0] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"projector\.0\.bias .* NaN"):
+        SparseWSI.from_pretrained(tmp_path / "model")
+
+
+def test_what_training_features_looked_like_stays_with_the_model(tiny_llm: Path, tmp_path: Path) -> None:
+    model = make_model(tiny_llm)
+    model.trained_on = novelty.summarise(torch.randn(40, CONFIG.feature_dim), np.arange(40) % 5)
+    model.save_pretrained(tmp_path / "model")
+    SparseWSI.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "again")
+    assert load_file(tmp_path / "again" / novelty.FILE)["mean"].equal(model.trained_on.mean)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "again").iterdir() if path.is_file()} == {0o644}
+
+
+def test_a_rename_that_fails_leaves_the_old_model(tiny_llm: Path, tmp_path: Path, monkeypatch) -> None:
+    model, rename, calls = make_model(tiny_llm), Path.rename, []
+    model.save_pretrained(tmp_path / "model", card="the first")
+
+    def failing(self: Path, target: Path) -> Path:
+        calls.append(self)
+        if len(calls) == 2:
+            raise OSError("no space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="no space"):
+        model.save_pretrained(tmp_path / "model", card="the second")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "README.md").read_text() == "the first"
 
 
 def test_what_is_no_model_is_refused_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

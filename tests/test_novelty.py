@@ -78,6 +78,23 @@ def test_a_summary_survives_its_file(summary, tmp_path):
     assert (tmp_path / novelty.FILE).stat().st_size < 10_000
 
 
+def test_patches_of_another_resolution_are_told(summary):
+    selection = select(torch.randn(60), 4)
+
+    def said(mpp: float | None) -> str:
+        return " ".join(novelty.warnings_about(dataclasses.replace(bag_of(slide(3)), mpp=mpp), selection, None, 0.5))
+
+    assert "read at 1 µm/px, but the model was trained on patches of 0.5 µm/px" in said(1.0)
+    for mpp in (0.46, 0.5, None):
+        assert "read at" not in said(mpp)
+
+
+def test_the_spread_is_the_variance(summary):
+    features = slide(55)
+    whole = float(summary.deviations.square().sum()) + summary.rest**2 * (D - len(summary.deviations))
+    assert novelty.spread(summary, features) == pytest.approx(float(features.var(0).sum()) / whole, rel=1e-5)
+
+
 def test_other_features_and_too_few_slides_are_refused(summary):
     with pytest.raises(ValueError, match="dimension 8"):
         novelty.warning(summary, bag_of(torch.zeros(3, 8)))

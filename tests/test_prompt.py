@@ -181,6 +181,21 @@ def test_compact_positions_are_consecutive() -> None:
     positions, start = visual_positions(INDICES, 1000, 3, 110, "compact", 512)
     assert positions.tolist() == [3, 4, 5, 6, 7]
     assert start == 8
+    with pytest.raises(ValueError, match="do not fit into the LLM's 512 positions"):
+        visual_positions(INDICES, 1000, 3, 505, "compact", 512)
+
+
+@pytest.mark.parametrize(
+    ("messages", "match"),
+    [
+        ("hi", "list of messages"),
+        ([{"role": "user", "content": " "}], "empty"),
+        ([{"role": "user", "content": "\ud800"}], "half a"),
+    ],
+)
+def test_chats_that_cannot_be_asked_are_refused(tokenizer, messages, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        build_prompt(tokenizer, messages)
 
 
 def test_an_unknown_mode_is_refused() -> None:

@@ -97,7 +97,8 @@ def test_global_attention_is_softmax_attention() -> None:
 
 def test_blocks_that_cannot_be_built_are_refused() -> None:
     with pytest.raises(ValueError, match="multiple of heads"):
-        Block(16, 5)
+        Block(16, 5, "global")
+    assert Block(12, 8)(torch.zeros(3, 12)).shape == (3, 12), "a token that sees itself alone has no heads"
     with pytest.raises(ValueError, match="local or global"):
         Block(16, 4, "sparse")
 

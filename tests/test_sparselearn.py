@@ -374,6 +374,14 @@ def test_wrong_arguments_are_named(arguments, word):
 # --------------------------------------------------------------------------------------------------------------- gating
 
 
+def test_a_slide_without_patches_passes():
+    stage, x = SparseLearn(16, 4), torch.zeros(0, 16, requires_grad=True)
+    scores = torch.zeros(0, requires_grad=True)
+    out = stage(x, scores, 0.5)
+    (out.sum() + soft_topk(scores, 4, 0.5).sum()).backward()
+    assert out.shape == (0, 16)
+
+
 def test_the_plain_gate_keeps_variance_and_ends():
     x = torch.randn(2_000, 64, generator=torch.Generator().manual_seed(0))
     for alpha in (0.0, 0.3, 0.9):

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import train.run as run
+from sparsewsi.config import SparseWSIConfig
 from sparsewsi.model import SparseWSI
 from train.checkpoint import latest, load_state, save_state
 from train.config import RECIPES, TrainConfig
@@ -390,6 +391,15 @@ def init(**keywords): calls.append(("init", keywords["project"], keywords["name"
 def log(metrics, step): calls.append(("log", step, metrics["loss"]))
 def finish(): calls.append(("finish",))
 """
+
+
+def test_stage_2_takes_over_what_stage_1_decided() -> None:
+    model = SparseWSIConfig(dim=32, num_tokens=6, position="compact", max_position=512)
+    config = TrainConfig(stage=2, dim=32, steps=7).with_model(model)
+    assert (config.num_tokens, config.position, config.max_position, config.steps) == (6, "compact", 512, 7)
+    assert sparsity(config, 3, 100)[1] == 6
+    with pytest.raises(ValueError, match=r"num_tokens is 12, but the model .* has 6\. Leave out --num_tokens"):
+        TrainConfig(stage=2, num_tokens=12).with_model(model)
 
 
 def test_trackio_gets_the_metrics_where_it_is_asked_for(

@@ -193,7 +193,8 @@ def train_step(
     loss = 0.0
     n = len(examples[0].indices)
     tau, k = sparsity(config, step, n)
-    first = config.seed * 1_000_003 + step * 1009 + rank() * len(examples)
+    bags = max(1009, world_size() * len(examples))  # a step, at most
+    first = config.seed * 1_000_003 + step * bags + rank() * len(examples)
     # Sharded weights are fetched in every pass by all processes together: the number of passes must not depend on bags.
     for group in passes(packed, 0 if config.fsdp else config.tokens_per_pass):
         generators = [torch.Generator(model.device).manual_seed(first + number) for number in group]

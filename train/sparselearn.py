@@ -68,6 +68,8 @@ def soft_topk(scores: Tensor, k: float, tau: float, mask: Tensor | None = None, 
     Raises ValueError for k <= 0, tau <= 0, an unknown kernel, or a mask of another shape.
     """
     _check(scores, k, tau, mask, kernel)
+    if not scores.shape[-1]:
+        return _full_precision(scores)
     return _SoftTopK.apply(_full_precision(scores), mask, float(k), float(tau), kernel)
 
 
@@ -127,6 +129,8 @@ def soft_topk_gate(
             f"x {tuple(x.shape)}, noise {tuple(noise.shape)} and scores {tuple(scores.shape)} do not fit: "
             "x and noise must be (..., N, D) where scores are (..., N)."
         )
+    if not scores.shape[-1]:
+        return x
     return _Gate.apply(x, _full_precision(scores), noise, mask, float(k), float(tau), kernel)
 
 
