@@ -128,9 +128,10 @@ class Bag:
 def check_bag(bag: Bag, encoder: str, feature_dim: int) -> None:
     """Raise ValueError, in words, if a model for features of `encoder` (D = feature_dim) cannot take this bag.
 
-    A foreign file may not state its encoder; then only the dimension can be compared.
+    A foreign file may not state its encoder, nor may what the model was trained on; then only the dimension can be
+    compared.
     """
-    if bag.encoder not in (encoder, UNKNOWN_ENCODER):
+    if bag.encoder not in (encoder, UNKNOWN_ENCODER) and encoder != UNKNOWN_ENCODER:
         raise ValueError(
             f"{bag.slide} was encoded with {bag.encoder}, but the model was trained on {encoder} features. "
             f"Encode the slide with {encoder}, or load a model trained on {bag.encoder}."
@@ -138,7 +139,7 @@ def check_bag(bag: Bag, encoder: str, feature_dim: int) -> None:
     if bag.features.shape[1] != feature_dim:
         raise ValueError(
             f"{bag.slide} has features of dimension {bag.features.shape[1]} (encoder: {bag.encoder}), but the model "
-            f"takes {feature_dim} ({encoder}). Encode the slide with {encoder}."
+            f"takes {feature_dim} (encoder: {encoder}). Encode the slide with the model's encoder."
         )
 
 
@@ -408,7 +409,7 @@ def load_bag(
     elif head.startswith(b"\x93NUMPY"):
         found = _read_npy(path, allow_pickle)
     elif path.suffix.lower() in (".csv", ".txt"):
-        found = _read_csv(path)
+        found = replace(_read_csv(path), encoder=encoder or "conch")  # SlideChat has no other
     else:
         raise ValueError(
             f"{path.name} is no feature file known here (safetensors, h5, pt, csv, npy). For a slide use extract_bag."

@@ -18,11 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sparsewsi import novelty
 from sparsewsi.model import SparseWSI
+from train.command import run_command
 from train.mosaic import load_bank
 from train.sharding import gathered, load_optimizer_state, optimizer_state
 
@@ -48,14 +50,22 @@ def _write(final: Path, step: int, model: SparseWSI, sparselearn: nn.Module, mom
     for leftover in final.parent.glob(".*.part"):
         leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover)
     temporary = final.with_name(f".{final.name}.part")
-    (temporary / "state").mkdir(parents=True)
-    model.save_pretrained(temporary / "model")
-    save_file(
-        {name: value.contiguous() for name, value in sparselearn.state_dict().items()},
-        temporary / "state" / "sparselearn.safetensors",
-    )
-    torch.save(moments, temporary / "state" / "optimizer.pt")
-    (temporary / "state" / "step.json").write_text(json.dumps({"step": step}))
+    try:
+        (temporary / "state").mkdir(parents=True)
+        model.save_pretrained(temporary / "model")
+        save_file(
+            {name: value.contiguous() for name, value in sparselearn.state_dict().items()},
+            temporary / "state" / "sparselearn.safetensors",
+        )
+        torch.save(moments, temporary / "state" / "optimizer.pt")
+        (temporary / "state" / "step.json").write_text(json.dumps({"step": step}))
+    except (SafetensorError, RuntimeError, OSError) as error:  # three ways to say that the disk is full
+        shutil.rmtree(temporary, ignore_errors=True)
+        free = shutil.disk_usage(final.parent).free / 1e6
+        raise OSError(
+            f"the checkpoint of step {step} could not be written to {final.parent} ({free:,.0f} MB are free; "
+            f"{str(error).splitlines()[0]}). Make room and run the command again: it goes on from the one before."
+        ) from error
     shutil.rmtree(final, ignore_errors=True)  # one that `last` does not point at yet: the run was killed in between
     temporary.rename(final)
     last, link = final.with_name("last"), final.with_name(".last.part")
@@ -113,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,5 +1,6 @@
 """What the commands of train/ have in common."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,18 @@ def run_command(main: Callable[[], None]) -> None:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def walk(folder: Path, onerror: Callable[[OSError], None] | None = None) -> Iterator[tuple[str, list[str]]]:
+    """Folders under one, itself first, with the names of their files; links are followed, hidden folders are not."""
+    seen: set[str] = set()  # links may lead in a circle
+    for where, folders, names in os.walk(folder, onerror=onerror, followlinks=True):
+        if os.path.realpath(where) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(where))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield where, names
 
 
 def write_whole(path: Path, text: str) -> None:

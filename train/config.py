@@ -10,11 +10,20 @@ from train.command import write_whole
 
 # What stage 1 decides, and stage 2 takes over.
 OF_THE_MODEL = ("llm", "dim", "slide_encoder", "scorer_attention", "position", "max_position", "num_tokens")
+# What may change when a run goes on: how fast it learns, how long it lasts, how many processes share a step's bags, and
+# what decides no result.
+MAY_CHANGE = (
+    *("out", "steps", "accumulation", "lr", "lr_encoder", "lr_lora", "warmup", "weight_decay", "clip"),
+    *("checkpoint_every", "activation_checkpointing", "tokens_per_pass", "fsdp", "trackio"),
+)
+_AT_LEAST_ONE = ("steps", "accumulation", "questions_per_bag", "dim", "num_tokens", "lora_rank", "patches")
+_AT_LEAST_ONE += ("patches_hard", "checkpoint_every")
+_SHARES = ("other_tissue", "warmup", "dense", "anneal", "k_start", "curriculum", "hard")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of one training stage."""
+    """Settings of one training stage. Raises ValueError for values that no run can have."""
 
     stage: int = 1  # 1: captions, LLM frozen; 2: questions, slide encoder frozen, LoRA on the LLM
     out: str = "runs/stage1"
@@ -70,6 +79,16 @@ class TrainConfig:
     fsdp: bool = False  # under torchrun: shard an LLM that does not fit over the processes; then one bag a pass
     trackio: str = ""  # name of a trackio project that gets the metrics too (pip install trackio)
 
+    def __post_init__(self) -> None:
+        if self.stage not in (1, 2):
+            raise ValueError(f"stage is 1 or 2, got {self.stage!r}.")
+        for name in _AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+        for name in _SHARES:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name} is a share from 0 to 1, got {getattr(self, name)}.")
+
     def save(self, path: Path) -> None:
         """Write as JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,6 +108,16 @@ class TrainConfig:
                     f"Leave out --{name}, or train stage 1 with it."
                 )
         return dataclasses.replace(self, **has)
+
+    def check_same(self, path: Path) -> None:
+        """Raise ValueError if the settings saved at path, of the run that is to go on, are others than these."""
+        if not path.is_file():
+            return
+        saved, own = json.loads(path.read_text()), dataclasses.asdict(self)
+        other = [name for name in own if name in saved and saved[name] != own[name] and name not in MAY_CHANGE]
+        if other:
+            was = ", ".join(f"{name} {saved[name]!r} (now {own[name]!r})" for name in other)
+            raise ValueError(f"{path.parent} holds a run of other settings: {was}. Choose another --out.")
 
     def patches_at(self, step: int) -> int:
         """Patches a bag at this step."""

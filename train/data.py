@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sparsewsi.bag import UNKNOWN_ENCODER, Bag, check_bag, load_bag
+from sparsewsi.bag import Bag, check_bag, load_bag
 from sparsewsi.model import SparseWSI
 from sparsewsi.prompt import build_prompt, end_of_turn, text_ids, visual_positions
+from train.command import walk
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ class FeatureFolder:
         if not self.folder.is_dir():
             raise ValueError(f"{folder} is not a folder. Pass the folder that holds the slides' feature files.")
         self._files: dict[str, dict[str, list[Path]]] = {}  # name, barcode or case -> name -> files
-        for path in sorted(self.folder.rglob("*")):
+        for path in sorted(Path(where, name) for where, names in walk(self.folder) for name in names):
             if path.suffix.lower() in ENDINGS and not path.name.startswith("."):
                 name = slide_name(path.name)
                 barcode = _TCGA.match(name)
@@ -259,17 +260,12 @@ def stack(bags: Sequence[Bag]) -> Bag:
         return first
     coords, below = [], 0
     for bag in bags:
-        check_like(bag, first.encoder, first.features.shape[1])
+        check_bag(bag, first.encoder, first.features.shape[1])
         shifted = bag.coords + torch.tensor([0, below], dtype=torch.int32)
         coords.append(shifted)
         below = int(shifted[:, 1].max()) + bag.patch_size if len(shifted) else below
     features = torch.cat([bag.features for bag in bags])
     return replace(first, features=features, coords=torch.cat(coords), slide_size=None)
-
-
-def check_like(bag: Bag, encoder: str, feature_dim: int) -> None:
-    """check_bag where the encoder may be unknown on either side: then only the dimension can differ."""
-    check_bag(bag, bag.encoder if encoder == UNKNOWN_ENCODER else encoder, feature_dim)
 
 
 def evenly(n: int, most: int | None) -> Tensor:
@@ -318,6 +314,9 @@ class SlideVQADataset:
         bag = self.features.load(slides)
         if not len(bag.features):
             raise ValueError(f"slide {', '.join(slides)} has no patches. Leave its questions out.")
-        check_like(bag, self.encoder, self.feature_dim)
+        try:
+            check_bag(bag, self.encoder, self.feature_dim)
+        except ValueError as error:
+            raise ValueError(f"The features of {', '.join(slides)}: {error}") from error
         rows = evenly(len(bag.features), n)
         return Example(bag.features[rows], rows, len(bag.features), questions)

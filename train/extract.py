@@ -51,6 +51,7 @@ from tqdm import tqdm
 from sparsewsi.bag import bag_of, choose_coords, encode_patches, read_patches, replacing, save_bag
 from sparsewsi.encoders import PatchEncoder, load_encoder
 from sparsewsi.slide import Slide, open_slide
+from train.command import walk
 
 SLIDE_SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi"}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
@@ -130,13 +131,7 @@ def find_slides(sources: Iterable[str], slide_mpp: float | None = None) -> list[
 def _slides_of_folder(folder: Path, slide_mpp: float | None) -> list[Job]:
     jobs: list[Job] = []
     closed: list[OSError] = []
-    seen: set[str] = set()  # links may lead in a circle
-    for where, folders, names in os.walk(folder, onerror=closed.append, followlinks=True):
-        if os.path.realpath(where) in seen:
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(where))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    for where, names in walk(folder, closed.append):
         suffixes = {name: Path(name).suffix.lower() for name in names if not name.startswith(".")}
         if ".dcm" in suffixes.values():
             jobs.append(_job(Path(where), slide_mpp))

@@ -196,9 +196,6 @@ def dense_model(plan: Plan, found: list[TrainConfig], cell: Cell, seed: int) -> 
 def run_stage(config: TrainConfig, selector: str | None = None) -> Path:
     """Train, or go on, or find it done; returns the last checkpoint and removes those before it."""
     out = Path(config.out)
-    told = out / "train_config.json"
-    if told.is_file() and TrainConfig(**json.loads(told.read_text())) != config:
-        raise ValueError(f"{out} was trained with other settings (see {told}). Choose another --out, or delete it.")
     if not is_trained(config):
         keep = None if selector is None else partial(kept_by, selector)
         train(config, sparselearn_class(config.gate), keep)

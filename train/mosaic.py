@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sparsewsi import phantom
@@ -540,18 +540,24 @@ def write_bank(
     temporary.replace(path)
 
 
+AGAIN = "Write the bank again with python -m train.mosaic bank"
+
+
 def load_bank(path: Path, split: str) -> Bank:
     """The part of a bank file that belongs to a split; its vocabulary, if it has its own, is registered.
 
     Raises ValueError if there is no patch of the split.
     """
-    with safe_open(path, "pt") as file:
-        metadata, features = file.metadata(), file.get_tensor("features")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, features = file.metadata(), file.get_tensor("features")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no feature bank, or a damaged one ({error}). {AGAIN}.") from error
+    if not metadata or not {"splits", "kinds", "sources", "origin", "encoder"} <= set(metadata):
+        raise ValueError(f"{path} is safetensors, but no feature bank. {AGAIN}.")
     keep = np.array(json.loads(metadata["splits"])) == split
     if not keep.any():
-        raise ValueError(
-            f"{path} holds no patch of split {split!r}; write the bank again with python -m train.mosaic bank"
-        )
+        raise ValueError(f"{path} holds no patch of split {split!r}. {AGAIN}.")
     if "vocabulary" in metadata:
         Vocabulary(**json.loads(metadata["vocabulary"])).register()
     kinds, sources = (np.array(json.loads(metadata[name]))[keep] for name in ("kinds", "sources"))

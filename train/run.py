@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from sparsewsi.bag import read_ahead
+from sparsewsi.bag import UNKNOWN_ENCODER, read_ahead
 from sparsewsi.config import SparseWSIConfig
 from sparsewsi.llm import default_device, default_dtype, load_llm
 from sparsewsi.model import SparseWSI
@@ -347,9 +347,15 @@ def training_data(config: TrainConfig) -> tuple[MosaicStream | SlideVQADataset, 
     banks = tuple(load_bank(Path(path), "train") for path in config.banks)
     if bool(banks) == bool(config.data):
         raise ValueError("pass training data: either --banks (python -m train.mosaic bank) or --data with --features")
+    if config.data and not config.features:
+        raise ValueError("--data needs --features, the folder that holds the slides' feature files")
     if config.data and config.align:
         raise ValueError("--align needs the labelled patches of --banks; pass --align 0 with --data")
     if banks:
+        kinds = {(bank.encoder, bank.features.shape[1]) for bank in banks}
+        if len(kinds) > 1:
+            found = ", ".join(f"{name} ({dim})" for name, dim in sorted(kinds))
+            raise ValueError(f"the banks hold features of different encoders: {found}. Pass banks of one.")
         stream = MosaicStream(banks, config.seed, config.stage, config.questions_per_bag, config.other_tissue)
         return stream, banks, banks[0].features.shape[1], banks[0].encoder
     stream = training_set(config.data, config.features, config.seed, config.questions_per_bag)
@@ -363,6 +369,24 @@ def optimizer_of(stage: StageModule, config: TrainConfig) -> torch.optim.Optimiz
     return torch.optim.AdamW(parameter_groups(stage, config), betas=(0.9, 0.98), fused=fused, foreach=foreach)
 
 
+def settled(config: TrainConfig, feature_dim: int, encoder: str) -> TrainConfig:
+    """The settings as they count: those of the model too, in stage 2.
+
+    Raises ValueError for features of another kind than the model's, and for an output folder with another run in it.
+    """
+    if config.stage == 2:
+        model = SparseWSIConfig.load(artefact(config.init))
+        same = model.encoder in (encoder, UNKNOWN_ENCODER) or encoder == UNKNOWN_ENCODER
+        if model.feature_dim != feature_dim or not same:
+            raise ValueError(
+                f"the features are of {encoder} (dimension {feature_dim}), but the model that stage 2 starts from "
+                f"takes those of {model.encoder} ({model.feature_dim}). Train stage 1 on the same features."
+            )
+        config = config.with_model(model)
+    config.check_same(Path(config.out) / "train_config.json")
+    return config
+
+
 def train(config: TrainConfig, sparselearn_class: type[SparseLearn] = SparseLearn, keep: Keep | None = None) -> Path:
     """Run or resume a stage; returns the last checkpoint's folder.
 
@@ -374,9 +398,9 @@ def train(config: TrainConfig, sparselearn_class: type[SparseLearn] = SparseLear
     stream, banks, feature_dim, encoder = training_data(config)
     torch.manual_seed(config.seed)
     checkpoint = latest(out)
+    config = settled(config, feature_dim, encoder)
     source = replace(config, init=str(checkpoint)) if checkpoint and config.stage == 2 else config
     model, sparselearn = build(source, feature_dim, encoder, sparselearn_class)
-    config = config if config.stage == 1 else config.with_model(model.config)
     if checkpoint and config.stage == 1:
         model = SparseWSI.from_pretrained(checkpoint / "model", llm=(model.llm, model.tokenizer))  # type: ignore[arg-type]
         freeze(model, config)
@@ -392,6 +416,8 @@ def train(config: TrainConfig, sparselearn_class: type[SparseLearn] = SparseLear
         model.llm.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = optimizer_of(stage, config)
     done = load_state(checkpoint, sparselearn, optimizer) if checkpoint else 0
+    if done >= config.steps and rank() == 0:
+        print(f"Nothing is left to train: {out} has its {done} steps. Choose another --out to train anew.")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def examples_of(step: int) -> list[Example]:
@@ -412,7 +438,8 @@ def train(config: TrainConfig, sparselearn_class: type[SparseLearn] = SparseLear
             norm = float(clip(parameters, config.clip))
             if not math.isfinite(norm) or not math.isfinite(metrics["loss"]):
                 state = f"step {step} has loss {metrics['loss']} and gradient norm {norm}"
-                raise RuntimeError(f"{state}. Lower --lr; the run resumes from {latest(out)}.")
+                held_at = latest(out) or "the start"
+                raise ValueError(f"{state}. Lower --lr and run the command again: it goes on from {held_at}.")
             optimizer.step()
             optimizer.zero_grad()
             seconds = time.perf_counter() - start
@@ -434,7 +461,11 @@ def train(config: TrainConfig, sparselearn_class: type[SparseLearn] = SparseLear
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in RECIPES:
-        raise SystemExit(f"usage: python -m train.run {{{','.join(RECIPES)}}} [--flag value ...]; got {name!r}")
+        usage = f"usage: python -m train.run {{{','.join(RECIPES)}}} [--flag value ...]"
+        if name in ("-h", "--help"):
+            print(f"{usage}\n\npython -m train.run stage1 --help lists the flags with their defaults in that recipe.")
+            return
+        raise SystemExit(f"{usage}; got {name!r}")
     parser = HfArgumentParser(TrainConfig)  # type: ignore[arg-type]
     parser.set_defaults(**asdict(RECIPES[name]()))
     (config,) = parser.parse_args_into_dataclasses(sys.argv[2:])
