@@ -124,7 +124,7 @@ TISSUES = ("carcinoma in situ", "invasive carcinoma", "carcinoma", "fat")
         ("(D)", "fat", "fat"),
         ("Fat.", "fat", "fat"),
         ("D. fat", "fat", "fat"),
-        ("A. fat", None, "carcinoma in situ"),  # letter and text disagree: the letter stands first
+        ("A. fat", None, None),  # letter and text disagree
         ("A biopsy shows fat", None, "fat"),  # an article is no option
         ("A biopsy of the breast.", None, None),
         ("The answer is A biopsy of the breast.", None, None),
@@ -142,6 +142,70 @@ TISSUES = ("carcinoma in situ", "invasive carcinoma", "carcinoma", "fat")
 def test_readings_of_a_text(text: str, strict: str | None, lenient: str | None) -> None:
     assert strict_choice(text, TISSUES) == strict
     assert lenient_choice(text, TISSUES) == lenient
+
+
+CARCINOMAS = ("ductal carcinoma", "lobular carcinoma", "mucinous carcinoma")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "b.",
+        "(b)",
+        "b",
+        "The answer is b",
+        "Answer: (b)",
+        "choice b",
+        "**B**",
+        "**Answer:** B",
+        "\\boxed{B}",
+        "[B]",
+        '"B"',
+        "B is correct",
+        "It's B",
+        "B) lobular carcinoma, of course",
+        "The answer is B because of the cells",
+    ],
+)
+def test_a_letter_is_read_however_it_is_dressed(text: str) -> None:
+    assert lenient_choice(text, CARCINOMAS) == "lobular carcinoma"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("A, B", "A, B and C", "A) or B)", "Option A is wrong, option B is right", "B. ductal carcinoma"),
+        *("A. ductal carcinoma\nB. lobular carcinoma", "Not lobular carcinoma.", "ductal or lobular carcinoma, A or B"),
+    ],
+)
+def test_what_can_be_read_in_two_ways_chooses_nothing(text: str) -> None:
+    assert lenient_choice(text, CARCINOMAS) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "chosen"),
+    [
+        (("HER2+", "HER2-"), "The tumour is HER2-.", "HER2-"),
+        (("HPV+", "HPV-"), "It is HPV-", "HPV-"),
+        (("ER+/PR+", "ER-/PR-"), "It is ER-/PR-", "ER-/PR-"),
+        (("<50%", ">50%"), "It is > 50 %.", ">50%"),
+        (("2+", "3+", "2-"), "The score is 2-", "2-"),
+        (("well-differentiated", "poor"), "It is well differentiated.", "well-differentiated"),
+        (("fat", "Fat."), "It is fat, I think", None),
+    ],
+)
+def test_signs_count(options: tuple[str, ...], text: str, chosen: str | None) -> None:
+    assert lenient_choice(text, options) == chosen
+
+
+def test_an_interval_is_never_narrower_than_either_kind() -> None:
+    records = [
+        {"slide": f"s{i % 2}", "family": "x", "answer": "a", "options": ["a"], "n": 9, "row": "a"} for i in range(10)
+    ]
+    entry = summary(records, ("row",))["row"]
+    assert entry["slide_bootstrap"] == (1.0, 1.0)
+    assert "| row | 100.0 % | 72.2 to 100.0 | 10 |" in markdown({"row": entry})
+    assert wilson(0, 1)[0] == 0.0
 
 
 def test_a_letter_that_is_also_an_options_text_chooses_nothing_strictly() -> None:

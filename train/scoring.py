@@ -32,38 +32,69 @@ def strict_choice(text: str, options: Sequence[str]) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-WORD = r"\w+"
+# A number with what changes its meaning (<50 %, 3+, 2.5), or a word with a sign behind it (HER2-, but not well-known).
+_WORD = re.compile(r"(?:[<>≤≥]=?\s*)?\d+(?:\.\d+)*(?:\s*%|[+-]+(?!\w))?|\w+(?:[+-]+(?!\w))?")
 # A letter on its own; "A" and "I" not where they are words ("the answer is A biopsy", but "option A is right").
 _LETTER = r"(?:[B-HJ-Z](?![\w'’-])|[AI](?![\w'’-])(?!\s+(?!is\b|was\b|because\b)[a-z]))"
-_ANNOUNCED = re.compile(rf"(?i:\b(?:answer|option|choice)(?:\s+is)?)\s*[:\s]\s*\(?({_LETTER})")
-_OPENING = re.compile(r"\s*\(?([A-Z])\s*(?:[.):,;]|$)")  # not the article in "A biopsy shows ..."
+_ALONE = r"(?:[A-Za-z](?=\s*(?:[.):,;]|$)))"  # a letter of either case with nothing but punctuation behind it
+_ANNOUNCED = re.compile(
+    rf"(?i:\b(?:answer|option|choice)(?:\s+is)?|\bit(?:['’]s|\s+is))\s*[:\s]\s*\(?({_LETTER}|{_ALONE})"
+)
+_OPENING = re.compile(r"\s*\(?([A-Z])\)?\s*(?:[.):,;]|$|(?=is\b))")  # not the article in "A biopsy shows ..."
+_LISTED = re.compile(r"(?:^|\n|,|\band\b|\bor\b)\s*\(?([A-Z])(?=[.):,;]|\s*(?:$|\n|and\b|or\b))")
+_NEGATED = (" not ", " no ", " without ")
 
 
 def lenient_choice(text: str, options: Sequence[str]) -> str | None:
     """The option a text can be read to mean, or None where it means none or more than one.
 
-    In this order: what strict_choice reads; a letter after "answer", "option" or "choice"; a letter that opens the text
-    and is set off by punctuation; the only option whose text occurs in it (an option inside another's text counts only
-    by itself).
+    In this order: what strict_choice reads; the only letter that is all of the text, follows "answer", "option",
+    "choice" or "it is", or opens the text set off by punctuation, unless the text of another option occurs as well; the
+    only option whose text occurs and is not negated (an option inside another's text counts only by itself).
     """
     found = strict_choice(text, options)
     if found is not None:
         return found
-    for mark in (_ANNOUNCED.search(text), _OPENING.match(text)):
-        number = ascii_uppercase.index(mark[1]) if mark else len(options)
+    plain = re.sub(r"\\boxed\s*\{([^}]*)\}", r"\1", text)
+    plain = re.sub(r"[*`\"“”\[\]]", "", plain).strip()
+    letters = _letters(plain)
+    contained = _contained(plain, options)
+    if len(letters) > 1:
+        return None
+    for letter in letters:
+        number = ascii_uppercase.index(letter)
         if number < len(options) and options[number].strip():
-            return options[number]
-    rest, contained = _words(text), set()
-    for option in sorted(options, key=len, reverse=True):  # the longer first, so that it hides those inside it
-        if _words(option).strip() and _words(option) in rest:
-            contained.add(option)
-            rest = rest.replace(_words(option), " | ")
+            return options[number] if contained <= {options[number]} else None
     return contained.pop() if len(contained) == 1 else None
+
+
+def _letters(text: str) -> set[str]:
+    """The letters that a text names as its answer, upper case."""
+    if re.fullmatch(r"\(?[A-Za-z]\)?[.:]?", text):
+        return {text.strip("().:").upper()}
+    found = {letter.upper() for letter in _ANNOUNCED.findall(text)}
+    opening, listed = _OPENING.match(text), set(_LISTED.findall(text))
+    if opening:
+        found |= {opening[1], *listed}
+    return found | listed if len(listed) > 1 else found
+
+
+def _contained(text: str, options: Sequence[str]) -> set[str]:
+    """The options whose words occur in a text, unless two have the same words or the word before says "not"."""
+    rest, found = _words(text), set()
+    words = {option: _words(option) for option in options if option.strip()}
+    for option in sorted(words, key=len, reverse=True):  # the longer first, so that it hides those inside it
+        if words[option].strip() and words[option] in rest and list(words.values()).count(words[option]) == 1:
+            if not any(f"{negation.rstrip()}{words[option]}" in rest for negation in _NEGATED):
+                found.add(option)
+            rest = rest.replace(words[option], " | ")
+    return found
 
 
 def _words(text: str) -> str:
     """The words of a text, with a space around each."""
-    return f" {' '.join(re.findall(WORD, text.casefold()))} "
+    words = ("".join(word.split()) for word in _WORD.findall(text.casefold()))
+    return f" {' '.join(words)} "
 
 
 READINGS = {"strict": strict_choice, "lenient": lenient_choice}
@@ -109,7 +140,7 @@ def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
         return 0.0, 1.0
     p, centre = right / n, (right / n + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return centre - half, centre + half
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def slide_interval(records: list[dict], row: str, draws: int = 2000) -> tuple[float, float]:
@@ -122,6 +153,16 @@ def slide_interval(records: list[dict], row: str, draws: int = 2000) -> tuple[fl
     pick = np.random.default_rng(0).integers(0, len(n), (draws, len(n)))
     low, high = np.quantile(right[pick].sum(1) / n[pick].sum(1), [0.025, 0.975])
     return float(low), float(high)
+
+
+def stated_interval(entry: dict) -> tuple[float, float]:
+    """What a table states: the wider of Wilson's interval, of questions, and the bootstrap's, of slides.
+
+    The bootstrap of few slides, or of answers that are all right, is too narrow; Wilson's takes the questions about one
+    slide for independent.
+    """
+    lows, highs = zip(entry["wilson"], entry.get("slide_bootstrap", entry["wilson"]))
+    return min(lows), max(highs)
 
 
 def interval_of(n: int) -> str:
@@ -186,7 +227,7 @@ def markdown(table: dict[str, dict]) -> str:
         "|" + "---|" * (5 + len(families)),
     ]
     for row, entry in table.items():
-        low, high = entry.get("slide_bootstrap", entry["wilson"])
+        low, high = stated_interval(entry)
         recall = f"{100 * entry['needle_recall']:.0f} %" if "needle_recall" in entry else ""
         shares = " | ".join(f"{right}/{n}" for right, n in entry["families"].values())
         accuracy = f"{100 * entry['accuracy']:.1f} % | {100 * low:.1f} to {100 * high:.1f}"
