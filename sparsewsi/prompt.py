@@ -88,15 +88,19 @@ def visual_positions(
     mode: "original": at + index, text goes on at at + num_patches (the paper);
           "scaled": the same as long as all fits into max_position, else the slide is squeezed linearly into the rest;
           "compact": consecutive, as if the slide had K patches.
-    Raises ValueError if not even the text fits; "original" goes on past the end, as the paper has it.
+    Raises ValueError if the kept patches and the text do not fit. Past the end go "original", as the paper has it, and
+    "compact" where all patches are shown, for comparison.
     """
     if mode not in ("original", "scaled", "compact"):
         raise ValueError(f"position is {mode!r}; choose original, scaled or compact.")
     indices = indices.to("cpu", torch.int64)
-    if mode == "compact":
-        indices, num_patches = torch.arange(len(indices)), len(indices)
     room = num_patches if max_position is None else max_position - at - text_len
-    if mode == "original" or num_patches <= room:
+    if mode == "compact":
+        beyond = len(indices) == num_patches and room > 0
+        indices, num_patches = torch.arange(len(indices)), len(indices)
+    else:
+        beyond = mode == "original"
+    if beyond or num_patches <= room:
         return at + indices, at + num_patches
     if room < len(indices):
         raise ValueError(

@@ -157,8 +157,8 @@ def test_a_benchmark_says_when_it_is_not_the_published_one(tmp_path: Path) -> No
         {"Id": "a", "Question": "q", "Choice": ["x", "y"], "Answer": "x"},
         {"Id": "a", "Question": "q", "Answer": "z"},
     ]
-    closed, notes = closed_questions("wsivqa-390", [write(tmp_path / "w.json", rows)])
-    assert len(closed) == 1
+    closed, bad, notes = closed_questions("wsivqa-390", [write(tmp_path / "w.json", rows)])
+    assert (len(closed), bad) == (1, [])
     assert any("1 open questions" in note for note in notes)
     assert any("has 390 questions; these files have 1" in note for note in notes)
     with pytest.raises(ValueError, match="no question with options"):
@@ -305,7 +305,8 @@ def test_check_names_what_would_go_wrong(tmp_path: Path, capsys: pytest.CaptureF
         "row 2: slide b has features of made-up, dimension 9; wanted: made-up, dimension 12.",
         "row 4: slide e: there are no patches",
         "row 5: slide gone has no feature file (2 questions)",
-        "7 questions can be asked (0 with options, 7 open) about 6 slides; 5 problems",
+        "7 questions can be asked (0 with options, 7 open) about 6 slides; 6 problems",
+        "row 8: the same question about the same slide as row 5.",
     ):
         assert words in output
     assert check(capsys, write(tmp_path / "good.json", good), "--features", folder) == (

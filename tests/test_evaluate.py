@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsewsi.bag import Bag, save_bag
+from sparsewsi.bag import Bag, load_bag, save_bag
 from sparsewsi.config import SparseWSIConfig
 from sparsewsi.llm import load_llm
 from sparsewsi.model import SparseWSI
@@ -305,11 +305,11 @@ def test_a_named_benchmark_from_its_file(
     command(monkeypatch, "tcga-1494", *flags)
     table = json.loads((tmp_path / "out" / "table.json").read_text())
     assert list(table["rows"]) == ["learned", "random", "uniform", "all", "text-only", "majority"]
-    assert {entry["n"] for entry in table["rows"].values()} == {6}
-    assert table["rows"]["learned"]["right"] <= 4  # two questions are about a slide without features
+    assert {entry["n"] for entry in table["rows"].values()} == {7}
+    assert table["rows"]["learned"]["right"] <= 4  # two questions are about a slide without features, one row is bad
     assert table["rows"]["majority"]["right"] == 6
     assert table["rows"]["all"]["by_n"].keys() == {"8 to 15", "128 to 255"}
-    assert table["rows"]["all"]["families"].keys() == {"Diagnosis"}
+    assert table["rows"]["all"]["families"].keys() == {"Diagnosis", "unreadable"}
     assert table["rows"]["all"]["details"].keys() == {"Grade"}
     notes = " ".join(table["notes"])
     for words in ("tcga.csv, row 7: the answer 'D'", "has 1,494 questions; these files have 7", "2 questions about 1"):
@@ -329,16 +329,29 @@ def test_a_named_benchmark_from_its_file(
     bag.rename(bag.with_name("TCGA-A7-A0CD-01Z-00-DX1.safetensors"))  # now it is there, and another one is not
     command(monkeypatch, "tcga-1494", *flags)
     assert len(log.read_text().splitlines()) == len(lines) + 2
+    other = tmp_path / "features" / "TCGA-A7-A0CD-01Z-00-DX1.safetensors"
+    bag = load_bag(other)
+    save_bag(replace(bag, features=-bag.features), other)
+    for more, match in (
+        (("--prompt", "plain"), "prompt was slidechat, is plain"),
+        ((), "features of TCGA-A7-A0CD-01Z-00-DX1 are others"),
+        (("--rows", "learned@x"), "'learned@x' is no row"),
+        (("--seed", "3"), "--seed is for mosaics"),
+    ):
+        with pytest.raises(SystemExit):
+            command(monkeypatch, "tcga-1494", *flags, *more)
+        assert match in capsys.readouterr().err
+    (tmp_path / "out" / "settings.json").unlink()
     with pytest.raises(SystemExit):
-        command(monkeypatch, "tcga-1494", *flags, "--prompt", "plain")
-    assert "prompt was slidechat, is plain" in capsys.readouterr().err
+        command(monkeypatch, "tcga-1494", *flags)
+    assert "not what was asked" in capsys.readouterr().err
 
 
 def test_written_answers_are_read_twice(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command(monkeypatch, "file", *flags, "--rows", "learned", "--generate", "--max-patches", "50")
     table = json.loads((tmp_path / "out" / "table.json").read_text())
     assert list(table["rows"]) == ["learned", "learned, strict", "learned, lenient", "majority"]
-    assert {entry["n"] for entry in table["rows"].values()} == {6}
+    assert {entry["n"] for entry in table["rows"].values()} == {7}
     records = [json.loads(line) for line in (tmp_path / "out" / "records.jsonl").read_text().splitlines()]
     assert len(records) == 4
     assert all(isinstance(record["learned text"], str) for record in records)

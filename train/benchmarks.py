@@ -94,6 +94,7 @@ def read(paths: Iterable[str | Path]) -> tuple[list[Record], list[BadRow]]:
             if not files:
                 bad.append(BadRow(path.name, 0, "the folder holds no .csv, .json or .jsonl file."))
         for file in files:
+            number = 0
             try:
                 for number, row in enumerate(_rows(file), 1):
                     try:
@@ -101,9 +102,23 @@ def read(paths: Iterable[str | Path]) -> tuple[list[Record], list[BadRow]]:
                     except ValueError as error:
                         bad.append(BadRow(file.name, number, str(error)))
             except (OSError, ValueError, csv.Error) as error:
+                number = 1
                 reason = "is no text in UTF-8" if isinstance(error, UnicodeError) else f"cannot be read ({error})"
                 bad.append(BadRow(file.name, 0, f"the file {reason}."))
+            if not number:
+                bad.append(BadRow(file.name, 0, "the file holds no row."))
     return records, bad
+
+
+def repeated(records: Sequence[Record]) -> Iterator[BadRow]:
+    """A row of the report for each question that stands in the files again, as it would count again."""
+    first: dict[tuple, Record] = {}
+    for record in records:
+        question = record.question
+        before = first.setdefault((record.slides, question.question, question.options), record)
+        if before is not record:
+            where = f"row {before.row}" if before.file == record.file else f"{before.file}, row {before.row}"
+            yield BadRow(record.file, record.row, f"the same question about the same slide as {where}.")
 
 
 def _rows(path: Path) -> Iterator[Any]:
@@ -113,12 +128,27 @@ def _rows(path: Path) -> Iterator[Any]:
         yield from csv.DictReader(io.StringIO(text, newline=""))
     elif text.lstrip().startswith("["):
         yield from json.loads(text)
+    elif (whole := _object(text)) is not None:
+        lists = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        if len(lists) == 1:  # {"data": [...]}
+            yield from lists[0]
+        else:
+            yield whole
     else:
         for line in filter(str.strip, text.split("\n")):  # splitlines would also split at a U+2028 inside a string
             try:
                 yield json.loads(line)
             except ValueError:
                 yield line
+
+
+def _object(text: str) -> dict | None:
+    """What the text is if it is one JSON object, not one a line."""
+    try:
+        whole = json.loads(text)
+    except ValueError:
+        return None
+    return whole if isinstance(whole, dict) and not {"conversations", "question", "Question"} & set(whole) else None
 
 
 def _records(row: Any, file: Path, number: int) -> list[Record]:
@@ -143,7 +173,8 @@ def _records(row: Any, file: Path, number: int) -> list[Record]:
         asked = [_question(row["question"], options, row["answer"], _text(row.get("category")))]
     else:
         keys = ", ".join(str(key) for key in row)
-        raise ValueError(f"the row has the keys {keys}, which no known format has (see the docstring).")
+        hint = " The columns are to be set off by commas, not semicolons." if ";" in keys and len(row) == 1 else ""
+        raise ValueError(f"the row has the keys {keys}, which no known format has (README lists them).{hint}")
     return [Record(slides, question, file.name, number, detail) for question in asked]
 
 
@@ -249,11 +280,14 @@ def same_text(text: str) -> str:
     return " ".join(text.split()).casefold().rstrip(".").rstrip()
 
 
-def closed_questions(benchmark: str, data: Sequence[Path]) -> tuple[list[Record], list[str]]:
-    """The questions of a benchmark's files that have options, and what is to be said about the others."""
+def closed_questions(benchmark: str, data: Sequence[Path]) -> tuple[list[Record], list[BadRow], list[str]]:
+    """The questions of a benchmark's files that have options, rows that cannot be asked, and what is to be said."""
     records, bad = read(data)
     closed = [record for record in records if record.question.options]
-    notes = [f"Left out, {problem}" for problem in bad]
+    notes = [f"Cannot be asked: {problem}" for problem in bad]
+    twice = len(list(repeated(closed)))
+    if twice:
+        notes.append(f"{twice} questions stand in the files more than once and count as often.")
     if len(closed) < len(records):
         notes.append(f"{len(records) - len(closed)} open questions are not asked: there is nothing to count.")
     if not closed:
@@ -264,7 +298,7 @@ def closed_questions(benchmark: str, data: Sequence[Path]) -> tuple[list[Record]
     if known and known.published:
         stated = ", ".join(f"{name} {accuracy:.2f} %" for name, accuracy in known.published)
         notes.append(f"{known.what}; stated by others: {stated}.")
-    return closed, notes
+    return closed, bad, notes
 
 
 # ---- checking
@@ -348,6 +382,7 @@ def main() -> None:
     parser.add_argument("--names-only", action="store_true", help="look for feature files without reading them")
     arguments = parser.parse_args()
     records, problems = read(arguments.data)
+    problems += repeated(records)
     if arguments.features:
         try:
             features = FeatureFolder(arguments.features)

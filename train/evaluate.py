@@ -25,6 +25,7 @@ import hashlib
 import json
 import sys
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,7 +41,8 @@ from sparsewsi.bag import Bag, check_bag, extract_bag, load_bag, save_bag
 from sparsewsi.config import SparseWSIConfig
 from sparsewsi.model import Selection, SparseWSI
 from sparsewsi.prompt import text_ids
-from train.benchmarks import BENCHMARKS, closed_questions, without_features
+from sparsewsi.selector import SELECTORS
+from train.benchmarks import BENCHMARKS, BadRow, closed_questions, without_features
 from train.command import alone_in, run_command, write_whole
 from train.data import Example, FeatureFolder, Packed, Question, Record, answer_logits, evenly, pack
 from train.mosaic import FAMILIES, NEEDLE_KINDS, Facts, ask, balanced_set, load_bank
@@ -199,15 +201,20 @@ def evaluate(
     with alone_in(log.parent), log.open("a") as file:
         file.write("\n" * cut_off)
         for number, item in enumerate(tqdm(items, total=total, desc=log.stem, disable=None)):
-            record = records.setdefault(number, {})
-            record |= {"number": number, **facts_of(item)}
+            record, facts = records.setdefault(number, {}), facts_of(item)
+            if facts["n"] and record.get("n") and record.get("features", facts["features"]) != facts["features"]:
+                raise ValueError(
+                    f"the features of {facts['slide']} are others than those that {log} holds answers about. Choose "
+                    "another --out."
+                )
+            record |= {"number": number, **facts}
             possible = [row for row in rows if row == "text-only" or len(item.bag.features)]
             if id(item.bag) not in whole:
                 whole.clear()
             new = answers(model, item, possible, record, k, number, preset, generate, whole)
             if new:
                 record |= new
-                file.write(json.dumps({"number": number, **facts_of(item), **new}) + "\n")
+                file.write(json.dumps({"number": number, **facts, **new}) + "\n")
                 file.flush()
             for row in set(rows) - set(possible):
                 record |= {row: None} | ({f"{row} text": ""} if generate else {})
@@ -235,6 +242,7 @@ def facts_of(item: Item) -> dict:
         "answer": question.answer,
         "options": list(question.options),
         "n": len(item.bag.features),
+        "features": f"{zlib.crc32(item.bag.features.numpy()):08x}",
         "detail": item.detail,
         "missing": item.missing,
     }
@@ -367,7 +375,9 @@ def say(line: str) -> None:
 def check_settings(folder: Path, settings: dict) -> None:
     """Write the settings that the answers in a folder depend on, or raise ValueError if it holds those of others."""
     path = folder / "settings.json"
-    if (folder / "records.jsonl").exists() and path.exists():
+    if (folder / "records.jsonl").exists():
+        if not path.exists():
+            raise ValueError(f"{folder} holds answers, but not what was asked (settings.json). Choose another --out.")
         before = json.loads(path.read_text())
         other = sorted(name for name in settings if before.get(name) != settings[name])
         if other:
@@ -382,6 +392,16 @@ def fingerprint(files: Iterable[Path]) -> str:
     for file in files:
         digest.update(file.read_bytes())
     return digest.hexdigest()[:8]
+
+
+def check_rows(rows: Sequence[str]) -> None:
+    """Raise ValueError for a row that the table cannot have."""
+    for row in rows:
+        selector, at, own = row.partition("@")
+        known = row in WITHOUT_K or ((selector == "learned" or selector in SELECTORS) and (own.isdecimal() or not at))
+        if not known or (at and int(own) < 1):
+            names = ", ".join(("learned", *SELECTORS, *WITHOUT_K))
+            raise ValueError(f"{row!r} is no row. Choose of {names}, the selectors also as NAME@K.")
 
 
 def main() -> None:
@@ -422,6 +442,14 @@ def run(arguments: argparse.Namespace) -> str:
     out.mkdir(parents=True, exist_ok=True)
     config = SparseWSIConfig.load(arguments.model)
     notes: list[str] = []
+    bad: list[BadRow] = []
+    check_rows(arguments.rows)
+    for name, least in (("questions", 1), ("slides", 1), ("per_slide", 1), ("n", 16)):
+        given = getattr(arguments, name)
+        if min(given if isinstance(given, list) else [given]) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {given}.")
+    if arguments.seed and arguments.benchmark != "mosaic":
+        raise ValueError("--seed is for mosaics: other questions are always the same ones.")
     if arguments.benchmark == "mosaic":
         if arguments.bank is None:
             raise ValueError("mosaic needs --bank, a file of python -m train.mosaic bank.")
@@ -440,8 +468,9 @@ def run(arguments: argparse.Namespace) -> str:
     else:
         if not arguments.data or not arguments.features:
             raise ValueError(f"{arguments.benchmark} needs --data FILE and --features FOLDER.")
-        records, notes = closed_questions(arguments.benchmark, arguments.data)
-        files = [file for path in arguments.data for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+        records, bad, notes = closed_questions(arguments.benchmark, arguments.data)
+        folders = [sorted(path.iterdir()) if path.is_dir() else [path] for path in arguments.data]
+        files = [file for found in folders for file in found if file.is_file()]
         what = {"questions": fingerprint(files), "features": arguments.features, "max_patches": arguments.max_patches}
         features = FeatureFolder(arguments.features)
         slides = {slide for record in records for slide in record.slides}
@@ -450,7 +479,8 @@ def run(arguments: argparse.Namespace) -> str:
         items, total = data_items(records, features, config, arguments.max_patches, say), len(records)
     what |= {"benchmark": arguments.benchmark, "k": arguments.k, "prompt": arguments.prompt}
     what = {name: [str(v) for v in value] if isinstance(value, list) else str(value) for name, value in what.items()}
-    check_settings(out, what | {"model": fingerprint(sorted(arguments.model.rglob("*.safetensors")))})
+    what["model"] = fingerprint(sorted(arguments.model.rglob("*.safetensors")))
+    check_settings(out, what | {"config": str(replace(config, note="", demo=False, adapter=None))})
     model = SparseWSI.from_pretrained(arguments.model, device=arguments.device)
     rows = tuple(arguments.rows)
     log = out / "records.jsonl"
@@ -460,12 +490,20 @@ def run(arguments: argparse.Namespace) -> str:
         how = "left out" if arguments.skip_missing else "counted as wrong"
         slides = len({record["slide"] for record in without})
         notes.append(f"{len(without)} questions about {slides} slides without usable features are {how}.")
+    if len(without) == len(answered):
+        raise ValueError(f"no slide has usable features; the first: {answered[0]['missing'] if answered else 'none'}")
     if arguments.skip_missing:
         answered = [record for record in answered if not record.get("missing")]
-    if not answered:
-        raise ValueError("no question is left to count: no slide has usable features, as the lines above say.")
     readings = add_readings(answered, rows)
     majority(answered, letters=arguments.benchmark not in ("mosaic", "phantom"))
+    if bad and not arguments.skip_missing:
+        notes.append(f"{len(bad)} rows of the files cannot be asked and are counted as wrong.")
+        nothing = dict.fromkeys((*rows, *readings, "majority"))
+        answered += [
+            {"slide": problem.slide or f"{problem.file}, row {problem.row}", "family": "unreadable", "answer": "?"}
+            | {"options": [], "n": 0, "detail": "", **nothing}
+            for problem in bad
+        ]
     table = summary(answered, (*rows, *readings))
     settings = {name: str(value) for name, value in vars(arguments).items()}
     text = "\n".join([markdown(table), *("", *notes) * bool(notes)])
