@@ -334,7 +334,7 @@ def mosaic_items(
     """Balanced questions on mosaics of one split of a bank, one mosaic each; per_needle: patches of a focus."""
     asked = balanced_set(load_bank(bank_file, split), questions, n, seed, per_needle)
     for number, (bag, kinds, question) in enumerate(asked):
-        named = f"mosaic {number}, seed {seed}"
+        named = f"mosaic {number} of {n} patches, seed {seed}"
         yield Item(Bag(bag.features, bag.coords, bag.patch_size, bag.mpp, bag.encoder, named), kinds, question)
 
 

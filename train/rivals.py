@@ -265,17 +265,22 @@ def comparison(records: Sequence[dict], rows: Sequence[str]) -> str:
     """Rows as Markdown: overall, microscopy and diagnosis in percent, and the paired difference from learned.
 
     Needle recall is the share of needle patches that are kept, kinds found that of the needle kinds of which one is.
+    The difference also without the family "dominant", which is about the background and not about what is planted.
     """
     parts = ([r for r in records if r["family"] != "diagnosis"], [r for r in records if r["family"] == "diagnosis"])
-    head = "| row | overall | microscopy | diagnosis | needle recall | kinds found | minus learned | n |"
-    lines = [head, "|" + "---|" * 8]
+    head = ("row", "overall", "microscopy", "diagnosis", "needle recall", "kinds found", "minus learned")
+    head = (*head, "the same without dominant", "n")
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    planted = [record for record in records if record["family"] != "dominant"]
     for row in rows:
         cells = [row, share(records, row), *(share(part, row) for part in parts)]
         for what in ("recall", "kinds"):
             found = [record[f"{row} {what}"] for record in records if f"{row} {what}" in record]
             cells.append(f"{100 * np.mean(found):.0f} %" if found else "")
-        change = against_learned(records, row) if row != "learned" else None
-        cells.append("{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value for value in change)) if change else "")
+        for asked in (records, planted):
+            both = row != "learned" and any(row in record and "learned" in record for record in asked)
+            change = (100 * value for value in against_learned(asked, row)) if both else ()
+            cells.append("{:+.1f} ({:+.1f} to {:+.1f})".format(*change) if both else "")
         lines.append(f"| {' | '.join(cells)} | {sum(row in record for record in records)} |")
     return "\n".join(lines)
 
