@@ -703,7 +703,8 @@ def _read_npy(path: Path, allow_pickle: bool) -> _Foreign:
         if not allow_pickle:
             raise ValueError(
                 f"{path.name} holds pickled objects, which can run code when loaded. "
-                "If you made it yourself, pass allow_pickle=True."
+                "If you made it yourself, load_bag(path, allow_pickle=True) reads it in Python; save_bag then writes a "
+                "file that every command reads."
             ) from error
         # SlideChat's old copies are a pickled dict. Neither a command nor the app sets allow_pickle: only a Python
         # caller who vouches for a file of their own gets here.

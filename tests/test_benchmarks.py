@@ -152,6 +152,17 @@ def test_bad_rows_are_named_and_the_others_read(tmp_path: Path) -> None:
     )
 
 
+def test_what_is_not_told_apart_or_not_there_is_a_bad_row(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "Which grade? A. low B. high"}, {"from": "gpt", "value": "A. low"}]
+    line = write(tmp_path / "line.json", [{"image": "x", "conversations": turns}])
+    empty = write(tmp_path / "empty.json", [])
+    wrapped = {"data": [{"slide": "x", "question": "q", "answer": "a"}] * 2}
+    semicolons = write(tmp_path / "s.csv", "Slide;Question;A;B;Answer\nx;q;a;b;A\n")
+    records, bad = read([line, empty, write(tmp_path / "w.json", json.dumps(wrapped, indent=2)), semicolons])
+    assert [record.file for record in records] == ["w.json", "w.json"]
+    assert ["told apart" in bad[0].reason, "no row" in bad[1].reason, "not semicolons" in bad[2].reason] == [True] * 3
+
+
 def test_a_benchmark_says_when_it_is_not_the_published_one(tmp_path: Path) -> None:
     rows = [
         {"Id": "a", "Question": "q", "Choice": ["x", "y"], "Answer": "x"},

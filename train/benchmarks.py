@@ -215,6 +215,9 @@ def _conversation(turns: Any, category: str) -> list[Question]:
     for asked, answered in zip(turns[::2], turns[1::2]):
         text, options = split_options(_text(asked.get("value")).replace("<image>", "").strip())
         answer = _text(answered.get("value"))
+        lettered = re.search(r"\bA[.)]\s.*\bB[.)]\s", text, re.DOTALL) and re.match(r"[A-Z][.)]?(\s|$)", answer)
+        if lettered and not options:
+            raise ValueError("the options cannot be told apart: write each on a line of its own, or as A) ... B) ...")
         if not options and same_text(answer) in map(same_text, YES_NO):
             options = YES_NO
         questions.append(_question(text, options, answer, category, lettered=True))
