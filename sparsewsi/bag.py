@@ -98,7 +98,7 @@ class Bag:
             raise ValueError(
                 f"coords must be (N, 2) with N = {len(features)} as in features, got {tuple(coords.shape)}."
             )
-        if not self.patch_size >= 1 or self.patch_size != int(self.patch_size):
+        if not self.patch_size >= 1 or self.patch_size % 1 != 0:
             raise ValueError(f"patch_size must be a whole number of level-0 px and at least 1, got {self.patch_size}.")
         for name in ("mpp", "slide_mpp"):
             stated = getattr(self, name)

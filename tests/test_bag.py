@@ -278,6 +278,7 @@ def test_a_bag_refuses_what_does_not_fit(bag: Bag):
         ({"coords": torch.tensor([[True, False]])}, "whole numbers"),
         ({"patch_size": 224.5}, "patch_size"),
         ({"patch_size": float("nan")}, "patch_size"),
+        ({"patch_size": float("inf")}, "patch_size"),
         ({"mpp": -1.0}, "mpp"),
         ({"slide_mpp": float("nan")}, "slide_mpp"),
     ],

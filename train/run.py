@@ -375,7 +375,10 @@ def settled(config: TrainConfig, feature_dim: int, encoder: str) -> TrainConfig:
     Raises ValueError for features of another kind than the model's, and for an output folder with another run in it.
     """
     if config.stage == 2:
-        model = SparseWSIConfig.load(artefact(config.init))
+        start = str(latest(Path(config.out)) or config.init)
+        if not start:
+            raise ValueError("stage 2 starts from a model: pass --init, the last checkpoint of stage 1")
+        model = SparseWSIConfig.load(artefact(start))
         same = model.encoder in (encoder, UNKNOWN_ENCODER) or encoder == UNKNOWN_ENCODER
         if model.feature_dim != feature_dim or not same:
             raise ValueError(
