@@ -242,7 +242,7 @@ def facts_of(item: Item) -> dict:
         "answer": question.answer,
         "options": list(question.options),
         "n": len(item.bag.features),
-        "features": f"{zlib.crc32(item.bag.features.numpy()):08x}",
+        "features": f"{zlib.crc32(item.bag.features.numpy().data):08x}",
         "detail": item.detail,
         "missing": item.missing,
     }
