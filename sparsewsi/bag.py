@@ -703,12 +703,13 @@ def _read_npy(path: Path, allow_pickle: bool) -> _Foreign:
         if not allow_pickle:
             raise ValueError(
                 f"{path.name} holds pickled objects, which can run code when loaded. "
+                # No command has the flag, so the sentence says who may vouch for a file, and the way out of pickles.
                 "If you made it yourself, load_bag(path, allow_pickle=True) reads it in Python; save_bag then writes a "
                 "file that every command reads."
             ) from error
         # SlideChat's old copies are a pickled dict. Neither a command nor the app sets allow_pickle: only a Python
         # caller who vouches for a file of their own gets here.
-        data = np.load(path, allow_pickle=True)
+        data = np.load(path, allow_pickle=True)  # the caller said so, see above
         data = data.item() if data.ndim == 0 else data
         data = np.asarray(data["feature"]) if isinstance(data, dict) and "feature" in data else data
     if not isinstance(data, np.ndarray) or data.dtype == object:

@@ -668,11 +668,12 @@ def test_npy(tmp_path: Path):
     with pytest.warns(UserWarning, match="no coordinates"):
         assert np.array_equal(load_bag(tmp_path / "a.npy").features.numpy(), features.astype(np.float16))
     # Pickles written here on purpose: that they are refused unless vouched for is what is tested.
-    np.save(tmp_path / "b.npy", {"feature": features}, allow_pickle=True)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"can run code.*allow_pickle=True"):
+    np.save(tmp_path / "b.npy", {"feature": features}, allow_pickle=True)  # type: ignore[arg-type]  # SlideChat's form
+    with pytest.raises(ValueError, match=r"can run code.*allow_pickle=True"):  # refused unless the caller asks for it
         load_bag(tmp_path / "b.npy")
     with pytest.warns(UserWarning, match="no coordinates"):
-        assert load_bag(tmp_path / "b.npy", allow_pickle=True).features.shape == features.shape
+        vouched = load_bag(tmp_path / "b.npy", allow_pickle=True)  # written three lines above, so it may be loaded
+    assert vouched.features.shape == features.shape
 
 
 # ---- refusals
@@ -692,7 +693,8 @@ def test_pickles_are_never_run(tmp_path: Path):
     torch.save({"features": Bomb(tmp_path / "exploded")}, tmp_path / "a.pt")
     (tmp_path / "b.pt").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded"), protocol=2))
     # Pickled on purpose: if load_bag unpickled it, the bomb would leave its mark.
-    np.save(tmp_path / "c.npy", np.array([Bomb(tmp_path / "exploded")], dtype=object), allow_pickle=True)
+    bomb = np.array([Bomb(tmp_path / "exploded")], dtype=object)
+    np.save(tmp_path / "c.npy", bomb, allow_pickle=True)  # numpy writes objects in no other way
     for name in ("a.pt", "b.pt", "c.npy"):
         with pytest.raises(ValueError, match=r"never loaded|can run code"):
             load_bag(tmp_path / name)

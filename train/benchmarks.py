@@ -102,7 +102,7 @@ def read(paths: Iterable[str | Path]) -> tuple[list[Record], list[BadRow]]:
                     except ValueError as error:
                         bad.append(BadRow(file.name, number, str(error)))
             except (OSError, ValueError, csv.Error) as error:
-                number = 1
+                number = 1  # a file that cannot be read may hold rows: "no row" would be a second, wrong reason
                 reason = "is no text in UTF-8" if isinstance(error, UnicodeError) else f"cannot be read ({error})"
                 bad.append(BadRow(file.name, 0, f"the file {reason}."))
             if not number:

@@ -42,7 +42,7 @@ _ANNOUNCED = re.compile(
 )
 _OPENING = re.compile(r"\s*\(?([A-Z])\)?\s*(?:[.):,;]|$|(?=is\b))")  # not the article in "A biopsy shows ..."
 _LISTED = re.compile(r"(?:^|\n|,|\band\b|\bor\b)\s*\(?([A-Z])(?=[.):,;]|\s*(?:$|\n|and\b|or\b))")
-_NEGATED = (" not ", " no ", " without ")
+_NEGATIONS = (" not", " no", " without")
 
 
 def lenient_choice(text: str, options: Sequence[str]) -> str | None:
@@ -85,7 +85,7 @@ def _contained(text: str, options: Sequence[str]) -> set[str]:
     words = {option: _words(option) for option in options if option.strip()}
     for option in sorted(words, key=len, reverse=True):  # the longer first, so that it hides those inside it
         if words[option].strip() and words[option] in rest and list(words.values()).count(words[option]) == 1:
-            if not any(f"{negation.rstrip()}{words[option]}" in rest for negation in _NEGATED):
+            if not any(negation + words[option] in rest for negation in _NEGATIONS):
                 found.add(option)
             rest = rest.replace(words[option], " | ")
     return found
