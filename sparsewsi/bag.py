@@ -542,6 +542,7 @@ def _read_h5(path: Path, encoder: str | None, slide_mpp: float | None) -> _Forei
             coords = file.get("coords")
             if coords is not None and not isinstance(coords, h5py.Dataset):
                 raise ValueError(f"{path.name}: `coords` is a group, not a data set.")
+            _check_within(file, path, data, coords)
             # AtlasPatch and STAMP describe patches on the file, TRIDENT and CLAM on the coords.
             facts: dict[str, Any] = dict(file.attrs)
             facts |= dict(coords.attrs) if coords is not None else {}
@@ -563,6 +564,13 @@ def _read_h5(path: Path, encoder: str | None, slide_mpp: float | None) -> _Forei
         scaled = replace(found, coords=found.coords * (256 / 224))
         return _with_stamp_units(scaled, {"tile_size_um": 256.0, "tile_size_px": 224}, path, slide_mpp)
     return _with_pixel_facts(found, facts)
+
+
+def _check_within(file: h5py.File, path: Path, *sets: h5py.Dataset | None) -> None:
+    """HDF5 can have a data set elsewhere: a features file from a stranger must not choose what else is read here."""
+    for item in sets:
+        if item is not None and (item.file.filename != file.filename or item.external or item.is_virtual):
+            raise ValueError(f"{path.name} refers to another file for its data; copy the data into it.")
 
 
 def _feature_dataset(file: h5py.File, path: Path, encoder: str | None) -> tuple[h5py.Dataset, str | None]:

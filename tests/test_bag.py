@@ -722,6 +722,29 @@ def test_files_that_are_no_bags(bag: Bag, tmp_path: Path):
             load_bag(missing)
 
 
+def test_h5_files_whose_data_lie_elsewhere_are_refused(tmp_path: Path):
+    with h5py.File(tmp_path / "private.h5", "w") as file:
+        file["features"], file["coords"] = np.ones((4, 8), np.float32), np.zeros((4, 2), np.int32)
+    np.ones((4, 8), np.float32).tofile(tmp_path / "private.bin")
+    with h5py.File(tmp_path / "link.h5", "w") as file:
+        file["features"] = h5py.ExternalLink(str(tmp_path / "private.h5"), "/features")
+    with h5py.File(tmp_path / "links.h5", "w") as file:
+        file["all"] = h5py.ExternalLink(str(tmp_path / "private.h5"), "/")
+        file["features"] = h5py.SoftLink("/all/features")
+    with h5py.File(tmp_path / "coords.h5", "w") as file:
+        file["features"] = np.ones((4, 8), np.float32)
+        file["coords"] = h5py.ExternalLink(str(tmp_path / "private.h5"), "/coords")
+    with h5py.File(tmp_path / "storage.h5", "w") as file:
+        file.create_dataset("features", (4, 8), np.float32, external=[(str(tmp_path / "private.bin"), 0, 128)])
+    with h5py.File(tmp_path / "virtual.h5", "w") as file:
+        layout = h5py.VirtualLayout((4, 8), np.float32)
+        layout[:] = h5py.VirtualSource(str(tmp_path / "private.h5"), "features", (4, 8))
+        file.create_virtual_dataset("features", layout)
+    for name in ("link", "links", "coords", "storage", "virtual"):
+        with pytest.raises(ValueError, match=f"{name}.h5 refers to another file"):
+            load_bag(tmp_path / f"{name}.h5", encoder="conch", slide_mpp=0.5)
+
+
 def test_h5_files_that_do_not_fit(tmp_path: Path):
     features, coords = _foreign()
     path = tmp_path / "a.h5"

@@ -59,7 +59,8 @@ def zscore(scores: Tensor, mask: Tensor | None = None) -> Tensor:
 def soft_topk(scores: Tensor, k: float, tau: float, mask: Tensor | None = None, kernel: str = "laplace") -> Tensor:
     """alpha_i = F((scores_i - b) / tau) with b such that alpha sums to k over the last axis (paper, eq. 4).
 
-    scores: (..., N), taken as they are (see zscore). k: tokens to keep, > 0, whole or not. tau: temperature, > 0.
+    scores: (..., N), finite (what is not to count is masked, not -inf), taken as they are (see zscore).
+    k: tokens to keep, > 0, whole or not. tau: temperature, > 0.
     kernel: F is the distribution function of the "laplace" (LapSum; for k = 1 this is softmax as long as no alpha
             exceeds 1/2) or of the "logistic" law (sigmoid).
     Returns (..., N) in [0, 1], float32 (float64 for float64 scores) under autocast too. Masked tokens are exactly 0 and
