@@ -62,7 +62,7 @@ LIBRARIES = {"sparsewsi": "sparsewsi.tissue", "hs2p": "hs2p", "lazyslide": "lazy
 
 
 def measure(slide: str, program: str) -> None:
-    """In a child: print CPU-seconds, the coordinates and the side of a patch."""
+    """In a child: print CPU-seconds of a first and a second time, the coordinates and the side of a patch."""
     __import__(LIBRARIES[program])
 
     def timed() -> tuple[float, Found]:
