@@ -21,6 +21,10 @@ _WHOLE = ("feature_dim", "patch_size", "num_tokens", "dim", "scorer_layers", "he
 _WHOLE_OR_NONE = ("scorer_dim", "max_position")
 
 
+class Unavailable(RuntimeError):
+    """A model that is neither on this machine nor could be fetched, or is not what it should be; says what to do."""
+
+
 @dataclass(frozen=True)
 class SparseWSIConfig:
     """What a model is made of. Raises ValueError for values that no model can have."""

