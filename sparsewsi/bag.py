@@ -766,11 +766,12 @@ def _read_csv(path: Path) -> _Foreign:
     texts = [index for index in range(width) if index not in columns and not _is_number(sample[index])]
     coords = None
     if texts:
+        names = []
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in list(csv.reader(file))[skip:] if row]
-        if any(len(row) != width for row in rows):
-            raise ValueError(f"{path.name}: not every row has {width} columns as the first one. Make it again.")
-        names = [row[texts[-1]] for row in rows]
+            for row in filter(None, itertools.islice(csv.reader(file), skip, None)):  # a row at a time: they are wide
+                if len(row) != width:
+                    raise ValueError(f"{path.name}: not every row has {width} columns as the first one. Make it again.")
+                names.append(row[texts[-1]])
         coords = _coords_from_names(names)
     return _Foreign(features, coords)
 
