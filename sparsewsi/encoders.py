@@ -431,6 +431,12 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def stated_name(name: str) -> str:
+    """The name that an encoder loaded by `name` writes into its bags: of a local folder only the last part."""
+    source = Path(name.removeprefix("hf:"))
+    return f"hf:{source.name}" if name.startswith("hf:") and source.is_dir() else name
+
+
 def load_transformers_encoder(source: str, device: torch.device) -> PatchEncoder:
     """Any vision model of transformers (Phikon, DINOv2, CLIP, ...) with the image processor it is published with.
 
@@ -441,9 +447,8 @@ def load_transformers_encoder(source: str, device: torch.device) -> PatchEncoder
     from huggingface_hub import try_to_load_from_cache
     from transformers import AutoImageProcessor, AutoModel
 
-    local = Path(source).is_dir()
-    name = f"hf:{Path(source).name if local else source}"
-    cached = local or isinstance(try_to_load_from_cache(source, "config.json"), str)
+    name = stated_name(f"hf:{source}")
+    cached = Path(source).is_dir() or isinstance(try_to_load_from_cache(source, "config.json"), str)
     if not cached:
         _require_hub(name, source)
     try:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +248,14 @@ def test_parts_give_the_same_file_as_one_go(tmp_path: Path):
     bag = load_bag(tmp_path / "parts" / "TCGA-1.safetensors")
     assert len(bag.features) == row.patches > 100
     assert "TCGA" not in bag.slide
+
+
+def test_features_bear_the_name_that_an_encoder_gives_itself(tmp_path: Path):
+    job = job_of(write_slide(tmp_path / "one.tiff"))
+    (tmp_path / "vit").mkdir()
+    settings = replace(SETTINGS, encoder=f"hf:{tmp_path / 'vit'}")
+    extract_slide(job, settings, tmp_path, mean_colour_encoder())
+    assert load_bag(tmp_path / "one.safetensors").encoder == "hf:vit"
 
 
 def test_an_interrupted_slide_goes_on_where_it_was(tmp_path: Path, monkeypatch):

@@ -49,12 +49,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparsewsi.bag import bag_of, choose_coords, encode_patches, read_patches, replacing, save_bag
-from sparsewsi.encoders import PatchEncoder, load_encoder
+from sparsewsi.encoders import PatchEncoder, load_encoder, stated_name
 from sparsewsi.slide import Slide, open_slide
-from train.command import walk
-
-SLIDE_SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi"}
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
+from train.command import IMAGE_SUFFIXES, SLIDE_SUFFIXES, walk
 
 Show = Callable[["Job", int, int], None]  # what to do with news of a slide: patches done, patches in all
 
@@ -266,7 +263,7 @@ def _finish(work: Unfinished, slide: Slide, job: Job, settings: Settings, out: P
     """Write the slide's file from all its patches, and forget the parts."""
     fine = work.readable
     features = work.features if fine.all() else work.features[torch.from_numpy(fine)]
-    bag = bag_of(slide, settings.encoder, work.coords, fine, features, settings.mpp, settings.patch_size)
+    bag = bag_of(slide, stated_name(settings.encoder), work.coords, fine, features, settings.mpp, settings.patch_size)
     final = out / f"{job.stem}.safetensors"
     for leftover in out.glob(f".{glob.escape(final.name)}.*.partial"):
         leftover.unlink(missing_ok=True)
