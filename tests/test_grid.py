@@ -51,7 +51,7 @@ def plan(bank_file: Path, tiny_llm: Path) -> Plan:
     changes = {"dim": 16, "lora_rank": 2, "lora_alpha": 4, "patches": 20, "patches_hard": 24, "questions_per_bag": 2}
     changes |= {"num_tokens": 6, "align": 0}
     return Plan(
-        (str(bank_file),), llm=str(tiny_llm), dense_steps=2, steps=8, accumulation=2, n=40, questions=10,
+        (str(bank_file),), llm=str(tiny_llm), dense_steps=2, steps=8, accumulation=2, n=64, questions=10,
         long_questions=5, changes={**changes},
     )  # fmt: skip
 
@@ -186,8 +186,8 @@ def test_a_finished_grid_is_left_alone_and_a_stopped_one_goes_on(
     before = len(calls)
     run_grid(plan, few, [0], tmp_path)
     assert len(calls) == before
-    with pytest.raises(ValueError, match="n was 40, is 41"):
-        run_grid(replace(plan, n=41), few, [0], tmp_path)
+    with pytest.raises(ValueError, match="n was 64, is 65"):
+        run_grid(replace(plan, n=65), few, [0], tmp_path)
     assert run.SparseLearn is SparseLearn
 
 
@@ -217,7 +217,7 @@ def test_a_dry_run_says_what_is_left(finished: Path, plan: Plan, monkeypatch: py
 # ---- numbers
 
 
-def test_the_interval_resamples_questions_and_seeds() -> None:
+def test_the_interval_is_of_the_questions_of_one_seed_and_of_the_means_of_several() -> None:
     generator = np.random.default_rng(1)
     values = (generator.random((1, 1000)) < 0.7).astype(float)
     mean, low, high = interval(values)
@@ -227,6 +227,16 @@ def test_the_interval_resamples_questions_and_seeds() -> None:
     assert (mean - low, high - mean) == (pytest.approx(0.0164, rel=0.1), pytest.approx(0.0164, rel=0.1))
     apart = np.stack([np.zeros(1000), np.ones(1000), np.ones(1000)])
     assert interval(apart)[1:] == (pytest.approx(0), pytest.approx(1))
+
+
+def test_the_interval_of_three_seeds_covers_the_truth() -> None:
+    generator = np.random.default_rng(2)
+    covered = 0
+    for _ in range(300):
+        means = np.clip(0.5 + 0.13 * generator.standard_normal(3), 0, 1)  # seeds differ as our short trainings do
+        _, low, high = interval((generator.random((3, 340)) < means[:, None]).astype(float), draws=200)
+        covered += low <= 0.5 <= high
+    assert 0.91 < covered / 300 < 0.99  # a bootstrap over seeds: 0.78
 
 
 def test_agreement_is_said_in_words() -> None:
@@ -318,7 +328,7 @@ def test_the_gap_command_asks_all_paths_the_same(
     finished: Path, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = finished / "seed-0" / "learned" / "checkpoints" / "last"
-    argv = ["rivals", "--checkpoint", str(checkpoint), "--bank", plan.banks[0], "--n", "40", "--questions", "5"]
+    argv = ["rivals", "--checkpoint", str(checkpoint), "--bank", plan.banks[0], "--n", "64", "--questions", "5"]
     monkeypatch.setattr(sys, "argv", [*argv, "--out", str(tmp_path)])
     rivals.main()
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
@@ -339,7 +349,7 @@ def test_one_model_is_asked_about_the_patches_of_each_selector(
         "--bank",
         plan.banks[0],
         "--n",
-        "40",
+        "64",
         "--questions",
         "5",
         "--seed",
