@@ -1,5 +1,6 @@
 """Mosaics: ground truth that holds, questions that only the slide can answer."""
 
+import argparse
 import json
 import sys
 from collections import Counter
@@ -140,6 +141,28 @@ def test_a_training_example_depends_on_its_number_only(bank: Bank) -> None:
     assert int(a.indices[-1]) < a.num_patches
 
 
+def test_one_question_a_bag_is_a_question_and_the_last_of_several_a_caption(bank: Bank) -> None:
+    alone, three = (
+        [MosaicStream((bank,), 3, 2, count).example(number, 64).questions for number in range(40)] for count in (1, 3)
+    )
+    assert {len(questions) for questions in alone} == {1}
+    assert {question.family for (question,) in alone} == {*FAMILIES, "name"}
+    assert {questions[-1].family for questions in three} == {"caption", "name"}
+
+
+def test_a_split_has_so_many_phantoms_and_no_more() -> None:
+    assert mosaic.phantom_seeds("test", 26) == range(3000, 3026)
+    with pytest.raises(ValueError, match="the train split has 1000 phantoms, 1001 were asked for"):
+        mosaic.phantom_seeds("train", 1001)
+
+
+@pytest.mark.parametrize("text", ["63", "-5", "many"])
+def test_a_mosaic_that_foci_could_fill_is_refused(text: str) -> None:
+    assert mosaic.mosaic_size("64") == 64
+    with pytest.raises(argparse.ArgumentTypeError, match=f"64 patches or more, got {text}"):
+        mosaic.mosaic_size(text)
+
+
 # ---- folders of classes, and mosaics as slides
 
 COLOURS = {  # of classes that no file names' order gives away; stained as H&E is, so that tissue is found
@@ -190,6 +213,8 @@ def test_labels_of_your_own_bring_their_words(classes: Path, tmp_path: Path, reg
     with pytest.raises(ValueError, match="4 kinds of needles"):
         class_tiles(classes, labels)
     own = {"kind": "dcis", "word": "ductal carcinoma in situ", "role": "needle"}
+    with pytest.raises(ValueError, match="the label of NORM lacks role and word"):
+        class_tiles(classes, labels | {"NORM": {"kind": "dcis"}})
     labels |= {"LYM": "lymphoid", "MUC": "mucin", "NORM": own}
     tiles, vocabulary = class_tiles(classes, labels)
     vocabulary.register()

@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from sparsewsi.evidence import leave_one_out, without
 from sparsewsi.model import Selection, SparseWSI
-from train.command import alone_in, run_command, write_whole
+from train.command import alone_in, fingerprint, run_command, write_whole
 from train.data import Question
-from train.evaluate import Item, check_settings, fingerprint, mosaic_items, read_records
-from train.mosaic import WORDS
+from train.evaluate import Item, check_settings, mosaic_items, read_records
+from train.mosaic import WORDS, mosaic_size
 from train.scoring import wilson
 
 DROPPED = 3
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("assets/demo-model"))
     parser.add_argument("--bank", type=Path, required=True, help="feature bank of labelled patches")
     parser.add_argument("--split", default="test")
-    parser.add_argument("--n", type=int, default=1024, help="patches a slide")
+    parser.add_argument("--n", type=mosaic_size, default=1024, help="patches a slide")
     parser.add_argument("--needles", type=int, nargs=2, default=[4, 12], help="least and most patches of a focus")
     parser.add_argument("--questions", type=int, default=200, help="cases, one mosaic each")
     parser.add_argument("--seed", type=int, default=0)

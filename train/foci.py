@@ -28,6 +28,7 @@ from train.mosaic import (
     draw,
     lay_out,
     load_bank,
+    mosaic_size,
     other_kinds,
     plan,
     with_other_tissue,
@@ -84,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("assets/demo-model"))
     parser.add_argument("--bank", type=Path, required=True, help="feature bank of python -m train.mosaic bank")
-    parser.add_argument("--n", type=int, default=1024, help="patches of a mosaic")
+    parser.add_argument("--n", type=mosaic_size, default=1024, help="patches of a mosaic")
     parser.add_argument("--k", type=int, nargs="+", default=[32, 8], help="patches kept")
     parser.add_argument("--selectors", nargs="+", default=["learned", "farthest", "redundancy", "random"])
     parser.add_argument("--mosaics", type=int, default=60, help="of each kind of slides")

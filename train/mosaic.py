@@ -208,12 +208,22 @@ def plan(origin: str, family: str, rng: np.random.Generator) -> Facts:
 
 # ----------------------------------------------------------------------------------------------------- mosaics
 
+LEAST_PATCHES = 64  # of a mosaic that is asked about: in smaller ones foci may outgrow the tissue that should dominate
+
+
+def mosaic_size(text: str) -> int:
+    """N of a mosaic from the command line. Raises argparse.ArgumentTypeError for less than LEAST_PATCHES."""
+    if not text.isdecimal() or int(text) < LEAST_PATCHES:
+        raise argparse.ArgumentTypeError(f"a mosaic has {LEAST_PATCHES} patches or more, got {text}")
+    return int(text)
+
 
 def lay_out(facts: Facts, n: int, per_needle: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """Kinds of n patches on a near-square raster: regions of background tissue, then one compact focus per needle kind.
 
-    The dominant kind covers more than half of the patches. per_needle: least and most patches of a focus.
-    Returns (n,) str in raster order.
+    The dominant kind is the commonest from LEAST_PATCHES on (in 4,000 of 4,000), and covers more than half of 225
+    patches or more. per_needle: least and most patches of a focus, of 12 at most for that. Returns (n,) str in raster
+    order.
     """
     side = int(np.ceil(np.sqrt(n)))
     yx = np.stack(np.divmod(np.arange(n), side), 1).astype(np.float32)  # (n, 2)
@@ -344,10 +354,9 @@ class MosaicStream:
             # Carcinoma is in half of the slides only where diagnosis was planned; elsewhere "no" would be the safe bet.
             families = [family for family in possible if family != "diagnosis" or planned == "diagnosis"]
             drawn = [ask(facts, str(family), rng) for family in rng.permutation(families * 2)]
-            questions = [_vary(question, rng) for question in drawn if question is not None][
-                : self.questions_per_bag - 1
-            ]
-            questions.append(caption(facts))
+            most = max(1, self.questions_per_bag - 1)  # a caption comes last, where there is room for one
+            questions = [_vary(question, rng) for question in drawn if question is not None][:most]
+            questions = [*questions, caption(facts)][: self.questions_per_bag]
         return Example(fill(bank, kinds, rng), torch.from_numpy(indices), num_patches, tuple(questions), tuple(kinds))
 
 
@@ -380,6 +389,8 @@ def labelled_tiles(folder: Path) -> list[Tile]:
     with (folder / "atlas" / "labels.csv").open() as file:
         for row in csv.DictReader(file):
             path = folder / "atlas" / row["file"]
+            if row["slide"] not in split["atlas"]:
+                raise ValueError(f"{row['slide']} of {file.name} is in no split: {SPLIT_FILE.name} does not name it.")
             tiles.append(Tile(path, row["label"], row["slide"], split["atlas"][row["slide"]]))
     for path in sorted((folder / "crc_tissue").glob("*/*")):
         source = path.name.split("__")[0]
@@ -417,6 +428,8 @@ def class_tiles(
         label = labels[path.name]
         if label is None:
             continue
+        if isinstance(label, dict) and (wanting := {"kind", "word", "role"} - set(label)):
+            raise ValueError(f"the label of {path.name} lacks {' and '.join(sorted(wanting))}.")
         kind = label["kind"] if isinstance(label, dict) else label
         word = label["word"] if isinstance(label, dict) else WORDS.get(kind, kind.replace("_", " "))
         role = label["role"] if isinstance(label, dict) else "background" if kind in BACKGROUNDS["real"] else "needle"
@@ -485,13 +498,20 @@ def tile_patches(tiles: Sequence[Tile], copies: int) -> Iterator[tuple[np.ndarra
         yield from ((view, tile.kind, tile.source, tile.split) for view in views)
 
 
+def phantom_seeds(split: str, count: int) -> range:
+    """The first `count` seeds of a split's phantoms. Raises ValueError for more than the split has."""
+    first, last = json.loads(SPLIT_FILE.read_text())["phantom"][split]
+    if count > last + 1 - first:
+        raise ValueError(f"the {split} split has {last + 1 - first} phantoms, {count} were asked for.")
+    return range(first, first + count)
+
+
 def phantom_patches(
     seeds: int, per_kind: int, splits: tuple[str, ...] = ("train", "val", "test")
 ) -> Iterator[tuple[np.ndarray, str, str, str]]:
     """(pixels, kind, source, split) from `seeds` phantoms of each split, `per_kind` patches of every kind of each."""
-    ranges = json.loads(SPLIT_FILE.read_text())["phantom"]
     for split in splits:
-        for seed in range(ranges[split][0], ranges[split][0] + (seeds if split == "train" else max(4, seeds // 5))):
+        for seed in phantom_seeds(split, seeds if split == "train" else max(4, seeds // 5)):
             for kind in phantom.KINDS:
                 for pixels in phantom.patches(seed, kind, per_kind, mixed=0.4):
                     yield pixels, kind, f"phantom-{seed}", split
@@ -738,7 +758,7 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=6, help="augmented copies of a real training tile")
     parser.add_argument("--encoder", default="efficientnet-lite0")
     parser.add_argument("--slides", type=int, default=1, help="number of slides")
-    parser.add_argument("--n", type=int, default=4096, help="patches of a slide")
+    parser.add_argument("--n", type=mosaic_size, default=4096, help="patches of a slide")
     parser.add_argument("--split", default="test", help="slides: whose tiles to use")
     parser.add_argument("--seed", type=int, default=0, help="of the first slide; the next ones count on")
     parser.add_argument("--split-seed", type=int, default=0, help="of the split of --classes")

@@ -37,11 +37,11 @@ from sparsewsi.bag import Bag
 from sparsewsi.model import Selection, SparseWSI
 from sparsewsi.selector import ROWS, SELECTORS, hard_topk
 from train.checkpoint import load_state
-from train.command import run_command, write_whole
+from train.command import fingerprint, run_command, write_whole
 from train.config import RECIPES, TrainConfig
 from train.data import Example
-from train.evaluate import check_settings, evaluate, fingerprint, mosaic_items, read_records
-from train.mosaic import NEEDLE_KINDS, Bank, MosaicStream, load_bank
+from train.evaluate import check_settings, evaluate, mosaic_items, read_records
+from train.mosaic import NEEDLE_KINDS, Bank, MosaicStream, load_bank, mosaic_size
 from train.scoring import majority, markdown, summary, wilson
 from train.sparselearn import GATES, SparseLearn, gumbel_topk, ste_topk, zscore
 
@@ -101,8 +101,7 @@ def kept_by(selector: str, model: SparseWSI, example: Example) -> Example:
     coords = torch.from_numpy(np.stack([columns, rows], 1).astype(np.int32) * 224)
     # The seed is the slide's own, so that a slide is always seen alike and a resumed run sees what the first one saw.
     keep = SELECTORS[selector](example.features, coords, model.config.num_tokens, example.num_patches)
-    kinds = tuple(example.kinds[i] for i in keep.tolist()) if example.kinds else ()
-    return replace(example, features=example.features[keep], indices=example.indices[keep], kinds=kinds)
+    return example.keep(keep)
 
 
 # ---- attention MIL
@@ -139,7 +138,7 @@ class AttentionMIL(nn.Module):
 def train_mil(
     banks: Sequence[Bank], seed: int, steps: int, accumulation: int, n: int, lr: float = 5e-4
 ) -> tuple[AttentionMIL, float]:
-    """Train on the bags that stage 2 trains on, and return the model with its mean loss over the last tenth.
+    """Train on as many bags as stage 2, of n patches each, and return the model with its mean loss over the last tenth.
 
     The truth it learns from is which needle kinds a bag holds, more than any answer tells.
     """
@@ -315,7 +314,7 @@ def main() -> None:
     what.add_argument("--checkpoint", type=Path, help="of train.run; knows its training path as well")
     what.add_argument("--model", type=Path, help="a released model")
     parser.add_argument("--bank", type=Path)
-    parser.add_argument("--n", type=int, default=1024, help="patches of a mosaic")
+    parser.add_argument("--n", type=mosaic_size, default=1024, help="patches of a mosaic")
     parser.add_argument("--questions", type=int, default=400, help="of each seed, one mosaic each")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of the questions")
     parser.add_argument("--needles", type=int, nargs=2, default=[4, 12], help="least and most patches of a focus")
