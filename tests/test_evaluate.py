@@ -17,8 +17,8 @@ from sparsewsi.config import SparseWSIConfig
 from sparsewsi.llm import load_llm
 from sparsewsi.model import SparseWSI
 from train.command import alone_in
-from train.data import Question
-from train.evaluate import Item, Prefix, evaluate, main, option_log_likelihoods, worded
+from train.data import FeatureFolder, Question, Record, evenly, visible
+from train.evaluate import Item, Prefix, data_items, evaluate, main, option_log_likelihoods, selection_of, worded
 from train.scoring import (
     add_readings,
     intervals_of,
@@ -110,6 +110,26 @@ def test_text_only_sees_no_patch(model: SparseWSI, items: list[Item], tmp_path: 
     two = evaluate(model, iter(other), 6, ("text-only",), None, tmp_path / "b.jsonl")
     assert [r["text-only"] for r in one] == [r["text-only"] for r in two]
     assert json.loads((tmp_path / "a.jsonl").read_text().splitlines()[0])["n"] == 9
+    assert selection_of(model, items[0].bag, "text-only", None, 0).num_patches == 0  # the same positions for any N
+
+
+def test_a_question_after_a_prefix_needs_only_its_own_rows_of_the_mask() -> None:
+    bag, question = torch.tensor([0] * 6 + [1] * 4), torch.tensor([0, 0, 1, 1, 2, 2, 0, 1, 1, 2])
+    whole = visible(bag, question)
+    assert torch.equal(visible(bag, question, slice(4, None)), whole[4:])
+    assert whole[5].tolist() == [True, True, False, False, True, True, False, False, False, False]
+
+
+def test_patches_left_out_by_max_patches_keep_their_places(flags: list[str], tmp_path: Path) -> None:
+    model = SparseWSI.from_pretrained(tmp_path / "model")
+    slide, n = next((slide, n) for slide, n in COHORT.items() if n > 100)
+    record = Record((slide,), Question("Which grade?", "high", ("low", "high")))
+    [item] = data_items([record], FeatureFolder(tmp_path / "features"), model.config, max_patches=20)
+    selection = selection_of(model, item.bag, "learned", None, 0)
+    placed = item.placed(selection)
+    assert len(item.bag.features) == 20
+    assert placed.num_patches == n
+    assert torch.equal(placed.indices, evenly(n, 20)[selection.indices])  # as train/data.py gives them
 
 
 # ---- what a text chose

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import train.run as run
 from sparsewsi.config import SparseWSIConfig
@@ -456,12 +456,41 @@ def test_the_last_steps_see_what_inference_keeps(settings: TrainConfig, bank_fil
     short = kept(model, example)
     coords = torch.arange(100, dtype=torch.int32).reshape(50, 2)
     selection = model.select(Bag(example.features, coords, 224, 0.5, "made-up", "mosaic"))
-    assert torch.equal(short.features, example.features[selection.indices])
+    assert torch.equal(short.rows, selection.indices)
     assert torch.equal(short.indices, example.indices[selection.indices])
     assert short.kinds == tuple(example.kinds[i] for i in selection.indices)
     stage = StageModule(model, sparselearn)
     assert train_step(stage, [example], config, step=7)["n"] == config.num_tokens
     assert all(p.grad is None for p in model.scorer.parameters())
+
+
+def test_of_a_slide_encoder_that_looks_around_hard_steps_keep_what_inference_keeps(
+    settings: TrainConfig, bank_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparsewsi.bag import Bag
+
+    seen = []
+    monkeypatch.setattr(run, "answer_loss", lambda model, visual, packed: seen.append(visual) or visual.sum())
+    config = replace(settings, steps=8, hard=0.25, slide_encoder="longnet")
+    model, sparselearn = build(config, 24, "made-up")
+    torch.nn.init.normal_(model.scorer.head.weight)
+    example = MosaicStream((load_bank(bank_file, "train"),), 0, 1).example(0, 50)
+    train_step(StageModule(model, sparselearn), [example], config, step=7)
+    bag = Bag(example.features, torch.zeros(50, 2, dtype=torch.int32), 224, 0.5, "made-up", "mosaic")
+    torch.testing.assert_close(seen[0], model.project(model.select(bag).tokens))
+
+
+def test_a_run_does_not_go_on_with_other_data_of_the_same_name(settings: TrainConfig, bank_file: Path) -> None:
+    bank = bank_file.with_name("own.safetensors")
+    bank.write_bytes(bank_file.read_bytes())
+    config = replace(settings, banks=[str(bank)], steps=2)
+    train(config)
+    with safe_open(bank_file, "pt") as file:
+        facts = file.metadata()
+    parts = load_file(bank_file)
+    save_file(parts | {"features": -parts["features"]}, bank, metadata=facts)
+    with pytest.raises(ValueError, match=r"holds a run of other settings: contents '\w{8}' \(now '\w{8}'\)"):
+        train(config)
 
 
 def test_a_release_knows_the_slides_it_was_trained_on(settings: TrainConfig, bank_file: Path, tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ class TrainConfig:
     tokens_per_pass: int = 768  # bags share a pass of the LLM up to this length
     fsdp: bool = False  # under torchrun: shard an LLM that does not fit over the processes; then one bag a pass
     trackio: str = ""  # name of a trackio project that gets the metrics too (pip install trackio)
+    contents: str = ""  # fingerprint of the files of banks and data, filled in by the run
 
     def __post_init__(self) -> None:
         if self.stage not in (1, 2):

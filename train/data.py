@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from sparsewsi.bag import Bag, check_bag, load_bag
 from sparsewsi.model import SparseWSI
 from sparsewsi.prompt import build_prompt, end_of_turn, text_ids, visual_positions
-from train.command import walk
+from train.command import IMAGE_SUFFIXES, SLIDE_SUFFIXES, walk
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,16 @@ class Example:
     """One bag and the questions about it."""
 
     features: Tensor  # (N, D)
-    indices: Tensor  # (N,) ascending: the patches' places among all num_patches of the slide
+    indices: Tensor  # (N,) or (K,) ascending: places, among all num_patches of the slide, of the patches the LLM sees
     num_patches: int
     questions: tuple[Question, ...]
-    kinds: tuple[str, ...] = ()  # ground truth of the patches, where known
+    kinds: tuple[str, ...] = ()  # ground truth of these patches, where known
+    rows: Tensor | None = None  # (K,) of features, the patches the LLM sees; None: all N
+
+    def keep(self, rows: Tensor) -> "Example":
+        """The example with K of its patches for the LLM; the slide encoder still sees all N, as at inference."""
+        kinds = tuple(self.kinds[i] for i in rows.tolist()) if self.kinds else ()
+        return replace(self, indices=self.indices[rows], kinds=kinds, rows=rows)
 
 
 @dataclass(frozen=True)
@@ -76,11 +82,15 @@ class Packed:
         return not self.bag.any() and int(self.question.max()) <= 1
 
 
-def visible(bag: Tensor, question: Tensor) -> Tensor:
-    """(L, L) bool, on the tensors' device: a query sees what lies before it in its bag, but for other questions."""
-    causal = torch.ones(len(bag), len(bag), dtype=torch.bool, device=bag.device).tril()
-    mine = (question[None, :] == 0) | (question[None, :] == question[:, None])
-    return causal & mine & (bag[None, :] == bag[:, None])
+def visible(bag: Tensor, question: Tensor, queries: slice = slice(None)) -> Tensor:
+    """(L, L) bool, on the tensors' device: a query sees what lies before it in its bag, but for other questions.
+
+    queries: of which queries the rows are wanted.
+    """
+    place = torch.arange(len(bag), device=bag.device)
+    causal = place[None, :] <= place[queries, None]
+    mine = (question[None, :] == 0) | (question[None, :] == question[queries, None])
+    return causal & mine & (bag[None, :] == bag[queries, None])
 
 
 def pack(tokenizer: PreTrainedTokenizerBase, example: Example, position: str, max_position: int | None) -> Packed:
@@ -186,14 +196,14 @@ def answer_logits(model: SparseWSI, visual: Tensor, packed: Packed) -> Tensor:
 # ---- questions about slides whose features lie in files
 
 ENDINGS = (".safetensors", ".h5", ".hdf5", ".pt", ".npy", ".csv")  # of feature files; the first there is, is read
-_SLIDE_ENDINGS = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".dcm", ".jpg", ".jpeg", ".png")
+_ALL_ENDINGS = (*ENDINGS, *SLIDE_SUFFIXES, *IMAGE_SUFFIXES, ".dcm")
 _TCGA = re.compile(r"(TCGA-\w{2}-\w{4})(-\w+)*")  # a case, and a slide of it; a UUID may follow after a dot
 
 
 def slide_name(file: str) -> str:
     """The name of a slide or feature file without folder and endings: x/12.jpg.h5 -> 12."""
     name = re.split(r"[\\/]", file.strip())[-1]
-    while ending := next((end for end in ENDINGS + _SLIDE_ENDINGS if name.lower().endswith(end)), ""):
+    while ending := next((end for end in _ALL_ENDINGS if name.lower().endswith(end)), ""):
         name = name[: -len(ending)]
     return name
 

@@ -21,12 +21,11 @@ The folder --out gets a line per question as it is answered; a run that is stopp
 """
 
 import argparse
-import hashlib
 import json
 import sys
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,9 +42,9 @@ from sparsewsi.model import Selection, SparseWSI
 from sparsewsi.prompt import text_ids
 from sparsewsi.selector import SELECTORS
 from train.benchmarks import BENCHMARKS, BadRow, closed_questions, without_features
-from train.command import alone_in, run_command, write_whole
-from train.data import Example, FeatureFolder, Packed, Question, Record, answer_logits, evenly, pack
-from train.mosaic import FAMILIES, NEEDLE_KINDS, Facts, ask, balanced_set, load_bank
+from train.command import alone_in, fingerprint, run_command, write_whole
+from train.data import Example, FeatureFolder, Packed, Question, Record, answer_logits, evenly, pack, visible
+from train.mosaic import FAMILIES, NEEDLE_KINDS, Facts, ask, balanced_set, load_bank, mosaic_size, phantom_seeds
 from train.scoring import add_readings, majority, markdown, picture, summary
 
 ROWS = ("learned", "random", "uniform", "all", "text-only")
@@ -62,6 +61,14 @@ class Item:
     slide: str = ""  # as the file of questions names it; "": bag.slide
     detail: str = ""
     missing: str = ""  # why there are no features
+    rows: Tensor | None = None  # (N,) ascending: the bag's patches among all num_patches; None: they are all there are
+    num_patches: int = 0
+
+    def placed(self, selection: Selection) -> Selection:
+        """A selection from the bag, with indices among all patches of the slide, as in training (train/data.py)."""
+        if self.rows is None or not len(selection.indices):
+            return selection
+        return replace(selection, indices=self.rows[selection.indices], num_patches=self.num_patches)
 
 
 def worded(question: Question, preset: str) -> Question:
@@ -99,11 +106,14 @@ class Prefix:
         return logits
 
     def _forward(self, model: SparseWSI, embeds: Tensor, packed: Packed, part: slice, keep: Tensor | int) -> Tensor:
-        mask = packed.mask[part][:, : self.cache.get_seq_length() + len(embeds)]
+        if self.cache.get_seq_length():  # a question's rows alone: the whole mask would be quadratic in N
+            mask = visible(packed.bag, packed.question, part)[None, None]
+        else:
+            mask = torch.ones(1, len(embeds), dtype=torch.long)  # causal
         with torch.autocast(embeds.device.type, torch.bfloat16, enabled=embeds.dtype == torch.bfloat16):
             output = model.llm(
                 inputs_embeds=embeds[None],
-                attention_mask=mask[None, None].to(embeds.device),
+                attention_mask=mask.to(embeds.device),
                 position_ids=packed.position_ids[part][None].to(embeds.device),
                 past_key_values=self.cache,
                 use_cache=True,
@@ -169,10 +179,13 @@ def written_answer(model: SparseWSI, selection: Selection, question: Question, p
 
 @torch.inference_mode()
 def selection_of(model: SparseWSI, bag: Bag, row: str, k: int | None, seed: int) -> Selection:
-    """The patches a row of the table lets the LLM see; "selector@K" keeps K instead of k."""
+    """The patches a row of the table lets the LLM see; "selector@K" keeps K instead of k.
+
+    The text alone stands at the positions it has where there is no slide.
+    """
     if row in WITHOUT_K:
         x = model.encode(bag.features).cpu() if row == "all" else torch.empty(0, model.config.dim)
-        return Selection(torch.arange(len(x)), torch.zeros(len(bag.features)), x, len(bag.features))
+        return Selection(torch.arange(len(x)), torch.zeros(len(bag.features)), x, len(x))
     selector, _, own = row.partition("@")
     return model.select(bag, int(own) if own else k, selector=selector, seed=seed)
 
@@ -278,14 +291,15 @@ def answers(
             _, selection, prefix = whole[id(item.bag)]
         else:
             selection = selection_of(model, item.bag, row, k, seed)
+        placed = item.placed(selection)
         if row not in known:
-            found[row] = likeliest(model, selection, item.question, preset, prefix)
+            found[row] = likeliest(model, placed, item.question, preset, prefix)
         if row not in WITHOUT_K and len(needles):
             kept = np.intersect1d(selection.indices.numpy(), needles)
             found[f"{row} recall"] = len(kept) / len(needles)
             found[f"{row} kinds"] = len(planted & set(item.kinds[kept])) / len(planted)
         if generate and f"{row} text" not in known:
-            found[f"{row} text"] = written_answer(model, selection, item.question, preset)
+            found[f"{row} text"] = written_answer(model, placed, item.question, preset)
     return found
 
 
@@ -305,7 +319,7 @@ def data_items(
     """
     said: set[str] = set()
     loaded: tuple[str, ...] = ()
-    bag, missing = None, ""
+    bag, missing, rows, num_patches = None, "", None, 0
     for record in records:
         name = " + ".join(record.slides)
         if bag is None or record.slides != loaded:
@@ -316,16 +330,17 @@ def data_items(
                 check_bag(whole, config.encoder, config.feature_dim)
                 rows = evenly(len(whole.features), max_patches)
                 bag = replace(whole, features=whole.features[rows], coords=whole.coords[rows])
+                num_patches = len(whole.features)
                 missing = "" if len(rows) else "it has no patches"
             except ValueError as error:
                 empty = torch.empty(0, config.feature_dim).half()
                 bag = Bag(empty, torch.empty(0, 2).int(), 1, None, config.encoder, name)
-                missing = str(error)
+                missing, rows = str(error), None
             loaded = record.slides
         if missing and name not in said:
             said.add(name)
             progress(f"{name} counts as missing: {missing}")
-        yield Item(bag, np.empty(0, str), record.question, name, record.detail, missing)
+        yield Item(bag, np.empty(0, str), record.question, name, record.detail, missing, rows, num_patches)
 
 
 def mosaic_items(
@@ -341,7 +356,10 @@ def mosaic_items(
 def phantom_items(
     folder: Path, seeds: range, size: int, per_slide: int, progress: Callable[[str], None] = print
 ) -> Iterator[Item]:
-    """Questions on whole phantom slides, written, opened and encoded as any slide is; bags are cached in folder."""
+    """Questions on whole phantom slides, written, opened and encoded as any slide is; bags are cached in folder.
+
+    Families come in random order, and a slide may be asked the same twice, the options in another order or others.
+    """
     from sparsewsi.phantom import load_truth, write_phantom
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -386,14 +404,6 @@ def check_settings(folder: Path, settings: dict) -> None:
     write_whole(path, json.dumps(settings, indent=2) + "\n")
 
 
-def fingerprint(files: Iterable[Path]) -> str:
-    """Eight hex digits that change with what is in files."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:8]
-
-
 def check_rows(rows: Sequence[str]) -> None:
     """Raise ValueError for a row that the table cannot have."""
     for row in rows:
@@ -415,7 +425,7 @@ def main() -> None:
     parser.add_argument("--bank", type=Path, help="mosaic: the feature bank")
     parser.add_argument("--split", default="test")
     parser.add_argument(
-        "--n", type=int, nargs="+", default=[1024], help="mosaic: patches a slide; several: each in turn"
+        "--n", type=mosaic_size, nargs="+", default=[1024], help="mosaic: patches a slide; several: each in turn"
     )
     parser.add_argument("--questions", type=int, default=400, help="mosaic: number of questions per N, one mosaic each")
     parser.add_argument("--slides", type=int, default=40, help="phantom: number of slides")
@@ -444,10 +454,9 @@ def run(arguments: argparse.Namespace) -> str:
     notes: list[str] = []
     bad: list[BadRow] = []
     check_rows(arguments.rows)
-    for name, least in (("questions", 1), ("slides", 1), ("per_slide", 1), ("n", 16)):
-        given = getattr(arguments, name)
-        if min(given if isinstance(given, list) else [given]) < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {given}.")
+    for name in ("questions", "slides", "per_slide"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}.")
     if arguments.seed and arguments.benchmark != "mosaic":
         raise ValueError("--seed is for mosaics: other questions are always the same ones.")
     if arguments.benchmark == "mosaic":
@@ -463,15 +472,15 @@ def run(arguments: argparse.Namespace) -> str:
         what |= {"questions": arguments.questions} if len(arguments.n) > 1 else {}  # else more can be asked later
     elif arguments.benchmark == "phantom":
         what = {"size": arguments.size, "per_slide": arguments.per_slide}
-        items = phantom_items(out / "slides", range(3000, 3000 + arguments.slides), arguments.size, arguments.per_slide)
+        seeds = phantom_seeds("test", arguments.slides)
+        items = phantom_items(out / "slides", seeds, arguments.size, arguments.per_slide)
         total = arguments.slides * arguments.per_slide
     else:
         if not arguments.data or not arguments.features:
             raise ValueError(f"{arguments.benchmark} needs --data FILE and --features FOLDER.")
         records, bad, notes = closed_questions(arguments.benchmark, arguments.data)
-        folders = [sorted(path.iterdir()) if path.is_dir() else [path] for path in arguments.data]
-        files = [file for found in folders for file in found if file.is_file()]
-        what = {"questions": fingerprint(files), "features": arguments.features, "max_patches": arguments.max_patches}
+        what = {"questions": fingerprint(arguments.data), "features": arguments.features}
+        what |= {"max_patches": arguments.max_patches}
         features = FeatureFolder(arguments.features)
         slides = {slide for record in records for slide in record.slides}
         if len(list(without_features(records, features))) == len(slides):

@@ -42,7 +42,7 @@ from sparsewsi.selector import hard_topk
 from train.align import align
 from train.benchmarks import training_set
 from train.checkpoint import latest, load_state, save_state
-from train.command import alone_in, run_command, write_whole
+from train.command import alone_in, fingerprint, run_command, write_whole
 from train.config import RECIPES, TrainConfig
 from train.data import Example, Packed, SlideVQADataset, answer_logits, join, pack, passes
 from train.mosaic import NEEDLE_KINDS, Bank, MosaicStream, load_bank
@@ -63,16 +63,20 @@ class StageModule(nn.Module):
         self.model, self.sparselearn = model, sparselearn
 
     def forward(
-        self, bags: list[Tensor], packed: Packed, tau: float, ks: list[float | None], generators: list[torch.Generator]
+        self,
+        bags: list[Example],
+        packed: Packed,
+        tau: float,
+        ks: list[float | None],
+        generators: list[torch.Generator],
     ) -> Tensor:
-        """bags: (N, D) features each. ks: K of each bag; None trains densely, alpha = 1.
-
-        Returns the summed NLL, a float32 scalar.
-        """
+        """ks: K of each bag; None trains densely, alpha = 1. Returns the summed NLL, a float32 scalar."""
         model = self.model
         visual = []
-        for features, k, generator in zip(bags, ks, generators):
-            x = model.slide_encoder(features.to(model.device, torch.float32))  # (N, D_v)
+        for bag, k, generator in zip(bags, ks, generators):
+            x = model.slide_encoder(bag.features.to(model.device, torch.float32))  # (N, D_v)
+            if bag.rows is not None:
+                x = x[bag.rows.to(x.device)]  # (K, D_v)
             if k is not None:
                 x = self.sparselearn(x, model.scorer(x), tau, k=k, generator=generator)
             visual.append(model.project(x))
@@ -170,7 +174,7 @@ def sparsity(config: TrainConfig, step: int, n: int) -> tuple[float, float | Non
     """(tau, K) of a step for bags of n patches; K is None while training is dense."""
     phase = config.phase(step)
     if phase is None:
-        return config.tau_start, None
+        return config.tau_end if config.is_hard(step) else config.tau_start, None
     tau = tau_at(round(phase * 1000), 1000, config.tau_start, config.tau_end)
     if not config.k_start:
         return tau, config.num_tokens
@@ -198,8 +202,8 @@ def train_step(
     # Sharded weights are fetched in every pass by all processes together: the number of passes must not depend on bags.
     for group in passes(packed, 0 if config.fsdp else config.tokens_per_pass):
         generators = [torch.Generator(model.device).manual_seed(first + number) for number in group]
-        bags = [examples[number].features for number in group]
-        ks = [sparsity(config, step, len(bag))[1] for bag in bags]
+        bags = [examples[number] for number in group]
+        ks = [sparsity(config, step, len(bag.indices))[1] for bag in bags]
         part = stage(bags, join([packed[number] for number in group]), tau, ks, generators) / total
         part.backward()
         loss += part.item()
@@ -212,9 +216,7 @@ def train_step(
 def kept(model: SparseWSI, example: Example) -> Example:
     """The example with the patches that inference would keep."""
     x = model.encode(example.features)
-    keep = hard_topk(model.score(x), model.config.num_tokens).cpu()  # where features and indices are
-    kinds = tuple(example.kinds[i] for i in keep.tolist()) if example.kinds else ()
-    return replace(example, features=example.features[keep], indices=example.indices[keep], kinds=kinds)
+    return example.keep(hard_topk(model.score(x), model.config.num_tokens).cpu())  # where features and indices are
 
 
 def rank() -> int:
@@ -386,6 +388,7 @@ def settled(config: TrainConfig, feature_dim: int, encoder: str) -> TrainConfig:
                 f"takes those of {model.encoder} ({model.feature_dim}). Train stage 1 on the same features."
             )
         config = config.with_model(model)
+    config = replace(config, contents=fingerprint(map(Path, config.banks + config.data)))
     config.check_same(Path(config.out) / "train_config.json")
     return config
 
