@@ -358,7 +358,8 @@ def phantom_items(
 ) -> Iterator[Item]:
     """Questions on whole phantom slides, written, opened and encoded as any slide is; bags are cached in folder.
 
-    Families come in random order, and a slide may be asked the same twice, the options in another order or others.
+    Families come in random order. There are fewer facts than questions: a slide is asked some of them again, with the
+    options in another order or with others.
     """
     from sparsewsi.phantom import load_truth, write_phantom
 
