@@ -46,7 +46,7 @@ LEVELS = {
     **dict.fromkeys(("train.checkpoint", "train.data", "train.mosaic"), 5),
     **dict.fromkeys(("train.benchmarks", "train.scoring"), 5),
     "train.sharding": 2,
-    "train.command": 0,
+    "train.command": 1,
     **dict.fromkeys(("sparsewsi.model", "sparsewsi.viewer", "sparsewsi.viewer.viewer"), 4),
     **dict.fromkeys(("sparsewsi.case", "sparsewsi.chat"), 4),
     **dict.fromkeys(("sparsewsi.evidence", "sparsewsi.export", "sparsewsi.novelty", "sparsewsi.plots"), 3),
