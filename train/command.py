@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from sparsewsi.config import Unavailable
+
 try:
     import fcntl
 except ImportError:  # Windows has none; there nothing is locked
     fcntl = None
-
-from safetensors import SafetensorError
-
-from sparsewsi.config import Unavailable
 
 SLIDE_SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi"}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
