@@ -32,18 +32,21 @@ import numpy as np
 import torch
 from gradio.events import api
 
-from sparsewsi import export, novelty, phantom, plots
-from sparsewsi.bag import Bag, extract_bag, load_bag, save_bag
-from sparsewsi.case import QUESTIONS, Case, choose, measure, planted, questions_for, truth_of, write_file
-from sparsewsi.chat import about, back_to_question, inert, read_turn, said, side_by_side, text_of, turns_of
-from sparsewsi.config import SparseWSIConfig
-from sparsewsi.encoders import PatchEncoder, load_encoder
-from sparsewsi.model import Selection, SparseWSI
-from sparsewsi.prompt import format_question
-from sparsewsi.selector import SELECTORS
-from sparsewsi.slide import open_slide
-from sparsewsi.turns import Turns
-from sparsewsi.viewer import PAGE_CSS, Slides, bag_props, intake, map_props, packed, slide_props, slide_viewer, theme
+from sparsewsi.bags.bag import Bag, extract_bag, load_bag, save_bag
+from sparsewsi.bags.encoders import PatchEncoder, load_encoder
+from sparsewsi.model import novelty
+from sparsewsi.model.config import SparseWSIConfig
+from sparsewsi.model.prompt import format_question
+from sparsewsi.model.selector import SELECTORS
+from sparsewsi.model.sparse_wsi import Selection, SparseWSI
+from sparsewsi.phantom import slide as phantom
+from sparsewsi.report import export, plots
+from sparsewsi.report.case import QUESTIONS, Case, choose, measure, planted, questions_for, truth_of, write_file
+from sparsewsi.slides.slide import open_slide
+from sparsewsi.web import intake
+from sparsewsi.web.chat import about, back_to_question, inert, read_turn, said, side_by_side, text_of, turns_of
+from sparsewsi.web.turns import Turns
+from sparsewsi.web.viewer import PAGE_CSS, Slides, bag_props, map_props, packed, slide_props, slide_viewer, theme
 
 DEFAULT_MODEL = Path(__file__).resolve().parent / "assets" / "demo-model"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

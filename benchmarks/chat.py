@@ -3,8 +3,8 @@
     python -m benchmarks.chat [--llm smollm2-135m] [--tokens 32 1024 4096 8192] [--repeats 3]
 
 Every number of tokens in a process of its own, in turn; 98 text tokens follow the visual ones, whose content does not
-matter to the time. Memory: the KV cache, and what the process took beyond the loaded LLM. `python -m train.flops` has
-the same by formula, for Qwen2.5-7B too.
+matter to the time. Memory: the KV cache, and what the process took beyond the loaded LLM. `python -m
+train.studies.flops` has the same by formula, for Qwen2.5-7B too.
 """
 
 import argparse
@@ -23,7 +23,7 @@ TEXT = 98
 def measure(name: str, tokens: int) -> None:
     import torch
 
-    from sparsewsi.llm import load_llm
+    from sparsewsi.model.llm import load_llm
 
     llm, _ = load_llm(name)
     width = llm.config.hidden_size

@@ -25,7 +25,7 @@ import numpy as np
 import psutil
 
 from benchmarks.tables import Table, markdown
-from sparsewsi.phantom import write_phantom
+from sparsewsi.phantom.slide import write_phantom
 
 ROOT = Path(__file__).resolve().parents[1]
 PHANTOMS = ((1, 1024), (2, 1024), (3, 1280), (4, 1536), (5, 2048))  # seed, side in px
@@ -119,7 +119,7 @@ def main() -> None:
         work = options.work or Path(name)
         stems, out = make_links(work / "slides", options.slides), work / "features"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.ranks}"]
-        command += ["-m", "train.extract", str(work / "slides"), "--out", str(out), "--part-seconds", "0"]
+        command += ["-m", "sparsewsi.cohort.extract", str(work / "slides"), "--out", str(out), "--part-seconds", "0"]
         command += ["--max-patches", str(options.max_patches)]
         rng, began, usage = random.Random(0), time.monotonic(), psutil.Process()
         for _ in range(options.kills):

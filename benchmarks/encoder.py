@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sparsewsi.encoders import load_encoder
+from sparsewsi.bags.encoders import load_encoder
 
 
 def patches_per_second(network: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, seconds: float) -> float:

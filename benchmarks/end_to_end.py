@@ -22,9 +22,9 @@ BATCH = 32
 
 def measure(slide: str, encoder: str, patches: int | None, alone: bool) -> None:
     from sparsewsi import extract_bag
-    from sparsewsi.bag import choose_coords, read_patches
-    from sparsewsi.encoders import load_encoder
-    from sparsewsi.slide import open_slide
+    from sparsewsi.bags.bag import choose_coords, read_patches
+    from sparsewsi.bags.encoders import load_encoder
+    from sparsewsi.slides.slide import open_slide
 
     loaded = load_encoder(encoder)
     with open_slide(slide) as opened:

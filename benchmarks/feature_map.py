@@ -20,7 +20,7 @@ def measure(n: int) -> None:
     import torch
 
     from sparsewsi import Selection
-    from sparsewsi.plots import umap_coords
+    from sparsewsi.report.plots import umap_coords
 
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(CLUSTERS, DIM, generator=generator)

@@ -30,7 +30,7 @@ Read = Callable[[int, int, int], np.ndarray]  # (x, y, side), level-0 px -> uint
 
 
 def ours(path: str, side: int, px: int) -> Callable[[int, int], np.ndarray]:
-    from sparsewsi.slide import open_slide
+    from sparsewsi.slides.slide import open_slide
 
     slide = open_slide(path)
     return lambda x, y: slide.read_scaled((x, y), (px, px), side / px)
@@ -105,8 +105,8 @@ def measure(reader: str, path: str, places: list[tuple[int, int]], side: int, px
 
 def tissue_places(path: str, side: int, shift: int, count: int) -> list[tuple[int, int]]:
     """Corners of patches of `side` level-0 px on tissue, (x, y) level 0, in raster order, moved by `shift` px."""
-    from sparsewsi.slide import open_slide
-    from sparsewsi.tissue import patch_coords
+    from sparsewsi.slides.slide import open_slide
+    from sparsewsi.slides.tissue import patch_coords
 
     with open_slide(path) as slide:
         coords = patch_coords(slide, slide.require_mpp(), side)

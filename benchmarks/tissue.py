@@ -28,8 +28,8 @@ Found = tuple[list[list[int]], float, tuple[int, int]]  # corners (x, y), side, 
 
 
 def ours(slide: str) -> Found:
-    from sparsewsi.slide import open_slide
-    from sparsewsi.tissue import patch_coords, patch_side
+    from sparsewsi.slides.slide import open_slide
+    from sparsewsi.slides.tissue import patch_coords, patch_side
 
     with open_slide(slide) as opened:
         coords = patch_coords(opened, MPP, PATCH_SIZE, MIN_TISSUE)
@@ -58,7 +58,7 @@ def with_lazyslide(slide: str) -> Found:
 
 
 PROGRAMS = {"sparsewsi": ours, "hs2p": with_hs2p, "lazyslide": with_lazyslide}
-LIBRARIES = {"sparsewsi": "sparsewsi.tissue", "hs2p": "hs2p", "lazyslide": "lazyslide"}
+LIBRARIES = {"sparsewsi": "sparsewsi.slides.tissue", "hs2p": "hs2p", "lazyslide": "lazyslide"}
 
 
 def measure(slide: str, program: str) -> None:

@@ -13,31 +13,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparsewsi.bag import Bag, extract_bag, load_bag, save_bag
-    from sparsewsi.config import SparseWSIConfig
-    from sparsewsi.encoders import ENCODERS, load_encoder
-    from sparsewsi.llm import load_llm
-    from sparsewsi.model import Selection, SparseWSI
-    from sparsewsi.selector import SELECTORS, Scorer, hard_topk
-    from sparsewsi.slide import Slide, SlideError, open_slide
+    from sparsewsi.bags.bag import Bag, extract_bag, load_bag, save_bag
+    from sparsewsi.bags.encoders import ENCODERS, load_encoder
+    from sparsewsi.model.config import SparseWSIConfig
+    from sparsewsi.model.llm import load_llm
+    from sparsewsi.model.selector import SELECTORS, Scorer, hard_topk
+    from sparsewsi.model.sparse_wsi import Selection, SparseWSI
+    from sparsewsi.slides.slide import Slide, SlideError, open_slide
 
 _HOME = {
-    "Bag": "bag",
-    "extract_bag": "bag",
-    "load_bag": "bag",
-    "save_bag": "bag",
-    "SparseWSIConfig": "config",
-    "ENCODERS": "encoders",
-    "load_encoder": "encoders",
-    "load_llm": "llm",
-    "Selection": "model",
-    "SparseWSI": "model",
-    "SELECTORS": "selector",
-    "Scorer": "selector",
-    "hard_topk": "selector",
-    "Slide": "slide",
-    "SlideError": "slide",
-    "open_slide": "slide",
+    "Bag": "bags.bag",
+    "extract_bag": "bags.bag",
+    "load_bag": "bags.bag",
+    "save_bag": "bags.bag",
+    "SparseWSIConfig": "model.config",
+    "ENCODERS": "bags.encoders",
+    "load_encoder": "bags.encoders",
+    "load_llm": "model.llm",
+    "Selection": "model.sparse_wsi",
+    "SparseWSI": "model.sparse_wsi",
+    "SELECTORS": "model.selector",
+    "Scorer": "model.selector",
+    "hard_topk": "model.selector",
+    "Slide": "slides.slide",
+    "SlideError": "slides.slide",
+    "open_slide": "slides.slide",
 }
 
 __version__ = "0.1.0"

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-    from sparsewsi.bag import Bag
-    from sparsewsi.config import SparseWSIConfig
-    from sparsewsi.export import Answer, Record
-    from sparsewsi.model import Selection, SparseWSI
+    from sparsewsi.bags.bag import Bag
+    from sparsewsi.model.config import SparseWSIConfig
+    from sparsewsi.model.sparse_wsi import Selection, SparseWSI
+    from sparsewsi.report.export import Answer, Record
 
 DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "assets" / "demo-model"
 DEFAULT_QUESTION = "Describe this slide."
@@ -77,7 +77,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def load_model(folder: str) -> SparseWSI:
     """The model of a folder or a hub repository; whatever keeps it from loading is a ValueError."""
-    from sparsewsi.model import SparseWSI
+    from sparsewsi.model.sparse_wsi import SparseWSI
 
     try:
         return SparseWSI.from_pretrained(folder)
@@ -89,8 +89,8 @@ def read_bag(options: argparse.Namespace, slide: Path, config: SparseWSIConfig) 
     """The features of a slide, or of a bag that was saved; shows a progress bar while it encodes."""
     from tqdm import tqdm
 
-    from sparsewsi.bag import extract_bag, load_bag
-    from sparsewsi.slide import open_slide
+    from sparsewsi.bags.bag import extract_bag, load_bag
+    from sparsewsi.slides.slide import open_slide
 
     if slide.suffix.lower() in BAG_SUFFIXES:
         return load_bag(slide, slide_mpp=options.slide_mpp)
@@ -116,7 +116,7 @@ def read_bag(options: argparse.Namespace, slide: Path, config: SparseWSIConfig) 
 
 def check_slide(options: argparse.Namespace, slide: Path, record: Record | None) -> None:
     """Refuse, before anything slow is loaded, what is no slide, states no resolution, or is not the record's slide."""
-    from sparsewsi.slide import open_slide
+    from sparsewsi.slides.slide import open_slide
 
     if slide.suffix.lower() not in BAG_SUFFIXES or not slide.is_file():
         with open_slide(slide, slide_mpp=options.slide_mpp) as opened:
@@ -127,8 +127,8 @@ def check_slide(options: argparse.Namespace, slide: Path, record: Record | None)
 
 def ask(model: SparseWSI, selection: Selection, question: str, options: list[str], evidence: bool) -> Answer:
     """Put one question; prints the answer as it comes, the options' probabilities and which patches it rests on."""
-    from sparsewsi.evidence import leave_one_out
-    from sparsewsi.export import Answer
+    from sparsewsi.report.evidence import leave_one_out
+    from sparsewsi.report.export import Answer
 
     print(f"\nQ: {question}\nA: ", end="", flush=True)
     pieces, chat = [], [{"role": "user", "content": question}]
@@ -151,8 +151,8 @@ def view(
     options: argparse.Namespace, slide: Path, bag: Bag, selection: Selection
 ) -> tuple[Image.Image, list[np.ndarray]]:
     """The overlay and the kept patches; on a plain canvas and without patches when only the bag is there."""
-    from sparsewsi import plots
-    from sparsewsi.slide import open_slide
+    from sparsewsi.report import plots
+    from sparsewsi.slides.slide import open_slide
 
     if slide.suffix.lower() in BAG_SUFFIXES:
         return plots.overlay(*plots.canvas(bag), bag, selection), []
@@ -163,8 +163,8 @@ def view(
 
 def run(options: argparse.Namespace) -> None:
     """Do what the command line says. Raises ValueError or OSError for input at fault."""
-    from sparsewsi import export
-    from sparsewsi.selector import SELECTORS
+    from sparsewsi.model.selector import SELECTORS
+    from sparsewsi.report import export
 
     if options.selector not in ("learned", *SELECTORS):
         raise ValueError(f"--selector is learned, {' or '.join(SELECTORS)}, got {options.selector}.")
@@ -186,7 +186,7 @@ def run(options: argparse.Namespace) -> None:
 
 def recall(options: argparse.Namespace) -> Record | None:
     """The record that is to be replayed; what it was made with becomes what the command line says."""
-    from sparsewsi.export import read_selection
+    from sparsewsi.report.export import read_selection
 
     if options.replay is None:
         return None
@@ -199,8 +199,8 @@ def recall(options: argparse.Namespace) -> Record | None:
 
 def replay(record: Record, model: SparseWSI, bag: Bag) -> Selection:
     """The selection of a record on its bag. Raises ValueError where they do not belong together."""
-    from sparsewsi.evidence import tokens_of
-    from sparsewsi.model import Selection
+    from sparsewsi.model.sparse_wsi import Selection
+    from sparsewsi.report.evidence import tokens_of
 
     record.check(bag)
     return Selection(record.indices, record.scores, tokens_of(model, bag, record.indices), len(record.scores))
@@ -208,7 +208,7 @@ def replay(record: Record, model: SparseWSI, bag: Bag) -> Selection:
 
 def phantom() -> Path:
     """The bundled example, generated when it is first asked for."""
-    from sparsewsi.phantom import example_slide
+    from sparsewsi.phantom.slide import example_slide
 
     if sys.stderr.isatty():
         print("Opening the phantom; it is generated on first use, which takes a little while.", file=sys.stderr)
@@ -217,7 +217,8 @@ def phantom() -> Path:
 
 def report(options: argparse.Namespace, slide: Path, model: SparseWSI, bag: Bag, selection: Selection) -> None:
     """Print the answers, write the files."""
-    from sparsewsi import export, novelty, plots
+    from sparsewsi.model import novelty
+    from sparsewsi.report import export, plots
 
     name = Path(options.model).resolve().name if Path(options.model).is_dir() else options.model
     doubts = novelty.warnings_about(bag, selection, model.trained_on, model.config.mpp)

@@ -99,9 +99,9 @@ def tiny_model(tiny_llm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """An untrained artefact on the tiny LLM and the default patch encoder."""
     import torch
 
-    from sparsewsi.config import SparseWSIConfig
-    from sparsewsi.llm import load_llm
-    from sparsewsi.model import SparseWSI
+    from sparsewsi.model.config import SparseWSIConfig
+    from sparsewsi.model.llm import load_llm
+    from sparsewsi.model.sparse_wsi import SparseWSI
 
     folder = tmp_path_factory.mktemp("models") / "tiny-model"
     llm, tokenizer = load_llm(str(tiny_llm))

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from sparsewsi.__main__ import main
-from sparsewsi.bag import extract_bag, save_bag
-from sparsewsi.model import SparseWSI
-from sparsewsi.phantom import write_phantom
+from sparsewsi.bags.bag import extract_bag, save_bag
+from sparsewsi.model.sparse_wsi import SparseWSI
+from sparsewsi.phantom.slide import write_phantom
 
 FILES = {"report.html", "overlay.png", "umap.png", "patches.csv", "patches.geojson", "selection.json"}
 ASK = ["--question", "Which tissue is this?", "--option", "fat", "--option", "liver"]

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsewsi.model import SparseWSI
-from sparsewsi.prompt import text_ids
-from train.mosaic import WORDS, Bank
+from sparsewsi.model.prompt import text_ids
+from sparsewsi.model.sparse_wsi import SparseWSI
+from train.data.mosaic import WORDS, Bank
 
 PER_BANK = 128  # patches of each bank in a step
 NOISE = 0.3  # added to the unit-variance tokens between encoder and projector, so that these are not learned by heart

@@ -4,7 +4,7 @@
         --banks runs/real.safetensors runs/phantom.safetensors
 
 writes a checkpoint's model as a release: weights in fp16, no SparseLearn, with its model card and a summary of the
-training features, by which an unusual slide is known (sparsewsi/novelty.py).
+training features, by which an unusual slide is known (sparsewsi/model/novelty.py).
 """
 
 import argparse
@@ -22,10 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sparsewsi import novelty
-from sparsewsi.model import SparseWSI
+from sparsewsi.model import novelty
+from sparsewsi.model.sparse_wsi import SparseWSI
 from train.command import run_command
-from train.mosaic import load_bank
+from train.data.mosaic import load_bank
 from train.sharding import gathered, load_optimizer_state, optimizer_state
 
 

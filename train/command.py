@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from sparsewsi.config import Unavailable
+from sparsewsi.model.config import Unavailable
 
 try:
     import fcntl

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sparsewsi.config import SparseWSIConfig
+from sparsewsi.model.config import SparseWSIConfig
 from train.command import write_whole
 
 # What stage 1 decides, and stage 2 takes over.
@@ -27,8 +27,8 @@ class TrainConfig:
 
     stage: int = 1  # 1: captions, LLM frozen; 2: questions, slide encoder frozen, LoRA on the LLM
     out: str = "runs/stage1"
-    banks: list[str] = field(default_factory=list)  # feature banks of labelled patches (train/mosaic.py)
-    data: list[str] = field(default_factory=list)  # or files of questions about slides (train/benchmarks.py)
+    banks: list[str] = field(default_factory=list)  # feature banks of labelled patches (train/data/mosaic.py)
+    data: list[str] = field(default_factory=list)  # or files of questions about slides (train/data/questions.py)
     features: str = ""  # with data: folder of the slides' feature files
     init: str = ""  # stage 2: a stage-1 checkpoint folder or its model folder
     llm: str = "smollm2-135m"

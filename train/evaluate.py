@@ -6,10 +6,10 @@
     python -m train.evaluate tcga-1494 --data SlideBench-VQA-TCGA.csv --features features/ --model my-model \\
         --out runs/eval-tcga
 
-The named benchmarks and the files they come as are in train/benchmarks.py; `python -m train.benchmarks check` says
-beforehand what is missing. Every question is multiple choice and is answered by the likeliest option (mean
+The named benchmarks and the files they come as are in train/data/questions.py; `python -m train.data.questions check`
+says beforehand what is missing. Every question is multiple choice and is answered by the likeliest option (mean
 log-likelihood per token of the option's text); with --generate it is also answered in writing, which is read twice:
-strict (a letter, or the text of one option, and nothing else) and lenient (train/scoring.py).
+strict (a letter, or the text of one option, and nothing else) and lenient (train/eval/scoring.py).
 
 Rows: the learned top-K, K random patches, K patches on a uniform grid and all N patches through the same artefact; the
 text alone (no visual token); the majority answer, that is the most frequent answer of each question family in this very
@@ -36,16 +36,16 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from sparsewsi.bag import Bag, check_bag, extract_bag, load_bag, save_bag
-from sparsewsi.config import SparseWSIConfig
-from sparsewsi.model import Selection, SparseWSI
-from sparsewsi.prompt import text_ids
-from sparsewsi.selector import SELECTORS
-from train.benchmarks import BENCHMARKS, BadRow, closed_questions, without_features
+from sparsewsi.bags.bag import Bag, check_bag, extract_bag, load_bag, save_bag
+from sparsewsi.model.config import SparseWSIConfig
+from sparsewsi.model.prompt import text_ids
+from sparsewsi.model.selector import SELECTORS
+from sparsewsi.model.sparse_wsi import Selection, SparseWSI
 from train.command import alone_in, fingerprint, run_command, write_whole
-from train.data import Example, FeatureFolder, Packed, Question, Record, answer_logits, evenly, pack, visible
-from train.mosaic import FAMILIES, NEEDLE_KINDS, Facts, ask, balanced_set, load_bank, mosaic_size, phantom_seeds
-from train.scoring import add_readings, majority, markdown, picture, summary
+from train.data.mosaic import FAMILIES, NEEDLE_KINDS, Facts, ask, balanced_set, load_bank, mosaic_size, phantom_seeds
+from train.data.packing import Example, FeatureFolder, Packed, Question, Record, answer_logits, evenly, pack, visible
+from train.data.questions import BENCHMARKS, BadRow, closed_questions, without_features
+from train.eval.scoring import add_readings, majority, markdown, picture, summary
 
 ROWS = ("learned", "random", "uniform", "all", "text-only")
 WITHOUT_K = ("all", "text-only")
@@ -65,7 +65,7 @@ class Item:
     num_patches: int = 0
 
     def placed(self, selection: Selection) -> Selection:
-        """A selection from the bag, with indices among all patches of the slide, as in training (train/data.py)."""
+        """A selection from the bag, with indices among all patches of the slide, as in training (train/data)."""
         if self.rows is None or not len(selection.indices):
             return selection
         return replace(selection, indices=self.rows[selection.indices], num_patches=self.num_patches)
@@ -74,7 +74,7 @@ class Item:
 def worded(question: Question, preset: str) -> Question:
     """A question in the words of a prompt preset.
 
-    "slidechat": the options a line each after their letters, as SlideChat asks (and as train/data.py trains);
+    "slidechat": the options a line each after their letters, as SlideChat asks (and as train/data/packing.py trains);
     "plain": without letters, for an LLM to which letters mean nothing.
     """
     if preset == "slidechat" or not question.options:
@@ -91,7 +91,7 @@ class Prefix:
         self.cache = DynamicCache()
 
     def answer_logits(self, model: SparseWSI, tokens: Tensor, packed: Packed) -> Tensor:
-        """What train.data.answer_logits returns for tokens (N, D_v), which must be the same in every call."""
+        """What train.data.packing.answer_logits returns for tokens (N, D_v), which must be the same in every call."""
         length = len(packed.order) - len(packed.text_ids) + int((packed.order >= len(packed.text_ids)).nonzero()[0])
         position_ids = packed.position_ids[:length]
         embed = model.llm.get_input_embeddings()
@@ -361,7 +361,7 @@ def phantom_items(
     Families come in random order. There are fewer facts than questions: a slide is asked some of them again, with the
     options in another order or with others.
     """
-    from sparsewsi.phantom import load_truth, write_phantom
+    from sparsewsi.phantom.slide import load_truth, write_phantom
 
     folder.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
@@ -462,7 +462,7 @@ def run(arguments: argparse.Namespace) -> str:
         raise ValueError("--seed is for mosaics: other questions are always the same ones.")
     if arguments.benchmark == "mosaic":
         if arguments.bank is None:
-            raise ValueError("mosaic needs --bank, a file of python -m train.mosaic bank.")
+            raise ValueError("mosaic needs --bank, a file of python -m train.data.mosaic bank.")
         what: dict = {name: getattr(arguments, name) for name in ("bank", "split", "seed")} | {"n": arguments.n}
         items = (
             item

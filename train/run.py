@@ -34,18 +34,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from sparsewsi.bag import UNKNOWN_ENCODER, read_ahead
-from sparsewsi.config import SparseWSIConfig
-from sparsewsi.llm import default_device, default_dtype, load_llm
-from sparsewsi.model import SparseWSI
-from sparsewsi.selector import hard_topk
+from sparsewsi.bags.bag import UNKNOWN_ENCODER, read_ahead
+from sparsewsi.model.config import SparseWSIConfig
+from sparsewsi.model.llm import default_device, default_dtype, load_llm
+from sparsewsi.model.selector import hard_topk
+from sparsewsi.model.sparse_wsi import SparseWSI
 from train.align import align
-from train.benchmarks import training_set
 from train.checkpoint import latest, load_state, save_state
 from train.command import alone_in, fingerprint, run_command, write_whole
 from train.config import RECIPES, TrainConfig
-from train.data import Example, Packed, SlideVQADataset, answer_logits, join, pack, passes
-from train.mosaic import NEEDLE_KINDS, Bank, MosaicStream, load_bank
+from train.data.mosaic import NEEDLE_KINDS, Bank, MosaicStream, load_bank
+from train.data.packing import Example, Packed, SlideVQADataset, answer_logits, join, pack, passes
+from train.data.questions import training_set
 from train.sharding import clip_gradients, is_sharded, shard
 from train.sparselearn import SparseLearn, hardness, k_at, soft_topk, tau_at, zscore
 
@@ -348,7 +348,9 @@ def training_data(config: TrainConfig) -> tuple[MosaicStream | SlideVQADataset, 
     """What to train on, the banks if it comes from these, feature dim and encoder."""
     banks = tuple(load_bank(Path(path), "train") for path in config.banks)
     if bool(banks) == bool(config.data):
-        raise ValueError("pass training data: either --banks (python -m train.mosaic bank) or --data with --features")
+        raise ValueError(
+            "pass training data: either --banks (python -m train.data.mosaic bank) or --data with --features"
+        )
     if config.data and not config.features:
         raise ValueError("--data needs --features, the folder that holds the slides' feature files")
     if config.data and config.align:
@@ -396,7 +398,7 @@ def settled(config: TrainConfig, feature_dim: int, encoder: str) -> TrainConfig:
 def train(config: TrainConfig, sparselearn_class: type[SparseLearn] = SparseLearn, keep: Keep | None = None) -> Path:
     """Run or resume a stage; returns the last checkpoint's folder.
 
-    sparselearn_class, keep: rivals take the places of SparseLearn and of what hard steps keep (train/rivals.py).
+    sparselearn_class, keep: rivals take the places of SparseLearn and of what hard steps keep (studies/rivals.py).
     """
     out = Path(config.out)
     if config.trackio and importlib.util.find_spec("trackio") is None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sparsewsi.selector import Block
+from sparsewsi.model.selector import Block
 
 KERNELS = ("laplace", "logistic")
 GATES = ("vp", "scale")

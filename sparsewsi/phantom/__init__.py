@@ -1,0 +1,1 @@
+"""Computer-generated slides whose content is known."""

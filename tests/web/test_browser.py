@@ -1,0 +1,644 @@
+"""The app in a real browser, behind a path prefix; tests are named by the requirement they show (1 to 15).
+
+All of them run twice: on a small phantom with an untrained model, and on a real slide with the model that is shipped.
+Of each, one page is opened and asked once; the tests look at it in turn. What needs no server is in test_viewer.py.
+Pictures of every state go to screenshots/, for people to look at, and how long things took to screenshots/latencies.md.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from sparsewsi.model.llm import embedded_folder
+from sparsewsi.phantom import slide as phantom
+from sparsewsi.report import case
+
+ROOT = Path(__file__).resolve().parents[2]
+SCREENSHOTS = ROOT / "screenshots"
+PREFIX = "/desk"
+PATIENCE = 240_000  # ms; umap's first compilation on a busy machine
+SECRETS = ("MUSTERMANN", "1950-12-24", "ACC-4711")
+LATENCIES: dict[str, dict[str, str]] = {}  # what was waited for -> slide -> how long, and the limit
+pytestmark = pytest.mark.browser
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def behind_prefix(upstream: str) -> Iterator[str]:
+    """A proxy that serves an app under PREFIX, as hospitals and hubs do; yields the address of the page."""
+    import httpx
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.background import BackgroundTask
+    from starlette.requests import Request
+    from starlette.responses import StreamingResponse
+    from starlette.routing import Route
+
+    port = free_port()
+    client = httpx.AsyncClient(base_url=upstream, timeout=None)
+
+    async def forward(request: Request) -> StreamingResponse:
+        path = request.url.path.removeprefix(PREFIX) or "/"
+        headers = [(name, value) for name, value in request.headers.raw if name != b"host"]
+        headers += [(b"x-forwarded-host", f"127.0.0.1:{port}".encode()), (b"x-forwarded-proto", b"http")]
+        url = httpx.URL(path=path, query=request.url.query.encode())
+        answer = await client.send(
+            client.build_request(request.method, url, headers=headers, content=request.stream()), stream=True
+        )
+        kept = {k: v for k, v in answer.headers.items() if k not in ("content-length", "transfer-encoding")}
+        return StreamingResponse(answer.aiter_raw(), answer.status_code, kept, background=BackgroundTask(answer.aclose))
+
+    page = Route(PREFIX + "{path:path}", forward, methods=["GET", "POST", "HEAD"])
+    server = uvicorn.Server(uvicorn.Config(Starlette(routes=[page]), port=port, log_level="critical"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{port}{PREFIX}/"
+    server.should_exit = True
+    thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def cached_phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder with a small phantom in place of the bundled example."""
+    home = tmp_path_factory.mktemp("home")
+    name = f"phantom-{phantom.EXAMPLE_SEED}-{phantom.EXAMPLE_SIZE}-v{phantom.VERSION}.tiff"
+    phantom.write_phantom(home / name, seed=3, size=2048)
+    return home
+
+
+@contextlib.contextmanager
+def running(home: Path, model: Path, *flags: str, **environment: str) -> Iterator[tuple[str, Path]]:
+    """The app in its own process: its address and what it printed."""
+    (home / "tmp").mkdir(exist_ok=True)
+    port = free_port()
+    given = {"SPARSEWSI_CACHE": str(home), "TMPDIR": str(home / "tmp"), "PYTHONUNBUFFERED": "1", **environment}
+    environ = {name: value for name, value in os.environ.items() if name != "GRADIO_TEMP_DIR"} | given
+    command = [sys.executable, "app.py", "--port", str(port), "--model", str(model), *flags]
+    with (home / "out").open("w") as out:
+        process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=out, stderr=out)
+    try:
+        for _ in range(1200):
+            if process.poll() is not None or "served at" in (home / "out").read_text():
+                break
+            time.sleep(0.2)
+        assert "served at" in (home / "out").read_text(), (home / "out").read_text()
+        yield f"http://127.0.0.1:{port}/", home / "out"
+    finally:
+        process.terminate()
+        process.wait(20)
+    assert "Traceback" not in (home / "out").read_text()
+    assert not list((home / "tmp").glob("sparsewsi-*")), "what was private is gone with the process"
+
+
+@pytest.fixture(scope="module", params=["phantom", "real"])
+def served(request, browser, tiny_model: Path, cached_phantom: Path, tmp_path_factory) -> Iterator[SimpleNamespace]:
+    """The app behind a prefix, the slide it is to be tried on, and what is to be expected of it."""
+    home, slide, model = cached_phantom, next(cached_phantom.glob("phantom-*.tiff")), tiny_model
+    told = SimpleNamespace(name="phantom", kept=6, question=case.PRESENT_QUESTION, mpp=0.5)
+    if request.param == "real":
+        slide = request.getfixturevalue("shared_data") / "slides" / "CMU-1-Small-Region.svs"
+        home, model = tmp_path_factory.mktemp("home"), ROOT / "assets" / "demo-model"
+        told = SimpleNamespace(name="real", kept=32, question=case.QUESTIONS[1][0], mpp=0.499)
+        try:
+            llm = embedded_folder()
+        except RuntimeError as error:
+            pytest.skip(str(error))
+        for path in (llm, *cached_phantom.glob("phantom-*")):
+            (home / path.name).symlink_to(path)
+    told.looks = SCREENSHOTS if told.name == "phantom" else SCREENSHOTS / told.name
+    told.looks.mkdir(parents=True, exist_ok=True)
+    environment = {"SPARSEWSI_LOG": str(home / "log.jsonl"), "GRADIO_ROOT_PATH": PREFIX}
+    with running(home, model, **environment) as (address, out), behind_prefix(address.rstrip("/")) as url:
+        yield SimpleNamespace(**vars(told), url=url, home=home, slide=slide, model=model.name, out=out)
+    lines = [f"| {what} | {' | '.join(took.get(name, '') for name in ('phantom', 'real'))} |" for what, took in
+             LATENCIES.items()]  # fmt: skip
+    head = "| wait for | phantom, untrained model | real slide, shipped model |\n|---|---|---|\n"
+    (SCREENSHOTS / "latencies.md").write_text(head + "\n".join(lines) + "\n")
+
+
+def waited(served, what: str, seconds: float, limit: float | None = None) -> None:
+    """Note how long something took, and hold it to its limit."""
+    unit = f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+    LATENCIES.setdefault(what, {})[served.name] = unit + (f" (limit {limit:g} s)" if limit else "")
+    assert limit is None or seconds <= limit, f"{what}: {unit}"
+
+
+def open_slide_on(page, served) -> None:
+    """Open the slide as a user would: the example by its button, a slide of the server's disk by its path."""
+    if served.name == "phantom":
+        page.locator("#phantom").click()
+    else:
+        page.locator("#path textarea, #path input").fill(str(served.slide))
+        page.locator("#path textarea, #path input").press("Enter")
+
+
+def open_page(browser, served, address: str = "", **settings):
+    """A page of the app that listens: before the load event Gradio may still set a field back to its first value."""
+    page = new_page(browser, **settings)
+    with page.expect_request(re.compile("/queue/join")):
+        page.goto(served.url + address)
+    return page
+
+
+def new_page(browser, **settings):
+    page = browser.new_page(viewport={"width": 1440, "height": 900}, **settings)
+    page.set_default_timeout(PATIENCE)
+    page.sent, page.hosts, page.problems = [], set(), []
+    page.on("request", lambda request: page.sent.append((request.method, request.url)))
+    page.on("request", lambda r: page.hosts.add(r.url.split("/")[2]) if "://" in r.url else None)
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    return page
+
+
+@pytest.fixture(scope="module")
+def desk(browser, served) -> Iterator:
+    """A page with the slide analysed and one multiple-choice question answered and weighed."""
+    page = open_page(browser, served)
+    page.wait_for_selector("#phantom")
+    page.screenshot(path=served.looks / "empty.png")
+    page.fill("#question textarea", "Which tissue is this?")
+    page.press("#question textarea", "Enter")
+    page.wait_for_selector("text=Open a slide first")
+    assert page.input_value("#question textarea") == "Which tissue is this?"
+    began = time.time()
+    open_slide_on(page, served)
+    page.wait_for_function("document.querySelector('.viewer').dataset.scale")
+    waited(served, "open to slide on screen", time.time() - began)
+    page.screenshot(path=served.looks / "analysing.png")
+    page.wait_for_selector(".item")
+    waited(served, "open to patches selected (models are loaded, patches encoded)", time.time() - began)
+    page.get_by_text(served.question, exact=True).first.click()
+    page.wait_for_function("document.querySelector('#options textarea').value.includes('\\n')")
+    began = time.time()
+    page.press("#question textarea", "Enter")
+    page.wait_for_function(f"{ANSWERS} === 1")
+    waited(served, "question to first word", time.time() - began)
+    page.wait_for_selector('#chat .bot a[href*="#patch-"]')
+    waited(served, "question to answer with its evidence", time.time() - began)
+    page.wait_for_function("document.querySelector('.features .title').innerText.includes('UMAP')")
+    page.screenshot(path=served.looks / "answered.png", full_page=True)
+    yield page
+    assert page.hosts == {served.url.split("/")[2]}, "no request to another host"
+    assert not page.problems
+    page.close()
+
+
+def download(page, name: str) -> str:
+    found = "[...document.querySelectorAll('.files a')].find(link => link.href.endsWith(name))"
+    return page.evaluate(f"name => fetch({found}.href).then(answer => answer.text())", name)
+
+
+def timed(page, deed: str, done: str) -> float:
+    """Milliseconds until JS finds `done` true after `deed`, frame by frame; least of three: the machine may be busy."""
+    script = f"""() => new Promise(resolve => {{
+        const began = performance.now();
+        const look = () => ({done}) ? resolve(performance.now() - began) : requestAnimationFrame(look);
+        {deed}; look();
+    }})"""
+    return min(page.evaluate(script) for _ in range(3))
+
+
+def test_01_a_citation_lands_on_the_evidence(desk, served):
+    link = desk.locator('#chat .bot a[href*="#patch-"]').first
+    number = link.inner_text().removeprefix("#")
+    marked = "document.querySelector('.item[aria-current=\"true\"] b').innerText"
+    at_once = link.evaluate(f"link => {{ link.click(); return {marked}; }}")
+    assert at_once == f"#{number}", "before any answer of the server could come"
+    desk.wait_for_function("document.querySelector('.viewer').dataset.waiting === '0'")
+    desk.screenshot(path=served.looks / "evidence.png")
+    took = timed(
+        desk,
+        "document.querySelector('.slide').focus(); document.querySelector('#chat .bot a[href*=\"#patch-\"]').click()",
+        f"document.querySelector('.viewer').dataset.current === '{number}' && "
+        "document.querySelector('.viewer').dataset.waiting === '0'",
+    )
+    waited(served, "citation to sharp picture", took / 1000, 0.5)
+
+
+def test_02_tiles_are_the_pixels_of_level_0(desk, served):
+    from sparsewsi.slides.slide import open_slide
+
+    shown = desk.evaluate(
+        """async () => {
+          const address = document.querySelector('.item img').src.replace(/patch.*/, '0/1_1.jpg');
+          const picture = await createImageBitmap(await (await fetch(address)).blob());
+          const canvas = new OffscreenCanvas(512, 512), pen = canvas.getContext('2d');
+          pen.drawImage(picture, 0, 0);
+          return [...pen.getImageData(0, 0, 512, 512).data];
+        }"""
+    )
+    with open_slide(served.slide) as slide:
+        wanted, mpp = slide.read_level(0, (512, 512), (512, 512)), slide.mpp
+    assert np.abs(np.reshape(shown, (512, 512, 4))[..., :3] - wanted.astype(int)).mean() < 4
+    assert mpp == pytest.approx(served.mpp)
+    desk.locator(".slide").focus()
+    for key, power in (("4", 10), ("5", 20)):
+        sharp = f"""Math.abs(document.querySelector('.viewer').dataset.scale / ({power} * {mpp} / 10) - 1) < 0.01
+            && document.querySelector('.viewer').dataset.waiting === '0'"""
+        began = time.time()
+        desk.keyboard.press(key)
+        desk.wait_for_function(sharp)
+        waited(served, f"key to sharp picture at {power}x", time.time() - began)
+    desk.screenshot(path=served.looks / "level-0.png")
+
+
+def test_03_what_answered_is_named_wherever_an_answer_is_shown(desk, served):
+    facts = desk.inner_text("#facts")
+    slide = "phantom 3" if served.name == "phantom" else "0.499 µm/px (openslide)"
+    for words in (slide, served.model, "efficientnet-lite0", f"{served.kept} of", "% of the tissue"):
+        assert words in facts
+    notice = "Demo model, research use only, not for diagnosis."
+    assert notice in desk.inner_text("#chat .bot >> nth=0")
+    assert notice in download(desk, "report.html")
+    assert notice in json.loads(download(desk, "selection.json"))["notice"]
+
+
+def test_05_and_06_strip_keys_and_map_move_one_selection(desk, served):
+    desk.locator(".slide").focus()
+    desk.keyboard.press("n")
+    first = desk.evaluate("document.querySelector('.viewer').dataset.current")
+    desk.keyboard.press("n")
+    desk.wait_for_function(f"document.querySelector('.viewer').dataset.current !== '{first}'")
+    last = desk.locator(".item").last.get_attribute("id")
+    took = timed(
+        desk,
+        "document.querySelector('.item').click(); [...document.querySelectorAll('.item')].at(-1).click()",
+        "[...document.querySelectorAll('.item')].at(-1).getAttribute('aria-current') === 'true'",
+    )
+    assert last == desk.locator(".item[aria-current=true]").get_attribute("id")
+    waited(served, "strip to slide and map", took / 1000, 0.1)
+    box = desk.locator(".map").bounding_box()
+    desk.mouse.move(box["x"] + 4, box["y"] + 4)
+    desk.mouse.down()
+    for x, y in ((0.98, 0.02), (0.98, 0.98), (0.02, 0.98), (0.02, 0.03)):
+        desk.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=3)
+    desk.mouse.up()
+    assert re.match(rf"\d+ patches in the lasso, {served.kept} of them selected", desk.inner_text(".members b"))
+    desk.screenshot(path=served.looks / "lasso.png", full_page=True)
+    desk.click('[data-do="clear"]')
+
+
+def test_07_scores_of_all_patches_and_the_doubts_about_the_cut(desk, served):
+    began = time.time()
+    desk.click('[data-do="heat"]')
+    desk.wait_for_selector(".colours:visible")
+    waited(served, "heat map of all scores", time.time() - began, 0.5)
+    desk.screenshot(path=served.looks / "scores.png")
+    desk.click('[data-do="heat"]')
+    assert re.search(rf"{served.kept} of \d+ patches", desk.inner_text(".count"))
+    assert "⚠" in desk.inner_text("#facts")
+
+
+def ask_with(page, patches: int) -> None:
+    """Ask again from so many patches. Gradio sets a slider back once, a moment after its accordion was opened."""
+    number = page.locator("#k input[type=number]")
+    for _ in range(4):
+        number.fill(str(patches))
+        number.press("Tab")
+        page.click("#again")
+        page.wait_for_selector("#compare .compare > div >> nth=1 >> a")
+        shown = {number.input_value(), page.input_value("#k input[type=range]")}
+        if shown == {str(patches)} and f"{patches} patches" in page.inner_text("#compare h4 >> nth=1"):
+            return
+        page.click("#own")
+        page.wait_for_selector("#compare .compare", state="detached")
+    raise AssertionError(f"asked for {patches} patches four times; the slider shows {shown}")
+
+
+def test_08_what_if_shows_both_answers_beside_each_other(desk, served):
+    try:
+        desk.locator(".item").first.click()
+        desk.click('[data-do="drop"]')
+        desk.click("#what-if button >> nth=0")
+        desk.wait_for_selector("#picked >> text=dropped: 1")
+        own = desk.input_value("#k input[type=range]")
+        assert own == str(max(8, served.kept)), "the model's own, as near as the slider goes"
+        began = time.time()
+        ask_with(desk, 16)
+        waited(served, "what if, to both answers", time.time() - began)
+        assert "16 patches, learned, 1 dropped" in desk.inner_text("#compare h4 >> nth=1")
+        assert desk.inner_text(".count").startswith("16 of ")
+        assert "#1" not in desk.locator(".item b").all_inner_texts()
+        desk.screenshot(path=served.looks / "what-if.png", full_page=True)
+    finally:
+        desk.click("#own", timeout=5000)
+    desk.wait_for_function(f"document.querySelector('.count').innerText.startsWith('{served.kept} of ')")
+
+
+# How many answers stand in the chat: each ends with the notice.
+ANSWERS = "(document.querySelector('#chat').innerText.split('not for diagnosis').length - 1)"
+
+
+def wait_until_weighed(page, answers: int) -> None:
+    """Until so many answers stand in the chat, nothing is being weighed and the next question may be asked."""
+    page.wait_for_function(
+        f"{ANSWERS} === {answers} && !document.querySelector('#chat').innerText.includes('Weighing')"
+        " && document.querySelector('#question button.submit-button')"
+    )
+
+
+def ask(page, question: str) -> None:
+    page.fill("#question textarea", question)
+    page.press("#question textarea", "Enter")
+
+
+def undo(page, question: str) -> None:
+    """Take back the last question, which is this one."""
+    page.locator("#chat button[aria-label='Undo']").last.click()
+    page.wait_for_function("text => document.querySelector('#question textarea').value === text", arg=question)
+
+
+def stop_in_time(page) -> float:
+    """Ask, press Stop once words come: seconds until the next question may be asked; inf if the answer was whole."""
+    import playwright.sync_api
+
+    ask(page, "Describe this slide.")
+    page.wait_for_function(f"{ANSWERS} === 2")
+    began = time.time()
+    with contextlib.suppress(playwright.sync_api.TimeoutError):
+        page.locator("#question button.stop-button").click(timeout=5000)
+    page.wait_for_selector("#question button.submit-button")
+    seconds = time.time() - began
+    wait_until_weighed(page, 2)
+    return seconds if "was not weighed" in page.inner_text("#chat") else math.inf
+
+
+def test_09_stop_retry_and_undo(desk, served):
+    wait_until_weighed(desk, 1)
+    first = desk.inner_text("#chat .bot >> nth=0")
+    try:
+        seconds = stop_in_time(desk)
+        for _ in range(5):  # the machine may be busy with something else
+            if seconds < 1:
+                break
+            undo(desk, "Describe this slide.")
+            wait_until_weighed(desk, 1)
+            seconds = min(seconds, stop_in_time(desk))
+        assert "was not weighed" in desk.inner_text("#chat")
+        desk.screenshot(path=served.looks / "stopped.png")
+        waited(served, "stop", seconds, 1)
+        ask(desk, "Describe it.")
+        if served.name == "real":  # slow enough to be met while it answers
+            desk.wait_for_selector("#question button.stop-button")
+            ask(desk, "Too early?")
+            desk.wait_for_selector("text=still being answered")
+            assert desk.input_value("#question textarea") == "Too early?"
+            desk.fill("#question textarea", "")
+        wait_until_weighed(desk, 3)
+        desk.locator("#chat button[aria-label='Retry']").last.click()
+        desk.wait_for_function(f"{ANSWERS} === 2 || document.querySelector('#chat').innerText.includes('Weighing')")
+        wait_until_weighed(desk, 3)
+        for question, left in (("Describe it.", 2), ("Describe this slide.", 1)):
+            undo(desk, question)
+            wait_until_weighed(desk, left)
+    finally:
+        desk.fill("#question textarea", "")
+    assert desk.inner_text("#chat .bot >> nth=0") == first
+    strongest = desk.locator('#chat .bot a[href*="#patch-"]').first
+    strongest.click()
+    factor = float(strongest.evaluate("link => link.nextSibling.textContent.match(/[0-9.]+/)[0]"))
+    shown = "parseFloat(document.querySelector('.inspect .what').innerText.split('evidence ')[1])"
+    desk.wait_for_function(f"Math.abs({shown} / {factor} - 1) < 0.02")  # the viewer is back at this answer, too
+
+
+def test_10_patches_go_to_qupath_and_regions_come_back(desk, served, tmp_path):
+    found = json.loads(download(desk, "patches.geojson"))["features"]
+    assert len(found) == served.kept
+    x, y = found[0]["geometry"]["coordinates"][0][0]
+    region = {
+        **found[0],
+        "geometry": {
+            "type": "Polygon",
+            "coordinates": [[[x, y], [x + 224, y], [x + 224, y + 224], [x, y + 224], [x, y]]],
+        },
+    }
+    (tmp_path / "roi.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [region]}))
+    desk.set_input_files("#regions input[type=file], input[accept*=geojson]", str(tmp_path / "roi.geojson"))
+    desk.wait_for_selector(".members b >> text=1 patch in the imported regions, 1 of them selected")
+
+
+def test_11_the_report_opens_offline_and_the_csv_is_one_row_a_patch(desk, browser, served, tmp_path):
+    began = time.time()
+    report = download(desk, "report.html")
+    waited(served, "report", time.time() - began)
+    assert not re.search(r"(src|href)=.(?!data:|#)", report), "nothing is fetched"
+    assert served.question in report
+    (tmp_path / "report.html").write_text(report)
+    page = browser.new_page()
+    page.goto(f"file://{tmp_path / 'report.html'}")
+    page.screenshot(path=served.looks / "report.png", full_page=True)
+    page.close()
+    rows = list(csv.DictReader(io.StringIO(download(desk, "patches.csv"))))
+    assert [row["rank"] for row in rows] == [str(rank) for rank in range(1, served.kept + 1)]
+    assert all(float(row["centre_x_um"]) > 0 for row in rows)
+
+
+def test_12_the_log_says_what_was_opened_seen_and_asked(desk, served):
+    desk.locator(".item").nth(1).click()
+    desk.wait_for_function("location.search.includes('patch=')")
+    assert ("slide=phantom" in desk.url) == (served.name == "phantom"), "only examples are named in the address"
+    assert served.slide.stem not in desk.url
+    deadline = time.time() + 120
+    while time.time() < deadline and '"look"' not in (served.home / "log.jsonl").read_text():
+        desk.wait_for_timeout(500)
+    lines = [json.loads(line) for line in (served.home / "log.jsonl").read_text().splitlines()]
+    assert {"open", "ask", "look"} <= {line["event"] for line in lines}
+    asked = next(line for line in lines if line["event"] == "ask")
+    assert asked["question"] == served.question
+    assert len(asked["effects"]) == served.kept
+    assert '"event": "ask"' in download(desk, "log.jsonl")
+
+
+def test_13_a_broken_slide_is_a_sentence_and_what_was_open_stays(desk, served):
+    facts = desk.inner_text("#facts")
+    junk = served.home / "junk.svs"
+    junk.write_bytes(b"junk" * 1000)
+    field = desk.locator("#path textarea, #path input")
+    try:
+        field.fill(str(junk))
+        began = time.time()
+        field.press("Enter")
+        desk.wait_for_selector(".toast-body >> text=The file holds text")
+        waited(served, "broken slide to a sentence", time.time() - began, 10)
+        desk.screenshot(path=served.looks / "error.png")
+        assert desk.inner_text("#facts") == facts
+        assert desk.locator(".item").count() == served.kept
+    finally:
+        field.fill("")
+
+
+def test_14_dark_and_narrow(browser, served):
+    named = served.name == "phantom"  # the address opens the example
+    page = open_page(browser, served, "?slide=phantom" * named, color_scheme="dark")
+    if not named:
+        open_slide_on(page, served)
+    page.wait_for_selector(".item")
+    page.wait_for_function("document.querySelector('.viewer').dataset.waiting === '0'")
+    page.screenshot(path=served.looks / "dark.png")
+    link = "getComputedStyle(document.querySelector('.files a')).color"
+    assert page.evaluate(link) == "rgb(124, 196, 240)", "pale enough to be read on a dark page"
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.wait_for_function("document.documentElement.scrollWidth <= 390")
+    page.screenshot(path=served.looks / "narrow.png", full_page=True)
+    page.close()
+
+
+def test_15_in_an_iframe_and_for_programs_it_is_the_same(desk, browser, served, tmp_path):
+    programs = pytest.importorskip("gradio_client")
+    client = programs.Client(served.url, verbose=False)
+    given = {} if served.name == "phantom" else {"file": programs.handle_file(str(served.slide))}
+    began = time.time()
+    found = client.predict(**given, api_name="/analyze")
+    waited(served, "analyze, by gradio_client", time.time() - began)
+    shown = desk.evaluate("[...document.querySelectorAll('.item')].map(item => +item.dataset.index)")
+    assert sorted(shown) == found["indices"]
+    said = client.predict(found["case"], "Which tissue?", ["fat", "mucin"], api_name="/ask")
+    assert sum(said["probabilities"]) == pytest.approx(1, abs=1e-4)
+    weighed = client.predict(found["case"], "Which tissue?", "fat", ["fat", "mucin"], api_name="/evidence")
+    assert len(weighed["effects"]) == served.kept
+    with pytest.raises(Exception, match="phantom"):
+        client.predict("/etc/hostname", api_name="/analyze")
+    client.close()
+    wait_until_gone(served, "end of a gradio_client session to its files deleted", 40)  # Gradio looks every 15 s
+    page = new_page(browser)
+    hub = served.url.replace("127.0.0.1", "localhost").replace(PREFIX, "/hub")  # another origin than the app's
+    page.route(
+        hub,
+        lambda route: route.fulfill(
+            body=f'<iframe src="{served.url}" width="1200" height="800"></iframe>',
+            content_type="text/html",
+        ),
+    )
+    with page.expect_request(re.compile("/queue/join")):
+        page.goto(hub)
+    inside = page.frame_locator("iframe")
+    open_slide_on(inside, served)
+    inside.locator(".item").first.wait_for()
+    inside.locator(".item img").first.wait_for()
+    assert inside.locator(".item img").first.evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
+    page.close()
+
+
+def slide_with_secrets(path: Path, served) -> tuple[str, ...]:
+    """An Aperio-like TIFF whose description and label hold what identifies a patient; returns what must not be seen.
+
+    Of the real slide, a copy with a patient in the place of the user's name; it comes with a label and a macro image.
+    """
+    import tifffile
+
+    if served.name == "real":
+        user = b"b414003d-95c6-48b0-9369-8010ed517ba7"
+        content = served.slide.read_bytes()
+        assert user in content
+        path.write_bytes(content.replace(user, " ".join(SECRETS).ljust(len(user)).encode()))
+        return (*SECRETS, "CPAPERIOCS", "12/29/09")
+
+    picture = phantom.render(phantom.phantom_map(3, 1024), 0, 0, 1024, 1024)
+    label = np.zeros((64, 64, 3), np.uint8)
+    patient = "|".join(f"{key} = {secret}" for key, secret in zip(("Patient", "Birth", "ID"), SECRETS))
+    words = f"Aperio Image Library\n1024x1024 |AppMag = 20|MPP = 0.5|{patient}"
+    settings = {"photometric": "rgb", "metadata": None}
+    with tifffile.TiffWriter(path) as file:
+        file.write(picture, tile=(256, 256), compression="jpeg", description=words, **settings)
+        file.write(picture[::8, ::8].copy(), description="Aperio Image Library thumbnail", **settings)
+        file.write(label, description=f"Aperio Image Library\nlabel {SECRETS[0]}", subfiletype=1, **settings)
+    return SECRETS
+
+
+def wait_until_gone(served, what: str, limit: float = 10) -> None:
+    """Until no uploaded slide is on the disk any more."""
+    folder, began = served.home / "tmp", time.time()
+    while time.time() < began + 2 * limit and list(folder.rglob("*.svs")):
+        time.sleep(0.2)
+    assert not list(folder.rglob("*.svs")), what
+    waited(served, what, time.time() - began, limit)
+
+
+def test_04_nothing_identifying_is_shown_sent_or_kept(browser, served, tmp_path):
+    path = tmp_path / f"{SECRETS[0]}_{SECRETS[2]}.svs"
+    secrets = slide_with_secrets(path, served)
+    page = new_page(browser)
+    bodies: list[str] = []
+    page.on("response", lambda r: bodies.append(r.text()) if "json" in r.headers.get("content-type", "") else None)
+    with page.expect_request(re.compile("/queue/join")):
+        page.goto(served.url)
+    page.set_input_files("#upload input[type=file], input[type=file] >> nth=0", str(path))
+    page.wait_for_selector(".item")
+    root = next((served.home / "tmp").glob("sparsewsi-*"))
+    assert len(list(root.rglob("*.svs"))) == 1, "the upload lies in one place"
+    page.fill("#question textarea", "Describe this slide.")
+    page.press("#question textarea", "Enter")
+    wait_until_weighed(page, 1)
+    texts = [page.content(), page.url, *bodies]
+    texts += [
+        download(page, name)
+        for name in ("report.html", "patches.geojson", "patches.csv", "selection.json", "log.jsonl")
+    ]
+    raw = page.evaluate("document.querySelector('.item img').src").split("patch/")[0]
+    assert all(
+        page.evaluate("u => fetch(u).then(r => r.status)", raw + name) == 404 for name in ("slide.svs", "label.jpg")
+    )
+    kept = page.locator(".item").first.evaluate("item => item.querySelector('img').src")
+    page.close()
+    wait_until_gone(served, "closing the tab to its files deleted")
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(kept)
+    texts += [served.out.read_text(), (served.home / "log.jsonl").read_text()]
+    for secret in secrets:
+        assert not [text[:200] for text in texts if secret in text], secret
+
+
+def test_a_page_with_a_login_shows_nothing_without_it(browser, tiny_model, cached_phantom, tmp_path):
+    cached = str(cached_phantom)
+    with running(tmp_path, tiny_model, "--auth", "reader:correct horse", SPARSEWSI_CACHE=cached) as (url, _):
+        page = new_page(browser)
+        page.goto(url)
+
+        def log_in(word: str) -> None:
+            page.locator("input").first.fill("reader")
+            page.locator("input[type=password]").fill(word)
+            page.get_by_role("button", name="Login").click()
+
+        log_in("wrong")
+        page.wait_for_selector(".creds")
+        SCREENSHOTS.mkdir(exist_ok=True)
+        page.screenshot(path=SCREENSHOTS / "login.png")
+        assert page.locator("#phantom").count() == 0
+        with page.expect_request(re.compile("/queue/join")):
+            log_in("correct horse")
+        page.click("#phantom")
+        page.wait_for_selector(".item")
+        assert page.locator("#path").count() == 0, "who may look in may not read the server's disk"
+        tile = page.locator(".item img").first.get_attribute("src").split("patch/")[0]
+        token = tile.rstrip("/").split("/")[-1]
+        assert len(token) >= 32, "192 random bits: a tile's address is its own key"
+        stranger = browser.new_context().request
+        assert stranger.get(url + "config").status == 401
+        guess = tile.replace(token, "A" * len(token))
+        assert stranger.get(guess + "0/0_0.jpg").status == 404
+        with pytest.raises(Exception, match=r"(?i)credentials|auth|401"):
+            pytest.importorskip("gradio_client").Client(url, verbose=False)
+        page.close()
+        stranger.dispose()

@@ -1,0 +1,479 @@
+"""The slide viewer: tiles by token, files from outside, and the component in a browser without a server.
+
+The browser tests are named by the requirement they show (1 to 15: evidence in one click, true magnification, ...).
+Tiles are served by the test itself there, and 10,000 patches are made up, so that only the component is measured.
+"""
+
+import io
+import json
+import re
+import stat
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sparsewsi.phantom import slide as phantom
+from sparsewsi.slides.slide import open_slide
+from sparsewsi.web import intake
+from sparsewsi.web.viewer import Slides, packed, slide_props, slide_viewer, viewer
+
+SIZE, SIDE, KEPT = (60_000, 45_000), 224, 32
+
+
+@pytest.fixture(scope="module")
+def slide_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("slides") / "phantom.tiff"
+    phantom.write_phantom(path, seed=3, size=1536)
+    return path
+
+
+# ---- tiles
+
+
+def pixels(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def test_tiles_of_every_level_put_together_are_the_slide(slide_path):
+    slides = Slides()
+    token = slides.add(slide_path, "me")
+    with open_slide(slide_path) as slide:
+        for level, side in ((0, 1536), (1, 768), (2, 384)):
+            count = -(-side // viewer.TILE)
+            rows = [
+                np.concatenate([pixels(slides.tile(token, level, column, row)) for column in range(count)], 1)
+                for row in range(count)
+            ]
+            whole = np.concatenate(rows)
+            assert whole.shape == (side, side, 3)
+            wanted = slide.read_scaled((0, 0), (side, side), 2**level)
+            assert np.abs(whole.astype(int) - wanted).mean() < 4, "JPEG at most"
+    for level, column, row in ((0, 3, 0), (0, 0, 3), (3, 0, 0), (30, 0, 0)):
+        with pytest.raises(KeyError):
+            slides.tile(token, level, column, row)
+
+
+def test_a_token_cannot_be_guessed_and_ends_with_its_session(slide_path):
+    slides = Slides()
+    tokens = [slides.add(slide_path, f"session {i}") for i in range(3)]
+    assert all(len(token) >= 32 for token in tokens)
+    assert len(set(tokens)) == 3
+    assert slides.tile(tokens[0], 0, 0, 0)
+    assert slides.forget("session 0") == [tokens[0]]
+    with pytest.raises(KeyError):
+        slides.tile(tokens[0], 0, 0, 0)
+    assert slides.tile(tokens[1], 0, 0, 0)
+    newer = slides.add(slide_path, "session 1")
+    with pytest.raises(KeyError):
+        slides.tile(tokens[1], 0, 0, 0)
+    assert slides.tile(newer, 0, 0, 0)
+
+
+def test_the_cache_and_the_open_slides_are_bounded(slide_path, monkeypatch):
+    monkeypatch.setattr(viewer, "MOST_OPEN", 2)
+    monkeypatch.setattr(viewer, "MOST_KNOWN", 4)
+    slides = Slides(cache_bytes=100_000)
+    tokens = [slides.add(slide_path, f"session {i}") for i in range(6)]
+    for token in tokens[2:]:
+        for column in range(3):
+            slides.tile(token, 0, column, 0)
+    assert sum(map(len, slides._tiles.values())) <= 100_000
+    assert sum(known.slide is not None for known in slides._known.values()) <= 2
+    assert list(slides._known) == tokens[2:], "the oldest were forgotten"
+
+
+def test_routes_answer_pictures_and_offered_files_and_nothing_else(slide_path, tmp_path):
+    from starlette.applications import Starlette
+    from starlette.testclient import TestClient
+
+    slides = Slides()
+    token = slides.add(slide_path, "me")
+
+    def make(name: str) -> Path:
+        (tmp_path / name).write_text("a,b")
+        return tmp_path / name
+
+    with TestClient(Starlette(routes=slides.routes())) as client:
+        base = f"/gradio_api/slide/{token}"
+        good = client.get(f"{base}/0/0_0.jpg")
+        assert good.status_code == 200
+        assert good.headers["content-type"] == "image/jpeg"
+        assert good.headers["x-content-type-options"] == "nosniff"
+        assert pixels(client.get(f"{base}/patch/100_200_224_112.jpg").content).shape == (112, 112, 3)
+        assert client.get(f"{base}/patches.csv").status_code == 404, "nothing was offered yet"
+        slides.offer(token, make)
+        assert client.get(f"{base}/patches.csv").text == "a,b"
+        others = ("slide.tiff", "../phantom.tiff", "0/9_0.jpg", "0/0_0.png", "patch/0_0_999999999_1.jpg", "x/0_0.jpg")
+        assert {client.get(f"{base}/{rest}").status_code for rest in others} == {404}
+        assert client.get("/gradio_api/slide/other/0/0_0.jpg").status_code == 404
+
+
+def test_the_component_survives_gradios_templates():
+    view = slide_viewer()
+    for text in (view.html_template, view.css_template):
+        assert not re.search(r"\\|`|\$\{|\{\{|\}\}", text.replace("}\n}", "}")), "Gradio would evaluate it"
+    outside = re.findall(r"https?://[^\s\"'`)]+|//cdn", f"{view.js_on_load}{view.html_template}{view.css_template}")
+    assert not outside, "no third-party file"
+
+
+# ---- files from outside
+
+
+def test_a_good_slide_is_let_in(slide_path):
+    intake.check(slide_path)
+
+
+def test_13_hostile_files_are_a_sentence(tmp_path):
+    import tifffile
+
+    junk, cut, empty = tmp_path / "junk.svs", tmp_path / "cut.tiff", tmp_path / "empty.svs"
+    junk.write_bytes(np.random.default_rng(0).bytes(10_000))
+    tifffile.imwrite(tmp_path / "whole.tiff", np.zeros((2048, 2048, 3), np.uint8), tile=(256, 256))
+    cut.write_bytes((tmp_path / "whole.tiff").read_bytes()[:5_000])
+    empty.touch()
+    for path in (junk, cut, empty, tmp_path / "not there.svs"):
+        with pytest.raises(ValueError, match=r"^[A-Z].*\.$") as caught:
+            intake.check(path)
+        assert str(tmp_path) not in str(caught.value)
+
+
+def test_13_a_slide_that_would_take_too_much_is_given_up(slide_path, monkeypatch):
+    monkeypatch.setattr(intake, "PATIENCE", 0.01)
+    with pytest.raises(ValueError, match="given up"):
+        intake.check(slide_path)
+
+
+def archive(path: Path, entries: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, data in entries.items():
+            file.writestr(name, data)
+    return path
+
+
+@pytest.mark.parametrize("name", ["../evil.svs", "/etc/evil", "a/../../evil", "C:/evil", "..\\evil"])
+def test_13_an_archive_that_leads_out_is_not_unpacked(name, tmp_path):
+    packed_file = archive(tmp_path / "a.zip", {"good.dcm": b"x", name: b"x"})
+    with pytest.raises(ValueError, match="leads out"):
+        intake.unpack(packed_file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_13_a_small_file_of_very_many_px_is_given_up_before_it_is_decoded(tmp_path):
+    from benchmarks.hostile import tiff_bomb
+
+    tiff_bomb(tmp_path / "bomb.tiff")
+    assert (tmp_path / "bomb.tiff").stat().st_size < 100_000
+    with pytest.raises(ValueError, match="20,000 x 20,000 px on its smallest level are no scan"):
+        intake.check(tmp_path / "bomb.tiff")
+
+
+def test_13_archives_with_links_bombs_or_damage_are_not_unpacked(tmp_path):
+    link = zipfile.ZipInfo("link")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "link.zip", "w") as file:
+        file.writestr(link, "/etc/passwd")
+    archive(tmp_path / "bomb.zip", {"zeros.dcm": bytes(200 << 20)})
+    (tmp_path / "bad.zip").write_bytes(b"PK\x03\x04" + bytes(100))
+    for name, words in (("link", "leads out"), ("bomb", "far more"), ("bad", "damaged")):
+        with pytest.raises(ValueError, match=words):
+            intake.unpack(tmp_path / f"{name}.zip", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_slide_comes_in_as_an_archive(tmp_path):
+    dicom = archive(tmp_path / "dicom.zip", {"case/1.dcm": b"a", "case/2.dcm": b"b"})
+    assert intake.unpack(dicom, tmp_path / "one").name == "case"
+    mirax = archive(tmp_path / "mirax.zip", {"s.mrxs": b"a", "s/Slidedat.ini": b"b"})
+    assert intake.unpack(mirax, tmp_path / "two").name == "s.mrxs"
+
+
+# ---- the component in a browser
+
+
+def made_up(n: int = 10_000, mpp: float | None = 0.25) -> SimpleNamespace:
+    """Props of a slide with n patches: scores fall from left to right, the map is a spiral."""
+    columns = SIZE[0] // SIDE
+    coords = np.array([(i % columns * SIDE, i // columns * SIDE) for i in range(n)])
+    scores = np.random.default_rng(0).normal(size=n).astype(np.float32)
+    order = np.argsort(-scores, kind="stable")
+    turn = np.linspace(0, 40, n)
+    xy = np.stack([turn * np.cos(turn), turn * np.sin(turn)], 1)
+    slide = {"token": "T", "size": SIZE, "tile": 512, "mpp": mpp, "name": "slide 1", "source": "phantom"}
+    return SimpleNamespace(
+        order=order,
+        xy=xy,
+        coords=coords,
+        props={
+            "slide": slide,
+            "bag": {"coords": packed(coords, np.int32), "scores": packed(scores, np.float32), "side": SIDE},
+            "kept": packed(np.sort(order[:KEPT]), np.int32),
+            "map": {"xy": packed(xy, np.float32), "rows": packed(np.arange(n), np.int32), "title": "UMAP"},
+            "evidence": {"indices": order[:KEPT].tolist(), "effects": np.linspace(-1, 1, KEPT).tolist()},
+        },
+    )
+
+
+PAGE = """<!doctype html><meta charset="utf-8"><style>#host {{ {css} }}</style><div id="host">{html}</div>
+<p><a id="cite" href="#patch-5">#5</a></p><script>
+const sent = [], watches = [], props = {{}};
+new Function("element", "trigger", "props", "server", "upload", "watch", {js})(
+  document.getElementById("host"), (name, data) => sent.push([name, data]), props, {{}}, null,
+  (name, callback) => watches.push([name, callback]));
+function set(given) {{
+  Object.assign(props, given);
+  for (const [name, callback] of watches) if (name in given) callback();
+}}
+const viewer = document.querySelector(".viewer");
+async function timed(act, done) {{
+  const start = performance.now();
+  act();
+  while (!done()) await new Promise(requestAnimationFrame);
+  await new Promise(requestAnimationFrame);
+  return performance.now() - start;
+}}
+</script>"""
+
+
+@pytest.fixture
+def open_viewer(browser) -> Iterator:
+    """A function that opens a page with the component alone, filled with props; tiles are grey."""
+    made = slide_viewer()
+    body = PAGE.format(css=made.css_template, html=made.html_template, js=json.dumps(made.js_on_load))
+    picture = io.BytesIO()
+    Image.new("RGB", (512, 512), (128, 128, 128)).save(picture, "JPEG")
+    grey = picture.getvalue()
+    contexts = []
+
+    def open_it(props: dict, address: str = "", width: int = 1000, height: int = 900, **settings):
+        context = browser.new_context(viewport={"width": width, "height": height}, **settings)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(60_000)
+        page.problems = []
+        page.asked = []
+        page.on("pageerror", lambda error: page.problems.append(str(error)))
+        page.on("request", lambda request: page.asked.append(request.url))
+        page.route("**/*.jpg", lambda route: route.fulfill(body=grey, content_type="image/jpeg"))
+        page.route(
+            "http://viewer.test/**",
+            lambda route: (
+                route.fallback() if ".jpg" in route.request.url else route.fulfill(body=body, content_type="text/html")
+            ),
+        )
+        page.goto(f"http://viewer.test/{address}")
+        page.evaluate("given => set(given)", props)
+        page.wait_for_function("viewer.dataset.waiting === '0'")
+        return page
+
+    yield open_it
+    for context in contexts:
+        for page in context.pages:
+            assert not page.problems
+        context.close()
+
+
+def state(page) -> dict[str, float | str]:
+    found = page.evaluate("({...viewer.dataset})")
+    return {key: float(value) if re.fullmatch(r"-?[\d.e+-]+", value) else value for key, value in found.items()}
+
+
+@pytest.mark.browser
+def test_01_a_citation_goes_to_its_patch_without_asking_the_server(open_viewer):
+    made = made_up()
+    page = open_viewer(made.props)
+    click = "timed(() => document.getElementById('cite').click(), () => viewer.dataset.current === '5')"
+    tries = []
+    for _ in range(3):  # the machine may be busy with something else
+        page.evaluate("viewer.dataset.current = ''")
+        tries.append(page.evaluate(click))
+    print(f"citation, ms: {tries}")
+    assert min(tries) < 500
+    seen = state(page)
+    x, y = made.coords[made.order[4]] + SIDE / 2
+    assert (seen["x"], seen["y"]) == (x, y)
+    assert page.locator('.item[aria-current="true"] b').inner_text() == "#5"
+    assert page.evaluate("sent") == []
+    assert all(address.endswith(".jpg") for address in page.asked[1:]), "tiles only"
+    assert page.url.startswith("http://viewer.test/"), "the link did not lead away"
+    assert "#" not in page.url
+
+
+@pytest.mark.browser
+def test_02_magnification_and_scale_bar_are_true(open_viewer):
+    page = open_viewer(made_up(mpp=0.2528).props)
+    page.focus(".slide")
+    for key, times in zip("123456", (1.25, 2.5, 5, 10, 20, 40)):
+        page.keyboard.press(key)
+        page.wait_for_function(f"Math.abs(viewer.dataset.scale - {times * 0.2528 / 10}) < 1e-9")
+        width = page.evaluate("document.querySelector('.scale i').getBoundingClientRect().width")
+        seen = state(page)
+        assert width / seen["scale"] * 0.2528 == pytest.approx(seen["bar"], rel=0.01)
+        assert page.inner_text(".mag").split("×")[0] == f"{times:g}"
+    page.get_by_role("button", name="5×", exact=True).click()
+    page.wait_for_function(f"Math.abs(viewer.dataset.scale - {5 * 0.2528 / 10}) < 1e-9")
+
+
+@pytest.mark.browser
+def test_02_without_a_resolution_there_is_no_scale(open_viewer):
+    page = open_viewer(made_up(mpp=None).props)
+    assert page.inner_text(".mag") == "scale unknown"
+    assert not page.locator(".scale").is_visible()
+    assert page.get_by_role("button", name="10×", exact=True).is_disabled()
+    page.focus(".slide")
+    before = state(page)["scale"]
+    page.keyboard.press("3")
+    page.keyboard.press("+")
+    page.wait_for_function(f"Math.abs(viewer.dataset.scale / {before} - 1.5) < 1e-6")
+
+
+@pytest.mark.browser
+def test_05_patches_are_read_one_after_the_other(open_viewer):
+    page = open_viewer(made_up().props)
+    page.focus(".slide")
+    for number in (1, 2, 3):
+        page.keyboard.press("n")
+        page.wait_for_function(f"viewer.dataset.current === '{number}'")
+    page.keyboard.press("a")
+    page.keyboard.press("p")
+    page.keyboard.press("d")
+    assert page.inner_text(".count") == "32 of 10,000 patches · 3 seen"
+    assert [text.strip() for text in page.locator(".item u").all_inner_texts()[:4]] == ["✓", "✓ −", "✓ +", ""]
+    page.keyboard.press("Enter")
+    assert page.locator(".card img").is_visible()
+    page.keyboard.press("Escape")
+    assert not page.locator(".card").is_visible()
+    page.select_option(".patches select", "evidence")
+    assert page.locator(".item b").first.inner_text() == f"#{KEPT}", "the order by evidence is another"
+    assert page.locator(".item em").first.inner_text() == "2.72×"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("n", [10_000, 50_000])
+def test_06_slide_map_and_strip_share_one_selection(n, open_viewer):
+    made = made_up(n)
+    page = open_viewer(made.props)
+    times = {}
+    times["strip"] = min(
+        page.evaluate(
+            f"timed(() => document.querySelectorAll('.item')[{i}].click(), () => viewer.dataset.current === '{i + 1}')"
+        )
+        for i in (4, 5, 6)
+    )
+    box = page.locator(".map").bounding_box()
+    low, high = made.xy.min(0), made.xy.max(0)
+    scale = min((box["width"] - 34) / (high - low)[0], (box["height"] - 34) / (high - low)[1])
+    at = (
+        (made.xy[made.order[2]] - (low + high) / 2) * scale * [1, -1] + [box["width"] / 2, box["height"] / 2]
+    ).tolist()
+    page.mouse.click(box["x"] + at[0], box["y"] + at[1])
+    page.wait_for_function("viewer.dataset.current !== '7'")
+    near = int(state(page)["current"]) - 1
+    gap = np.abs(made.xy[made.order[near]] - made.xy[made.order[2]]) * scale
+    assert gap.max() < 12, "the point under the pointer"
+    page.evaluate("document.getElementById('cite').click()")
+    page.wait_for_function("viewer.dataset.current === '5'")
+    stage = page.locator(".slide").bounding_box()
+    page.mouse.click(stage["x"] + stage["width"] / 2, stage["y"] + stage["height"] / 2)
+    assert state(page)["current"] == 5, "its patch is in the middle"
+    draw_lasso = """timed(() => {
+          const map = document.querySelector('.map'), box = map.getBoundingClientRect();
+          const send = (kind, x, y) => map.dispatchEvent(new PointerEvent(kind,
+            {clientX: box.left + x * box.width, clientY: box.top + y * box.height, pointerId: 1, bubbles: true}));
+          map.setPointerCapture = () => {};
+          send('pointerdown', .3, .3);
+          for (const [x, y] of [[.7, .3], [.7, .7], [.3, .7]]) send('pointermove', x, y);
+          send('pointerup', .3, .7);
+        }, () => !document.querySelector('.members').hidden)"""
+    tries = []
+    for _ in range(5):  # the machine may be busy with something else
+        page.evaluate("document.querySelector('[data-do=clear]').click()")
+        tries.append(page.evaluate(draw_lasso))
+    times["lasso"] = min(tries)
+    listed = page.inner_text(".members b")
+    assert re.match(r"[\d,]+ patches in the lasso, \d+ of them selected", listed)
+    print(f"{n} patches, ms: {times}")
+    assert max(times.values()) < (100 if n == 10_000 else 500)
+    page.click('[data-do="pin-all"]')
+    name, picks = page.evaluate("sent")[-1]
+    assert name == "picks"
+    assert len(picks["pinned"]) == int(listed.split()[0].replace(",", ""))
+
+
+@pytest.mark.browser
+def test_07_the_scores_of_all_patches_are_shown_with_a_colour_bar(open_viewer):
+    page = open_viewer(made_up().props)
+    colour = """(() => {
+      const canvas = document.querySelector(".slide"), view = viewer.dataset;
+      const at = [30_100 - view.x, 4_100 - view.y].map((v) => v * view.scale);
+      const middle = [canvas.width / 2 + at[0], canvas.height / 2 + at[1]].map(Math.round);
+      return canvas.getContext("2d").getImageData(...middle, 1, 1).data.join();
+    })()"""
+    before = page.evaluate(colour)
+    page.focus(".slide")
+    page.keyboard.press("h")
+    page.wait_for_selector(".colours:visible")
+    page.wait_for_function(f"{colour} !== '{before}'")
+    assert "percentile" in page.inner_text(".colours")
+    page.locator(".opacity input").fill("100")
+    assert "scores=1" in page.evaluate("new Promise(done => setTimeout(() => done(location.search), 1200))")
+
+
+@pytest.mark.browser
+def test_08_a_region_drawn_on_the_slide_names_its_patches(open_viewer):
+    page = open_viewer(made_up().props)
+    page.click('[data-do="region"]')
+    stage = page.locator(".slide").bounding_box()
+    page.mouse.move(stage["x"] + 450, stage["y"] + 80)
+    page.mouse.down()
+    page.mouse.move(stage["x"] + 520, stage["y"] + 140)
+    page.mouse.up()
+    assert "in the region" in page.inner_text(".members b")
+    page.locator(".list button").first.click()
+    page.click('[data-do="drop"]')
+    dropped = page.evaluate("sent")[-1][1]["dropped"]
+    assert len(dropped) == 1
+
+
+@pytest.mark.browser
+def test_12_an_address_restores_the_view(open_viewer):
+    page = open_viewer(made_up().props, "?slide=phantom&x=9000&y=8000&s=0.5&patch=4&scores=1")
+    seen = state(page)
+    assert (seen["x"], seen["y"], seen["scale"], seen["current"]) == (9000, 8000, 0.5, 4)
+    assert page.locator(".colours").is_visible()
+
+
+@pytest.mark.browser
+def test_14_everything_is_reached_by_keyboard_in_both_themes_and_on_a_telephone(open_viewer):
+    page = open_viewer(made_up().props, width=390, height=800, has_touch=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    reached = set()
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.className + (document.activeElement.dataset.do || '')"))
+    assert {"boxes", "heat", "region", "slide", "map"} <= reached
+    assert any(name.startswith("item") for name in reached)
+    outline = page.evaluate(
+        "(b => { b.focus(); return getComputedStyle(b).outlineStyle; })(document.querySelector('[data-do=boxes]'))"
+    )
+    assert outline == "solid"
+    page.tap(".item >> nth=1")
+    page.wait_for_function("viewer.dataset.current === '2'")
+
+
+@pytest.mark.browser
+def test_14_at_twice_the_size_nothing_is_lost(open_viewer):
+    page = open_viewer(made_up().props, width=640, height=450, device_scale_factor=2)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 640
+    assert page.locator(".slide").evaluate("canvas => canvas.width / canvas.clientWidth") == pytest.approx(2, rel=0.01)
+
+
+def test_slide_props_name_no_file(slide_path):
+    with open_slide(slide_path) as slide:
+        text = json.dumps(slide_props("token", slide))
+    assert "phantom.tiff" not in text
+    assert str(slide_path.parent) not in text

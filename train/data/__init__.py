@@ -1,0 +1,1 @@
+"""What is trained on and asked: question files, slides, mosaics."""

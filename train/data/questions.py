@@ -1,0 +1,413 @@
+"""Files of questions about slides, as benchmarks and training sets come, and whether they can be used as they are.
+
+    python -m train.data.questions check SlideBench-VQA-TCGA.csv --features features/ --model my-model
+
+A row becomes a Record or a BadRow with the reason; no row stops the others. Formats, told by what a row holds:
+
+- SlideBench CSV: Slide, Question, A, B, C, D, Answer (a letter), and Broad Category, Narrow Category or Task
+- SlideChat and WSI-Bench JSON: image (a name, or a list of names of slides that belong together) and conversations;
+  options inline, `A) ... B) ...`, or a line each, `A. ...`; each pair of turns is one question
+- WSI-VQA JSON: Id, Question, Choice (absent for open questions), Answer (a text)
+- ours, JSON or JSON lines: {"slide": name or list of names, "question": str, "options": [str, ...], "answer": the text
+  of one of them, "category": str}; without options the question is open
+"""
+
+import argparse
+import csv
+import io
+import json
+import re
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from tqdm import tqdm
+
+from sparsewsi.bags.bag import UNKNOWN_ENCODER
+from sparsewsi.model.config import SparseWSIConfig
+from train.data.packing import FeatureFolder, Question, Record, SlideVQADataset, slide_name
+
+YES_NO = ("Yes", "No")
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used. Row 0 is the file as a whole."""
+
+    file: str
+    row: int
+    reason: str
+    slide: str = ""  # where the reason is this slide's features
+
+    def __str__(self) -> str:
+        return f"{self.file}{f', row {self.row}' if self.row else ''}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A published set of closed questions."""
+
+    questions: int
+    what: str
+    published: tuple[tuple[str, float], ...] = ()  # accuracies in % that others state for it
+
+
+BENCHMARKS = {
+    "tcga-1473": Benchmark(
+        1473,
+        "SlideBench-VQA (TCGA) as the SparseLearn paper counts it",
+        (("SparseLearn (paper)", 73.32), ("GPT-4o", 57.91), ("LLaVA-Med", 42.00), ("random", 25.02)),
+    ),
+    "tcga-1494": Benchmark(1494, "SlideBench-VQA (TCGA) as first released", (("SlideChat (public weights)", 75.23),)),
+    "tcga-3176": Benchmark(3176, "SlideBench-VQA (TCGA) as released later", (("SlideChat (public weights)", 74.12),)),
+    "bcnb-7274": Benchmark(
+        7274,
+        "SlideBench-VQA (BCNB), 7 tasks on 1,058 slides",
+        (("SparseLearn (paper)", 56.89), ("SlideChat (paper)", 54.14), ("GPT-4o", 41.43), ("random", 24.40)),
+    ),
+    "wsivqa-79": Benchmark(
+        79,
+        "WSI-VQA*, probably these closed questions",
+        (("SparseLearn (paper)", 60.76), ("SlideChat (paper)", 60.18), ("GPT-4o", 30.41), ("random", 24.14)),
+    ),
+    "wsivqa-390": Benchmark(390, "the closed questions of WSI-VQA's test set"),
+    "wsi-bench": Benchmark(1336, "the closed questions of WSI-Bench's test files"),
+}
+
+
+# ---- reading
+
+
+def read(paths: Iterable[str | Path]) -> tuple[list[Record], list[BadRow]]:
+    """The records of files of questions, and the rows that are none; a folder stands for the files in it."""
+    records: list[Record] = []
+    bad: list[BadRow] = []
+    for path in map(Path, paths):
+        files = [path]
+        if path.is_dir():
+            files = sorted(file for file in path.iterdir() if file.suffix.lower() in (".csv", ".json", ".jsonl"))
+            if not files:
+                bad.append(BadRow(path.name, 0, "the folder holds no .csv, .json or .jsonl file."))
+        for file in files:
+            number = 0
+            try:
+                for number, row in enumerate(_rows(file), 1):
+                    try:
+                        records += _records(row, file, number)
+                    except ValueError as error:
+                        bad.append(BadRow(file.name, number, str(error)))
+            except (OSError, ValueError, csv.Error) as error:
+                number = 1  # a file that cannot be read may hold rows: "no row" would be a second, wrong reason
+                reason = "is no text in UTF-8" if isinstance(error, UnicodeError) else f"cannot be read ({error})"
+                bad.append(BadRow(file.name, 0, f"the file {reason}."))
+            if not number:
+                bad.append(BadRow(file.name, 0, "the file holds no row."))
+    return records, bad
+
+
+def repeated(records: Sequence[Record]) -> Iterator[BadRow]:
+    """A row of the report for each question that stands in the files again, as it would count again."""
+    first: dict[tuple, Record] = {}
+    for record in records:
+        question = record.question
+        before = first.setdefault((record.slides, question.question, question.options), record)
+        if before is not record:
+            where = f"row {before.row}" if before.file == record.file else f"{before.file}, row {before.row}"
+            yield BadRow(record.file, record.row, f"the same question about the same slide as {where}.")
+
+
+def _rows(path: Path) -> Iterator[Any]:
+    """The rows of a CSV, of a JSON list or of JSON lines; a line that is no JSON is handed on as its text."""
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix.lower() == ".csv":
+        yield from csv.DictReader(io.StringIO(text, newline=""))
+    elif text.lstrip().startswith("["):
+        yield from json.loads(text)
+    elif (whole := _object(text)) is not None:
+        lists = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        if len(lists) == 1:  # {"data": [...]}
+            yield from lists[0]
+        else:
+            yield whole
+    else:
+        for line in filter(str.strip, text.split("\n")):  # splitlines would also split at a U+2028 inside a string
+            try:
+                yield json.loads(line)
+            except ValueError:
+                yield line
+
+
+def _object(text: str) -> dict | None:
+    """What the text is if it is one JSON object, not one a line."""
+    try:
+        whole = json.loads(text)
+    except ValueError:
+        return None
+    return whole if isinstance(whole, dict) and not {"conversations", "question", "Question"} & set(whole) else None
+
+
+def _records(row: Any, file: Path, number: int) -> list[Record]:
+    """The records of one row. Raises ValueError with the reason why it is none."""
+    if not isinstance(row, dict):
+        raise ValueError(f"the row is no JSON object but {str(row)[:40]!r}.")
+    detail = ""
+    if "conversations" in row:
+        slides, asked = _slides(row.get("image")), _conversation(row["conversations"], _category(file))
+    elif {"Slide", "Question", "A", "B", "Answer"} <= set(row):
+        options = tuple(_text(row.get(letter)) for letter in "ABCD")
+        category = _text(row.get("Broad Category") or row.get("Task"))
+        slides, detail = _slides(row["Slide"]), _text(row.get("Narrow Category"))
+        asked = [_question(row["Question"], options, row["Answer"], category, lettered=True)]
+    elif {"Id", "Question", "Answer"} <= set(row):
+        options = _options(row.get("Choice"))
+        slides = _slides(row["Id"])
+        asked = [_question(row["Question"], options, row["Answer"], "closed" if options else "open")]
+    elif {"slide", "question", "answer"} <= set(row):
+        options = _options(row.get("options"))
+        slides = _slides(row["slide"])
+        asked = [_question(row["question"], options, row["answer"], _text(row.get("category")))]
+    else:
+        keys = ", ".join(str(key) for key in row)
+        hint = " The columns are to be set off by commas, not semicolons." if ";" in keys and len(row) == 1 else ""
+        raise ValueError(f"the row has the keys {keys}, which no known format has (README lists them).{hint}")
+    return [Record(slides, question, file.name, number, detail) for question in asked]
+
+
+def _text(value: Any) -> str:
+    """A cell as text; what is no text and no number is none."""
+    return str(value).strip() if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
+
+
+def _slides(value: Any) -> tuple[str, ...]:
+    """Names of slides without folder and endings."""
+    names = [slide_name(_text(item)) for item in (value if isinstance(value, list) else [value])]
+    if not names or not all(names):
+        raise ValueError("the row names no slide.")
+    return tuple(names)
+
+
+def _category(file: Path) -> str:
+    """WSI-Bench tells the category by the name of the file: Staging_choice_test.json."""
+    return re.sub(r"(_TF_question|_choice)?(_test|_train|_val)?$", "", file.stem).replace("_", " ")
+
+
+def _options(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise ValueError(f"the options must be a list, got {str(value)[:40]!r}.")
+    return tuple(_text(option) for option in value)
+
+
+def _conversation(turns: Any, category: str) -> list[Question]:
+    """Pairs of turns as questions; each is asked by itself, without the pairs before it."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError("`conversations` must be a list of turns.")
+    speakers = [turn.get("from") for turn in turns]
+    if not turns or speakers != ["human", "gpt"] * (len(turns) // 2):
+        raise ValueError(f"the turns must be human, gpt, human, gpt, ...; got {', '.join(map(str, speakers))}.")
+    questions = []
+    for asked, answered in zip(turns[::2], turns[1::2]):
+        text, options = split_options(_text(asked.get("value")).replace("<image>", "").strip())
+        answer = _text(answered.get("value"))
+        lettered = re.search(r"\bA[.)]\s.*\bB[.)]\s", text, re.DOTALL) and re.match(r"[A-Z][.)]?(\s|$)", answer)
+        if lettered and not options:
+            raise ValueError("the options cannot be told apart: write each on a line of its own, or as A) ... B) ...")
+        if not options and same_text(answer) in map(same_text, YES_NO):
+            options = YES_NO
+        questions.append(_question(text, options, answer, category, lettered=True))
+    return questions
+
+
+def split_options(text: str) -> tuple[str, tuple[str, ...]]:
+    """A question with its options inline -> the question and the options; no options where there are none.
+
+    Options are marked `A)` after a space, or `A.` at the start of a line, in the order of the alphabet from A; a letter
+    out of order belongs to the text it stands in.
+    """
+    for marker in (r"(?<!\S)([A-Z])\)", r"^\s*([A-Z])\."):
+        marks: list[re.Match[str]] = []
+        for mark in re.finditer(marker, text, re.MULTILINE):
+            if mark[1] == ascii_uppercase[len(marks)]:
+                marks.append(mark)
+        if len(marks) >= 2:
+            ends = [*(mark.start() for mark in marks[1:]), len(text)]
+            options = tuple(text[mark.end() : end].strip() for mark, end in zip(marks, ends))
+            return text[: marks[0].start()].strip(), options
+    return text, ()
+
+
+def _question(question: Any, options: tuple[str, ...], answer: Any, category: str, lettered: bool = False) -> Question:
+    """A checked question, its answer in words. Empty options keep their letters; those at the end are dropped.
+
+    lettered: the answer is the letter of an option, alone or before its text; else the text of an option.
+    """
+    text, answer = _text(question), _text(answer)
+    while options and not options[-1]:
+        options = options[:-1]
+    if not text:
+        raise ValueError("the question is empty.")
+    if not answer:
+        raise ValueError("the answer is empty.")
+    real = [same_text(option) for option in options if option]
+    if options and len(real) < 2:
+        raise ValueError("only one option is not empty.")
+    twice = [option for option, count in Counter(real).items() if count > 1]
+    if twice:
+        raise ValueError(f"two options are the same text, {twice[0]!r}.")
+    if not options:
+        return Question(text, answer, (), category)
+    found = _chosen(answer, options, lettered)
+    if found is None:
+        raise ValueError(f"the answer {answer[:60]!r} is not among the options {' | '.join(options)[:200]!r}.")
+    return Question(text, found, options, category)
+
+
+def _chosen(answer: str, options: tuple[str, ...], lettered: bool) -> str | None:
+    """The option a stated answer means."""
+    if lettered and (mark := re.fullmatch(r"\(?([A-Z])\)?[.):]?(?:\s+(.+))?", answer, re.DOTALL)):
+        number = ascii_uppercase.index(mark[1])
+        option = options[number] if number < len(options) else ""
+        if option and (mark[2] is None or same_text(mark[2]) == same_text(option)):
+            return option
+    return next((option for option in options if option and same_text(option) == same_text(answer)), None)
+
+
+def same_text(text: str) -> str:
+    """What two texts have in common that differ only in case, spaces and a full stop at the end."""
+    return " ".join(text.split()).casefold().rstrip(".").rstrip()
+
+
+def closed_questions(benchmark: str, data: Sequence[Path]) -> tuple[list[Record], list[BadRow], list[str]]:
+    """The questions of a benchmark's files that have options, rows that cannot be asked, and what is to be said."""
+    records, bad = read(data)
+    closed = [record for record in records if record.question.options]
+    notes = [f"Cannot be asked: {problem}" for problem in bad]
+    twice = len(list(repeated(closed)))
+    if twice:
+        notes.append(f"{twice} questions stand in the files more than once and count as often.")
+    if len(closed) < len(records):
+        notes.append(f"{len(records) - len(closed)} open questions are not asked: there is nothing to count.")
+    if not closed:
+        raise ValueError(f"{', '.join(map(str, data))} holds no question with options. {' '.join(notes[:3])}")
+    known = BENCHMARKS.get(benchmark)
+    if known and len(closed) + len(bad) != known.questions:
+        notes.append(f"{benchmark} has {known.questions:,} questions; these files have {len(closed) + len(bad):,}.")
+    if known and known.published:
+        stated = ", ".join(f"{name} {accuracy:.2f} %" for name, accuracy in known.published)
+        notes.append(f"{known.what}; stated by others: {stated}.")
+    return closed, bad, notes
+
+
+# ---- checking
+
+
+def without_features(records: Sequence[Record], features: FeatureFolder) -> Iterator[BadRow]:
+    """A row of the report for each slide whose feature file is missing or cannot be told, at its first question."""
+    count = Counter(slide for record in records for slide in dict.fromkeys(record.slides))
+    seen: set[str] = set()
+    for record in records:
+        for slide in record.slides:
+            if slide not in seen:
+                seen.add(slide)
+                try:
+                    found, reason = features.find(slide), f"slide {slide} has no feature file"
+                except ValueError as error:
+                    found, reason = [], str(error)
+                if not found:
+                    yield BadRow(record.file, record.row, f"{reason} ({count[slide]} questions).", slide)
+
+
+def broken_features(
+    records: Sequence[Record], features: FeatureFolder, encoder: str | None = None, dim: int | None = None
+) -> Iterator[BadRow]:
+    """A row of the report for each feature file that is broken, empty, or of another encoder or dimension.
+
+    encoder, dim: what is wanted; where not given, what most files hold. Every file is read as a whole, because one that
+    a killed job left behind looks right until its end.
+    """
+    first = {record.slides: record for record in reversed(records)}
+    held: list[tuple[Record, str, int]] = []  # encoder and dimension of what could be read
+    for slides, record in tqdm(first.items(), desc="feature files", disable=None):
+        try:
+            if not all(features.find(slide) for slide in slides):
+                continue  # without_features reports it
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # unknown positions do not matter here
+                bag = features.load(slides)
+            if not len(bag.features):
+                raise ValueError("there are no patches in its feature file")
+            held.append((record, bag.encoder, bag.features.shape[1]))
+        except ValueError as error:
+            yield BadRow(record.file, record.row, f"slide {', '.join(slides)}: {error}")
+    stated = Counter(name for _, name, _ in held if name != UNKNOWN_ENCODER)
+    encoder = encoder or next((name for name, _ in stated.most_common(1)), UNKNOWN_ENCODER)
+    dim = dim or next((size for size, _ in Counter(size for *_, size in held).most_common(1)), None)
+    for record, name, size in held:
+        if size != dim or name not in (encoder, UNKNOWN_ENCODER):
+            reason = f"has features of {name}, dimension {size}; wanted: {encoder}, dimension {dim}."
+            yield BadRow(record.file, record.row, f"slide {', '.join(record.slides)} {reason}")
+
+
+# ---- training
+
+
+def training_set(
+    data: Sequence[str | Path],
+    features: str | Path,
+    seed: int,
+    questions_per_bag: int,
+    progress: Callable[[str], object] = print,
+) -> SlideVQADataset:
+    """The questions of files about slides that have features, to train on; says what it leaves out."""
+    folder = FeatureFolder(features)
+    records, problems = read(data)
+    problems += without_features(records, folder)
+    lost = {problem.slide for problem in problems if problem.slide}
+    usable = [record for record in records if lost.isdisjoint(record.slides)]
+    if problems:
+        progress("\n".join(map(str, problems[:5])))
+        progress(
+            f"{len(problems):,} problems; {len(usable):,} questions are left. `train.data.questions check` lists all."
+        )
+    return SlideVQADataset(usable, folder, seed, questions_per_bag)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["check"])
+    parser.add_argument("data", nargs="+", type=Path, help="files of questions, or folders of such files")
+    parser.add_argument("--features", type=Path, help="folder with the slides' feature files")
+    parser.add_argument("--model", type=Path, help="model folder: features must be of its encoder and dimension")
+    parser.add_argument("--names-only", action="store_true", help="look for feature files without reading them")
+    arguments = parser.parse_args()
+    records, problems = read(arguments.data)
+    problems += repeated(records)
+    if arguments.features:
+        try:
+            features = FeatureFolder(arguments.features)
+            config = SparseWSIConfig.load(arguments.model) if arguments.model else None
+        except ValueError as error:
+            parser.exit(2, f"error: {error}\n")
+        problems += without_features(records, features)
+        if not arguments.names_only:
+            encoder, dim = (config.encoder, config.feature_dim) if config else (None, None)
+            problems += broken_features(records, features, encoder, dim)
+    for problem in problems:
+        print(problem)
+    closed = sum(bool(record.question.options) for record in records)
+    slides = len({slide for record in records for slide in record.slides})
+    print(
+        f"{len(records):,} questions can be asked ({closed:,} with options, {len(records) - closed:,} open) about "
+        f"{slides:,} slides; {len(problems):,} problems."
+    )
+    sys.exit(2 if problems or not records else 0)
+
+
+if __name__ == "__main__":
+    main()

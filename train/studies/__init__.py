@@ -1,0 +1,1 @@
+"""Measurements that use the recipe; the recipe knows none of them."""

@@ -1,0 +1,115 @@
+"""Whether a selector finds the foci, without a language model: how hard are mosaics, and what is a scorer blind to?
+
+    python -m train.studies.foci --model assets/demo-model --bank runs/real.safetensors --out runs/foci
+
+Three kinds of slides, all of the bank's test split:
+
+    as trained      the mosaics of train/evaluate.py: one source a tissue, so that its patches recur many times
+    each patch once patches of all sources, none twice before all were taken: more that differs without being a focus
+    new background  the same, with regions of every tissue of the test split that is neither asked about nor background
+
+Kinds found: of the kinds of the planted foci, the share of which at least one patch is kept; recall: of their patches
+(of K, where there are more). Intervals are 95 % percentiles of a bootstrap over mosaics. N patches, K kept.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from sparsewsi.model.sparse_wsi import SparseWSI
+from train.command import run_command, write_whole
+from train.data.mosaic import (
+    Bank,
+    bag_of,
+    draw,
+    lay_out,
+    load_bank,
+    mosaic_size,
+    other_kinds,
+    plan,
+    with_other_tissue,
+)
+from train.studies.grid import interval
+
+SLIDES = ("as trained", "each patch once", "new background")
+REGION = (10, 60)  # patches of a region of new background
+
+
+def draw_once(bank: Bank, kinds: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Rows (N,) of the bank for a layout (N,), of all sources; none twice before all of its kind were taken."""
+    rows = np.empty(len(kinds), np.int64)
+    for kind in np.unique(kinds):
+        pool, want = bank.rows(str(kind)), int((kinds == kind).sum())
+        rows[kinds == kind] = np.concatenate([rng.permutation(pool) for _ in range(-(-want // len(pool)))])[:want]
+    return rows
+
+
+def found_in(
+    model: SparseWSI, bank: Bank, slides: str, number: int, n: int, ks: list[int], selectors: list[str], seed: int
+) -> tuple[dict[str, tuple[float, float]], int]:
+    """(kinds found, recall) of every "selector@K" on one mosaic, and how many of its patches differ."""
+    rng = np.random.default_rng((seed, number))
+    facts = plan(bank.origin, "present", rng)
+    kinds = lay_out(facts, n, (4, 12), rng)
+    if slides == "new background":
+        kinds = with_other_tissue(bank.origin, kinds, other_kinds(bank), REGION, rng)
+    rows = draw(kinds, bank.kinds, bank.sources, rng) if slides == "as trained" else draw_once(bank, kinds, rng)
+    bag = bag_of(bank, rows)
+    focus = np.isin(kinds, facts.present)  # (N,)
+    found = {}
+    for selector in selectors:
+        for k in ks:
+            kept = model.select(bag, k, selector, seed=seed).indices.numpy()
+            share = len(set(kinds[kept]) & set(facts.present)) / len(facts.present)
+            found[f"{selector}@{k}"] = (share, float(focus[kept].sum() / min(k, focus.sum())))
+    return found, len(np.unique(rows))
+
+
+def markdown(table: list[dict]) -> str:
+    """Rows as a Markdown table."""
+    lines = [
+        "| slides | different patches, median | selector | K | kinds found | recall | mosaics |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in table:
+        shares = ["{:.0f} % ({:.0f} to {:.0f})".format(*(100 * v for v in row[name])) for name in ("kinds", "recall")]
+        head = f"{row['slides']} | {row['different']:.0f} of {row['n']:,} | {row['selector']} | {row['k']}"
+        lines.append(f"| {head} | {' | '.join(shares)} | {row['mosaics']} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("assets/demo-model"))
+    parser.add_argument("--bank", type=Path, required=True, help="feature bank of python -m train.data.mosaic bank")
+    parser.add_argument("--n", type=mosaic_size, default=1024, help="patches of a mosaic")
+    parser.add_argument("--k", type=int, nargs="+", default=[32, 8], help="patches kept")
+    parser.add_argument("--selectors", nargs="+", default=["learned", "farthest", "redundancy", "random"])
+    parser.add_argument("--mosaics", type=int, default=60, help="of each kind of slides")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="folder for foci.json and foci.md")
+    given = parser.parse_args()
+    model, bank, table = SparseWSI.from_pretrained(given.model), load_bank(given.bank, "test"), []
+    for slides in SLIDES:
+        if slides == "new background" and not other_kinds(bank):
+            continue
+        numbers = tqdm(range(given.mosaics), desc=slides, unit="mosaics")
+        made = [found_in(model, bank, slides, i, given.n, given.k, given.selectors, given.seed) for i in numbers]
+        different = float(np.median([count for _, count in made]))
+        for name in made[0][0]:
+            selector, k = name.split("@")
+            kinds, recall = (interval(np.array([[found[name][i] for found, _ in made]])) for i in range(2))
+            row = {"slides": slides, "different": different, "n": given.n, "selector": selector, "k": int(k)}
+            table.append(row | {"kinds": kinds, "recall": recall, "mosaics": given.mosaics})
+    given.out.mkdir(parents=True, exist_ok=True)
+    settings = {name: str(value) for name, value in vars(given).items()}
+    write_whole(given.out / "foci.json", json.dumps({"settings": settings, "rows": table}, indent=2) + "\n")
+    write_whole(given.out / "foci.md", markdown(table) + "\n")
+    print(markdown(table))
+
+
+if __name__ == "__main__":
+    run_command(main)
