@@ -8,8 +8,8 @@ A mosaic is a slide put together from labelled patches: contiguous regions of ba
     python -m train.data.mosaic slides --tiles ../shared/data/tiles --slides 4 --n 4096 --out mosaics
 
 `--tiles` is split by slide, as train/data/mosaic_split.json says. `--classes` takes any folder that has a folder of
-images for each class, as Kather 2016 and NCT-CRC-HE-100K do. From which slide or patient an image is, is not known there: it
-is split by file, so that patches of one patient lie in train and test alike, and accuracies come out too high.
+images for each class, as Kather 2016 and NCT-CRC-HE-100K do. From which slide or patient an image is, is not known
+there: it is split by file, so that patches of one patient lie in train and test alike: accuracies come out too high.
 
 `slides` writes mosaics as pyramidal TIFF slides with <slide>.mosaic.json beside each and one questions.jsonl, which
 sparsewsi.cohort.extract, train.data.questions and train.evaluate take as they take real slides and questions.

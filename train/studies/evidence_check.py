@@ -1,6 +1,6 @@
 """Is the evidence right? On mosaics it is known which patches show what was asked.
 
-    python -m train.studies.evidence_check --model assets/demo-model --bank runs/b.safetensors --questions 200 --out runs/ev
+    python -m train.studies.evidence_check --model assets/demo-model --bank runs/b.safetensors --out runs/ev
 
 Questions are those of train.evaluate about a tissue that is there: "which of these is present", and "does it contain X"
 where it does. Two things are counted: how often the patch with the most evidence for the model's answer is a needle of

@@ -1,0 +1,153 @@
+"""Files: written whole or not at all, named by their content, kept in one cache folder; JSON lines that survive a kill.
+
+The lowest room of the house: nothing of ours is imported here.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def cache_folder() -> Path:
+    """Where fetched weights and example slides are kept: $SPARSEWSI_CACHE, default ~/.cache/sparsewsi."""
+    return Path(os.environ.get("SPARSEWSI_CACHE") or "~/.cache/sparsewsi").expanduser()
+
+
+# ---- written whole or not at all
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary file in the same folder, renamed to `path` once what was written there is on disk.
+
+    A process killed on the way leaves `path` as it was (absent, or the old file). The temporary name is short, so that
+    a name the file system can hold can also be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _beside(path)
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode  # safetensors writes files that only their owner may read
+        yield partial
+        partial.chmod(mode)
+        _fsync(partial)
+        os.replace(partial, path)
+        if os.name == "posix":  # the rename itself is on disk only when the folder is
+            _fsync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place at the end; an error leaves `path` as it was."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new, old = _beside(path), _beside(path)
+    try:
+        new.mkdir()
+        yield new
+        if path.exists():
+            path.rename(old)
+        try:
+            new.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+    finally:
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file: whoever reads it finds the old content or the new, never a part."""
+    with replacing(path) as partial:
+        partial.write_bytes(data)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """write_bytes of the text in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
+    """write_text of JSON. A number that JSON cannot state (NaN, infinity) is written as null."""
+    write_text(path, json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _beside(path: Path) -> Path:
+    return path.parent / f".{uuid.uuid4().hex}.partial"
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---- named by their content
+
+
+def digest(path: str | Path) -> str:
+    """sha256 of a file's content, hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_all(paths: Iterable[str | Path]) -> str:
+    """sha256 over the names and contents of files, and of the files in folders (not below), in the order of names."""
+    total = hashlib.sha256()
+    for path in map(Path, paths):
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            if file.is_file():
+                total.update(f"{file.name} {digest(file)}\n".encode())
+    return total.hexdigest()
+
+
+# ---- JSON lines
+
+
+def append_line(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Add a record to a file of JSON lines, after a line that a killed process left torn has been ended.
+
+    What ends a line for some readers (U+2028, lone surrogates) is escaped.
+    """
+    line = json.dumps(_plain(record), ensure_ascii=True, allow_nan=False) + "\n"
+    with Path(path).open("ab+") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else "\n" + line
+        file.write(line.encode())
+
+
+def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The records of a file of JSON lines; none if there is no file. Lines torn by a kill are passed over."""
+    if not Path(path).is_file():
+        return
+    with Path(path).open(encoding="utf-8", errors="replace", newline="\n") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                yield record

@@ -1,0 +1,76 @@
+"""Files are written whole, JSON lines survive a kill, the cache folder is where the user says."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from sparsewsi import files
+
+
+def test_a_file_is_replaced_whole_or_left_as_it_was(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    files.write_text(target, "old")
+
+    def fail() -> None:
+        with files.replacing(target) as partial:
+            partial.write_text("ne")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        fail()
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("name", ["S" * 255, "病" * 85, "a.json"])
+def test_a_name_that_the_file_system_can_hold_can_be_written(tmp_path: Path, name: str) -> None:
+    files.write_bytes(tmp_path / name, b"1")
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_folder_takes_the_place_of_the_old_one_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    for text in ("first", "second"):
+        with files.replacing_folder(target) as new:
+            (new / "x").write_text(text)
+
+    def fail() -> None:
+        with files.replacing_folder(target) as new:
+            (new / "x").write_text("third")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        fail()
+    assert (target / "x").read_text() == "second"
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_lines_after_a_torn_one_are_read(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    files.append_line(log, {"a": 1})
+    with log.open("ab") as file:
+        file.write(b'{"a": 2, "b')
+    files.append_line(log, {"a": "\u2028\ud800", "b": float("nan")})
+    assert list(files.read_lines(log)) == [{"a": 1}, {"a": "\u2028\ud800", "b": None}]
+    assert log.read_bytes().count(b"\n") == 3
+    assert list(files.read_lines(tmp_path / "none")) == []
+
+
+def test_json_holds_no_number_that_json_cannot_state(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "a.json", {"x": [float("inf"), 1.5], "y": (float("nan"),)})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": [None, 1.5], "y": [None]}
+
+
+def test_the_cache_folder_expands_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSEWSI_CACHE", "~/somewhere")
+    assert files.cache_folder() == Path.home() / "somewhere"
+
+
+def test_a_digest_changes_with_content_and_name(tmp_path: Path) -> None:
+    one, two = tmp_path / "1", tmp_path / "2"
+    one.write_bytes(b"x")
+    two.write_bytes(b"x")
+    assert files.digest(one) == files.digest(two)
+    assert files.digest_all([one]) != files.digest_all([two])
