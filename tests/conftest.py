@@ -1,20 +1,22 @@
 """Fixtures shared by all tests: real data if they are there, tiny models, a browser."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real slides, tiles and questions that are not part of the project; skips where they are missing."""
-    if not SHARED.is_dir():
-        pytest.skip("the development data (../shared/data) are not on this machine")
-    return SHARED
+    """Real slides, tiles and questions that are not part of the project: `data` in the folder $SPARSEWSI_SHARED."""
+    shared = os.environ.get("SPARSEWSI_SHARED")
+    if not shared:
+        pytest.skip("SPARSEWSI_SHARED names no folder of real slides")
+    folder = Path(shared) / "data"
+    assert folder.is_dir(), f"SPARSEWSI_SHARED is {shared}, which holds no folder data"
+    return folder
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -1,8 +1,6 @@
 """The app: what it imports, how it is served, what its handlers promise. What it is like to use: test_browser.py."""
 
-import ast
 import dataclasses
-import functools
 import hashlib
 import html
 import http.server
@@ -37,100 +35,7 @@ from sparsewsi.web import chat, intake
 ROOT = Path(__file__).resolve().parents[2]
 
 
-# ---- what imports what
-
-# Higher may import lower or equal, never the other way (design.md, "Layers").
-LEVELS = {
-    "app": 6,
-    "sparsewsi.__main__": 6,
-    **dict.fromkeys(("train.run", "train.evaluate", "sparsewsi.cohort.extract"), 6),
-    **dict.fromkeys(("train.checkpoint", "train.data.packing", "train.data.mosaic"), 5),
-    **dict.fromkeys(("train.data.questions", "train.eval.scoring"), 5),
-    "train.sharding": 2,
-    "train.command": 1,
-    **dict.fromkeys(("sparsewsi.model.sparse_wsi", "sparsewsi.web.viewer", "sparsewsi.web.viewer.viewer"), 4),
-    **dict.fromkeys(("sparsewsi.report.case", "sparsewsi.web.chat"), 4),
-    **dict.fromkeys(
-        ("sparsewsi.report.evidence", "sparsewsi.report.export", "sparsewsi.model.novelty", "sparsewsi.report.plots"), 3
-    ),
-    "sparsewsi.bags.bag": 2,
-    "sparsewsi.slides.tiff": 0,
-}
-
-
-def imports_of(path: Path) -> set[str]:
-    """Modules a file imports anywhere in it, also inside functions; not those under `if TYPE_CHECKING`."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = []
-    found: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name} imports relatively"
-            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
-
-
-def modules() -> dict[str, Path]:
-    """Our modules by name, without tests and benchmarks."""
-    files = [ROOT / "app.py", *(ROOT / "sparsewsi").rglob("*.py"), *(ROOT / "train").rglob("*.py")]
-    names = {file: ".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files}
-    return {name.removesuffix(".__init__"): file for file, name in names.items()}
-
-
-@functools.cache
-def graph() -> dict[str, set[str]]:
-    known = modules()
-    return {name: {i for i in imports_of(file) if i in known and i != "sparsewsi"} for name, file in known.items()}
-
-
-def test_what_is_released_never_imports_train():
-    for name, wanted in graph().items():
-        if not name.startswith("train"):
-            assert not [other for other in wanted if other.split(".")[0] == "train"], name
-
-
-def test_only_slide_py_knows_openslide():
-    users = {name for name, file in modules().items() if any(i.split(".")[0] == "openslide" for i in imports_of(file))}
-    assert users == {"sparsewsi.slides.slide"}
-
-
-def test_imports_only_point_down():
-    def level(name: str) -> int:
-        default = 6 if name.startswith("train") and name not in ("train.sparselearn", "train.config") else 1
-        return LEVELS.get(name, default)
-
-    for name, wanted in graph().items():
-        for other in wanted - {"train"}:
-            assert level(other) <= level(name), f"{name} imports {other}"
-
-
-def test_imports_have_no_circles():
-    known, done = graph(), set()
-
-    def visit(name: str, path: tuple[str, ...]) -> None:
-        assert name not in path, " -> ".join((*path, name))
-        if name not in done:
-            for other in known[name]:
-                visit(other, (*path, name))
-            done.add(name)
-
-    for name in known:
-        visit(name, ())
-
-
-def test_importing_the_app_loads_neither_train_nor_the_model():
-    code = (
-        "import sys, app\n"
-        "assert not [name for name in sys.modules if name.split('.')[0] == 'train']\n"
-        "assert 'umap' not in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
-        "assert app._load.cache_info().currsize == 0\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+# ---- how it is served
 
 
 @pytest.mark.skipif(find_spec("mcp") is not None, reason="what MCP needs is installed")
@@ -138,9 +43,6 @@ def test_tools_that_cannot_be_served_are_not_left_out_silently() -> None:
     done = subprocess.run([sys.executable, "app.py", "--mcp"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.strip() == "--mcp needs the packages of an extra of Gradio: pip install 'gradio[mcp]'."
-
-
-# ---- how it is served
 
 
 def test_it_is_served_to_this_machine_and_keeps_no_record():
