@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from gradio.events import api
 
+from sparsewsi import phantom
 from sparsewsi.bags.bag import Bag, extract_bag, load_bag, save_bag
 from sparsewsi.bags.encoders import PatchEncoder, load_encoder
 from sparsewsi.model import novelty
@@ -39,7 +40,6 @@ from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.prompt import format_question
 from sparsewsi.model.selector import SELECTORS
 from sparsewsi.model.sparse_wsi import Selection, SparseWSI
-from sparsewsi.phantom import slide as phantom
 from sparsewsi.report import export, plots
 from sparsewsi.report.case import QUESTIONS, Case, choose, measure, planted, questions_for, truth_of, write_file
 from sparsewsi.slides.slide import open_slide

@@ -25,7 +25,7 @@ import numpy as np
 import psutil
 
 from benchmarks.tables import Table, markdown
-from sparsewsi.phantom.slide import write_phantom
+from sparsewsi.phantom import write_phantom
 
 ROOT = Path(__file__).resolve().parents[1]
 PHANTOMS = ((1, 1024), (2, 1024), (3, 1280), (4, 1536), (5, 2048))  # seed, side in px

@@ -31,7 +31,7 @@ import psutil
 from gradio_client import Client, handle_file
 
 from benchmarks.sessions import QUESTION, Page
-from sparsewsi.phantom import slide as phantom
+from sparsewsi import phantom
 
 ROOT = Path(__file__).resolve().parents[1]
 PAUSE = 3  # s between two questions of the second session

@@ -208,7 +208,7 @@ def replay(record: Record, model: SparseWSI, bag: Bag) -> Selection:
 
 def phantom() -> Path:
     """The bundled example, generated when it is first asked for."""
-    from sparsewsi.phantom.slide import example_slide
+    from sparsewsi.phantom import example_slide
 
     if sys.stderr.isatty():
         print("Opening the phantom; it is generated on first use, which takes a little while.", file=sys.stderr)

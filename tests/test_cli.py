@@ -14,7 +14,7 @@ from PIL import Image
 from sparsewsi.__main__ import main
 from sparsewsi.bags.bag import extract_bag, save_bag
 from sparsewsi.model.sparse_wsi import SparseWSI
-from sparsewsi.phantom.slide import write_phantom
+from sparsewsi.phantom import write_phantom
 
 FILES = {"report.html", "overlay.png", "umap.png", "patches.csv", "patches.geojson", "selection.json"}
 ASK = ["--question", "Which tissue is this?", "--option", "fat", "--option", "liver"]

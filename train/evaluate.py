@@ -361,7 +361,7 @@ def phantom_items(
     Families come in random order. There are fewer facts than questions: a slide is asked some of them again, with the
     options in another order or with others.
     """
-    from sparsewsi.phantom.slide import load_truth, write_phantom
+    from sparsewsi.phantom import load_truth, write_phantom
 
     folder.mkdir(parents=True, exist_ok=True)
     for seed in seeds:

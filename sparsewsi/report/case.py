@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from sparsewsi import phantom
 from sparsewsi.bags.bag import Bag
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.selector import SELECTORS, hard_topk
 from sparsewsi.model.sparse_wsi import Selection, SparseWSI
-from sparsewsi.phantom import slide as phantom
 from sparsewsi.report import evidence, export, plots
 from sparsewsi.slides.slide import open_slide
 

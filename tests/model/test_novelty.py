@@ -106,7 +106,7 @@ def test_phantoms_pass_and_noise_and_blur_do_not():
     from PIL import Image, ImageFilter
 
     from sparsewsi.bags.encoders import load_encoder
-    from sparsewsi.phantom.slide import patches
+    from sparsewsi.phantom import patches
 
     encoder = load_encoder("efficientnet-lite0")
     kinds = ("stroma_fibrous", "carcinoma", "lymphoid")

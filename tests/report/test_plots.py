@@ -9,7 +9,7 @@ import torch
 from sparsewsi.bags.bag import Bag
 from sparsewsi.model.selector import hard_topk
 from sparsewsi.model.sparse_wsi import Selection
-from sparsewsi.phantom.slide import write_phantom
+from sparsewsi.phantom import write_phantom
 from sparsewsi.report import plots
 from sparsewsi.slides.slide import open_slide
 

@@ -23,10 +23,10 @@ import torch
 from PIL import Image
 
 import app
+from sparsewsi import phantom
 from sparsewsi.bags.bag import Bag
 from sparsewsi.model.prompt import format_question
 from sparsewsi.model.sparse_wsi import Selection, SparseWSI
-from sparsewsi.phantom import slide as phantom
 from sparsewsi.report import case, export
 from sparsewsi.report.case import Case
 from sparsewsi.report.export import Answer

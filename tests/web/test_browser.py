@@ -26,8 +26,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from sparsewsi import phantom
 from sparsewsi.model.llm import embedded_folder
-from sparsewsi.phantom import slide as phantom
 from sparsewsi.report import case
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparsewsi.phantom import slide as phantom
+from sparsewsi import phantom
 from sparsewsi.slides.slide import open_slide
 from sparsewsi.web import intake
 from sparsewsi.web.viewer import Slides, packed, slide_props, slide_viewer, viewer

@@ -34,8 +34,8 @@ from PIL import Image, ImageFilter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from sparsewsi import phantom
 from sparsewsi.bags.bag import Bag
-from sparsewsi.phantom import slide as phantom
 from train.command import run_command, write_whole
 from train.data.packing import Example, Question
 

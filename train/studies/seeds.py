@@ -62,7 +62,7 @@ def table(results: Path, seeds: Sequence[int]) -> str:
 
 def different_questions(slides: int) -> tuple[int, int]:
     """(questions, different ones) that train.evaluate asks of the first so many test phantoms."""
-    from sparsewsi.phantom.slide import ground_truth
+    from sparsewsi.phantom import ground_truth
 
     asked = []
     for seed in phantom_seeds("test", slides):
