@@ -51,10 +51,8 @@ def test_a_version_always_gives_the_same_phantoms():
     ]
     pixels = render(slide, 1_216, 704, 320, 320).reshape(4, 80, 4, 80, 3).mean((1, 3))
     assert pixels.mean((0, 1)) == pytest.approx([193.53, 143.92, 191.19], abs=0.02)
-    assert pixels.mean(-1).round(1).ravel().tolist() == pytest.approx(
-        [175.0, 170.8, 175.2, 183.1, 173.3, 180.4, 184.2, 177.0, 176.7, 179.5, 171.3, 168.6, 177.9, 177.0, 174.0, 175.6],
-        abs=0.11,
-    )
+    grey = [175.0, 170.8, 175.2, 183.1, 173.3, 180.4, 184.2, 177.0, 176.7, 179.5, 171.3, 168.6, 177.9, 177.0, 174.0, 175.6]
+    assert pixels.mean(-1).ravel() == pytest.approx(grey, abs=0.06)
 
 
 @pytest.mark.parametrize(("seed", "mpp"), [(10, 0.5), (4, 0.5), (7, 0.25), (9, 1.0)])
