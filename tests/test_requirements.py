@@ -1,4 +1,4 @@
-"""requirements.txt is the base install of pyproject.toml with exact pins."""
+"""What is installed: requirements.txt pins what pyproject.toml asks for, and a wheel holds the whole package."""
 
 import tomllib
 from pathlib import Path
@@ -26,3 +26,18 @@ def test_the_base_install_stays_free_of_what_it_must_not_need() -> None:
     text = (ROOT / "requirements.txt").read_text().lower()
     for unwanted in ("torchvision", "timm", "opencv"):
         assert unwanted not in text
+
+
+def test_the_wheel_holds_every_room_and_the_demonstration_model() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    moved = settings["package-dir"]
+    rooms = {folder: ".".join(folder.relative_to(ROOT).parts) for folder in (ROOT / "sparsewsi").rglob("*")}
+    wanted = {"sparsewsi", *(name for folder, name in rooms.items() if list(folder.glob("*.py")))}
+    (name,) = moved
+    model = ROOT / moved[name]
+    wanted |= {".".join([name, *folder.relative_to(model).parts]) for folder in [model, *model.rglob("*/")]}
+    assert set(settings["packages"]) == wanted
+    patterns = settings["package-data"]["*"]
+    for folder in (ROOT / "sparsewsi", model):
+        for file in (file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts):
+            assert file.suffix in (".py", ".pyc") or any(file.match(pattern) for pattern in patterns), file
