@@ -10,14 +10,36 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 
 def cache_folder() -> Path:
     """Where fetched weights and example slides are kept: $SPARSEWSI_CACHE, default ~/.cache/sparsewsi."""
     return Path(os.environ.get("SPARSEWSI_CACHE") or "~/.cache/sparsewsi").expanduser()
+
+
+def as_path(text: str | Path) -> Path:
+    """The path that is meant: pasted with quotes or as a file:// URL, with spaces around it or `~`.
+
+    What exists just as it is written is taken as it is.
+    """
+    if isinstance(text, Path):
+        return text
+    with suppress(OSError, ValueError):
+        if Path(text).exists():
+            return Path(text)
+    text = text.strip()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
+        text = text[1:-1]
+    if text.lower().startswith("file:"):
+        parts = urlsplit(text)
+        if parts.netloc in ("", "localhost"):
+            text = url2pathname(parts.path)
+    return Path(text).expanduser() if text.startswith("~") else Path(text)
 
 
 # ---- written whole or not at all

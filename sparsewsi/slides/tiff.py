@@ -1,7 +1,8 @@
 """Tiled TIFF and SVS read tile by tile with tifffile and imagecodecs: the same px as OpenSlide's, several times faster.
 
 OpenSlide paints every tile onto a canvas and hands it over as premultiplied ARGB; where a level is a plain grid of JPEG
-or JPEG 2000 tiles none of that is needed. slide.py compares a few tiles with OpenSlide's before it trusts this module.
+or JPEG 2000 tiles none of that is needed. sources.py compares a few tiles with OpenSlide's before it trusts this
+module, and asks OpenSlide about every tile that is found damaged here.
 Frames: level px throughout; sizes and places are (w, h) and (x, y).
 """
 
@@ -19,8 +20,18 @@ import tifffile
 # Tiles that neighbouring patches share: a row of them on a slide 100,000 px wide is 77 MB.
 CACHE_BYTES = 128 << 20
 COMPRESSIONS = (7, 33003, 33005, 34712)  # JPEG; Aperio's and the TIFF number of JPEG 2000
-END = b"\xff\xd9"  # of a JPEG and of a JPEG 2000 codestream; both make sure that it occurs nowhere else
-PADDING = 16  # bytes that a writer may have left behind the end
+END = b"\xff\xd9"  # of a JPEG and of a JPEG 2000 codestream; their coded data never hold it, their headers may
+
+
+class EndsEarly(ValueError):
+    """A tile without an end.
+
+    tile: its number; box: (x0, y0, x1, y1) of it within the level, level px; filled: its data end in a run of one byte
+    """
+
+    def __init__(self, tile: int, box: tuple[int, int, int, int], filled: bool):
+        super().__init__("A tile ends early.")
+        self.tile, self.box, self.filled = tile, box, filled
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,7 @@ class TiffTiles:
         return self._grids[level].tile
 
     def read(self, level: int, xy: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-        """uint8 (h, w, 3), white beyond the level. Raises ValueError for a tile that ends early, or as decoders do."""
+        """uint8 (h, w, 3), white beyond the level. Raises EndsEarly for a tile without an end, or as decoders do."""
         grid = self._grids[level]
         (x, y), (width, height), (tile_w, tile_h) = xy, size, grid.tile
         left, top = max(0, x), max(0, y)
@@ -97,8 +108,11 @@ class TiffTiles:
         grid = self._grids[level]
         length = int(grid.lengths[number])
         data = os.pread(self._file, length, int(grid.offsets[number]))
-        if len(data) < length:
-            raise ValueError("The file ends within a tile.")
+        if len(data) < length or not has_end(data):  # decoders fill up what is missing with grey and say nothing
+            (width, height), columns = grid.tile, -(-grid.size[0] // grid.tile[0])
+            x, y = number % columns * width, number // columns * height
+            box = (x, y, min(x + width, grid.size[0]), min(y + height, grid.size[1]))
+            raise EndsEarly(number, box, len(set(data[-16:])) <= 1)
         tile = grid.decode(data, number)
         if keep:
             with self._lock:
@@ -108,6 +122,26 @@ class TiffTiles:
                 while self._bytes > CACHE_BYTES:
                     self._bytes -= self._tiles.popitem(last=False)[1].nbytes
         return tile
+
+
+def has_end(data: bytes) -> bool:
+    """Does a JPEG or JPEG 2000 codestream end within data? What a writer left behind the end does not count.
+
+    Headers are stepped over, as an EXIF thumbnail has an end of its own.
+    """
+    if data.startswith(b"\xff\xd8"):
+        at = 2
+        while data[at : at + 1] == b"\xff":
+            marker = data[at + 1] if at + 1 < len(data) else 0
+            if marker == 0xFF:  # fill bytes may stand before a marker
+                at += 1
+                continue
+            at += 2 + int.from_bytes(data[at + 2 : at + 4])
+            if marker == 0xDA:  # start of scan
+                break
+        return data.find(END, at) >= 0
+    # JPEG 2000, with or without boxes around it: the data of its first part follow the marker SOD.
+    return data.find(END, max(0, data.find(b"\xff\x93"))) >= 0
 
 
 def _grid(page: Any, size: tuple[int, int]) -> _Grid:
@@ -127,9 +161,6 @@ def _grid(page: Any, size: tuple[int, int]) -> _Grid:
         tables = {"jpegtables": page.jpegtables}
 
     def decoded(data: bytes, number: int) -> np.ndarray:
-        # Decoders fill up what is missing with grey and say nothing.
-        if len(data) - data.find(END) > PADDING:
-            raise ValueError("A tile ends early.")
         pixels = decode(data, number, **tables)[0]
         if pixels is None or pixels.shape[1:] != shape:
             raise ValueError("A tile has not the size that the TIFF states.")

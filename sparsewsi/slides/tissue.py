@@ -22,7 +22,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from sparsewsi.slides.slide import Slide, SlideError
+from sparsewsi.slides.refusals import SlideError
+from sparsewsi.slides.slide import Slide
 
 MASK_MPP = 8.0  # um per mask px
 CELL_UM = 32.0  # side of a cell

@@ -9,7 +9,8 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from sparsewsi.slides import tissue as tissue_module
-from sparsewsi.slides.slide import SlideError, open_slide
+from sparsewsi.slides.refusals import SlideError
+from sparsewsi.slides.slide import open_slide
 from sparsewsi.slides.tissue import patch_coords, patch_side, tissue_mask, why_empty
 
 MPP = 2.0  # um per px of the painted slides
