@@ -35,20 +35,22 @@ from gradio.events import api
 from sparsewsi import phantom
 from sparsewsi.bags.bag import Bag, extract_bag, load_bag, save_bag
 from sparsewsi.bags.encoders import PatchEncoder, load_encoder
-from sparsewsi.model import novelty
-from sparsewsi.model.config import SparseWSIConfig
+from sparsewsi.model.config import DEFAULT_MODEL, SparseWSIConfig, name_model
 from sparsewsi.model.prompt import format_question
+from sparsewsi.model.selection import Selection
 from sparsewsi.model.selector import SELECTORS
-from sparsewsi.model.sparse_wsi import Selection, SparseWSI
-from sparsewsi.report import export, plots
-from sparsewsi.report.case import QUESTIONS, Case, choose, measure, planted, questions_for, truth_of, write_file
+from sparsewsi.model.sparse_wsi import SparseWSI
+from sparsewsi.report import umap
+from sparsewsi.report.answer import Answer, name_llm, word_notice
+from sparsewsi.report.case import Case, open_case
+from sparsewsi.report.phantom import QUESTIONS, choose_questions, describe_truth, find_truth
+from sparsewsi.report.qupath import read_regions
 from sparsewsi.slides.slide import open_slide
 from sparsewsi.web import intake
 from sparsewsi.web.chat import about, back_to_question, inert, read_turn, said, side_by_side, text_of, turns_of
 from sparsewsi.web.turns import Turns
 from sparsewsi.web.viewer import PAGE_CSS, Slides, bag_props, map_props, packed, slide_props, slide_viewer, theme
 
-DEFAULT_MODEL = Path(__file__).resolve().parent / "assets" / "demo-model"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 FEWEST, MOST = 8, 256  # patches of a what-if
 CASES = 16  # analysed slides kept for callers of the API; the oldest is forgotten first
@@ -66,8 +68,15 @@ BROKEN_OFF = "The answer broke off here; ask again."
 WEIGHING = "_Weighing the evidence: the answer is scored again without each of the patches …_"
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shown(Case):
+    """A case on a page. token: name of its slide for the browser."""
+
+    token: str = ""
+
+
 _slides = Slides()
-_cases: dict[str, Case] = {}  # by token, for the API
+_cases: dict[str, Shown] = {}  # by token, for the API
 _openings: dict[str, object] = {}  # by session: the slide that was asked for last
 _turns = Turns()
 
@@ -101,7 +110,7 @@ def warm_up() -> None:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"The model could not be loaded yet: {error}", file=sys.stderr)
     few = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
-    plots.umap_coords(few, Selection(torch.arange(4), few[:, 0].clone(), few[:4], len(few)))
+    umap.map_features(few, Selection(torch.arange(4), few[:, 0].clone(), few[:4], len(few)))
 
 
 def gpu(function: Callable) -> Callable:
@@ -164,14 +173,15 @@ def read_bag(path: str, slide_mpp: float | None, progress: Callable[..., Any]) -
 
 
 @gpu
-def analyse(token: str, path: str, slide_mpp: float | None, progress: Callable[..., Any]) -> Case:
+def analyse(token: str, path: str, slide_mpp: float | None, progress: Callable[..., Any]) -> Shown:
     """Slide -> bag -> selection, saying what it is doing."""
     with sentences():
         progress(None, desc="Loading the model")
         model = loaded()[0]
         bag = read_bag(path, slide_mpp, progress)
         progress(1, desc="Selecting patches")
-        return Case(token, path, slide_mpp, bag, model.select(bag))
+        case = open_case(model, bag, path, slide_mpp=slide_mpp)
+        return Shown(**{field.name: getattr(case, field.name) for field in dataclasses.fields(case)}, token=token)
 
 
 # ---- words
@@ -199,32 +209,25 @@ def sentences() -> Iterator[None]:
 
 def short_name() -> str:
     """The model's name for people, never a path."""
-    return Path(model_name()).resolve().name if Path(model_name()).is_dir() else model_name()
+    return name_model(model_name())
 
 
 def notice() -> str:
     """The sentence under every answer."""
     with_config = SparseWSIConfig.load(model_name()) if Path(model_name()).is_dir() else loaded()[0].config
-    return export.notice(with_config)
+    return word_notice(with_config)
 
 
-def facts(case: Case | None) -> str:
+def facts(case: Shown | None) -> str:
     """The lines that always say what the page shows, and what to doubt in it."""
     if case is not None:
-        summary = export.summary(case.bag, case.selection, loaded()[0].config, short_name())
-        doubted = " ".join([*filter(None, [case.bag.note]), *doubts(case)])
-        return inert(summary) + (f"\n\n⚠ {inert(doubted)}" if doubted else "")
+        doubted = " ".join([*filter(None, [case.bag.note]), *case.doubts])
+        return inert(case.summary) + (f"\n\n⚠ {inert(doubted)}" if doubted else "")
     if not Path(model_name()).is_dir():
         return f"No slide open · model {inert(short_name())}"
     config = SparseWSIConfig.load(model_name())
-    model = f"model {short_name()} ({export.llm_name(config)})"
+    model = f"model {short_name()} ({name_llm(config)})"
     return inert(f"No slide open · {model} · encoder {config.encoder} · keeps {config.num_tokens} patches")
-
-
-def doubts(case: Case) -> list[str]:
-    """What a reader of this case should know before believing it, gravest first; the bag's own note is another."""
-    model = loaded()[0]
-    return novelty.warnings_about(case.bag, case.selection, model.trained_on, model.config.mpp)
 
 
 def read_mpp(text: str) -> float | None:
@@ -237,22 +240,15 @@ def read_mpp(text: str) -> float | None:
         raise ValueError(f"The scan resolution is a number of µm/px such as 0.25, got {text.strip()!r}.") from None
 
 
-def make_file(case: Case, answers: dict[int, export.Answer], session: str | None, name: str) -> Path:
+def make_file(case: Shown, answers: dict[int, Answer], session: str | None, name: str) -> Path:
     """Write one of FILES to the session's folder, now that somebody asks for it."""
     path = intake.private_folder(session, "-files") / name
     path.parent.mkdir(mode=0o700, exist_ok=True)
     if name == "log.jsonl":
         path.touch()
     else:
-        run: dict[str, Any] = {"model": short_name(), "weights_sha256": weights(), "answers": list(answers.values())}
-        write_file(name, path, case, loaded()[0].config, warnings=doubts(case), **run)
+        case.write(path.parent, list(answers.values()), [name])
     return path
-
-
-@functools.cache
-def weights() -> str | None:
-    """Digest of the served model's weights."""
-    return export.weights_digest(model_name())
 
 
 # ---- handlers
@@ -347,9 +343,9 @@ def look(token: str, path: str, resolution: str, progress: gr.Progress = gr.Prog
         case = analyse(token, path, read_mpp(resolution), progress)
         if not _slides.holds(token):  # another one was opened meanwhile
             return (gr.skip(),) * 10
-        truth = truth_of(path)
-        secret = planted(truth, case.bag, case.selection)
-    asked = questions_for(truth)
+        truth = find_truth(path)
+        secret = describe_truth(truth, case.bag, case.selection)
+    asked = choose_questions(truth)
     samples = gr.Dataset(samples=[[text] for text, _ in asked], sample_labels=[text for text, _ in asked])
     view = gr.HTML(**bag_props(case.bag, case.selection), files=FILES)
     config = loaded()[0].config
@@ -358,15 +354,15 @@ def look(token: str, path: str, resolution: str, progress: gr.Progress = gr.Prog
     return case, view, facts(case), opened, secret, samples, asked, "", k, alone
 
 
-def draw_map(case: Case | None) -> Any:
+def draw_map(case: Shown | None) -> Any:
     if case is None:
         return gr.skip()
     with sentences():
-        props = map_props(plots.umap_coords(case.bag.features, case.selection))
+        props = map_props(umap.map_features(case.bag.features, case.selection))
     return gr.HTML(map=props) if _slides.holds(case.token) else gr.skip()
 
 
-def offer(case: Case | None, answers: dict[int, export.Answer], request: gr.Request) -> None:
+def offer(case: Shown | None, answers: dict[int, Answer], request: gr.Request) -> None:
     """From now on the downloads hold these answers."""
     if case is not None:
         _slides.offer(case.token, functools.partial(make_file, case, answers, request.session_hash))
@@ -377,7 +373,7 @@ def take_example(index: int, asked: list) -> tuple[str, str]:
     return text, "\n".join(options)
 
 
-def add_turn(question: str, options: str, case: Case | None, chat: list, request: gr.Request) -> tuple:
+def add_turn(question: str, options: str, case: Shown | None, chat: list, request: gr.Request) -> tuple:
     """Put the question into the chat and give the box back empty, with a Stop button while the answer comes."""
     if case is None:
         raise gr.Error("Open a slide first; the question stays in the box.", print_exception=False)
@@ -401,12 +397,12 @@ def idle() -> Any:
     return gr.Textbox(submit_btn=True, stop_btn=False)
 
 
-def what(case: Case, chat: list) -> tuple:
+def what(case: Shown, chat: list) -> tuple:
     """The last question, as it comes back from the page."""
     return case.token, len(chat), " ".join(text_of(chat[-1]).split())
 
 
-def begin(case: Case, chat: list, request: gr.Request, **changes: Any) -> Any:
+def begin(case: Shown, chat: list, request: gr.Request, **changes: Any) -> Any:
     """An answer is coming: the question box, with a Stop button."""
     _turns.begin(str(request.session_hash), what(case, chat))
     return gr.Textbox(submit_btn=False, stop_btn="Stop", **changes)
@@ -440,13 +436,13 @@ def drop(request: gr.Request) -> Any:
 
 
 @gpu
-def words(case: Case, chat: list) -> Iterator[str]:
+def words(case: Shown, chat: list) -> Iterator[str]:
     """The answer to the last question, in pieces."""
-    yield from loaded()[0].answer(case.selection, *asked_in(chat))
+    yield from case.answer(loaded()[0], *asked_in(chat))
 
 
 @gpu
-def weighed(case: Case, chat: list, text: str, session: str) -> export.Answer:
+def weighed(case: Shown, chat: list, text: str, session: str) -> Answer:
     """What the answer to the last question rests on. Raises Halted."""
     turn = _turns.get(session)
 
@@ -454,13 +450,14 @@ def weighed(case: Case, chat: list, text: str, session: str) -> export.Answer:
         if not _turns.wanted(session, turn):
             raise Halted
 
-    return measure(loaded()[0], case.selection, *asked_in(chat), text, look)
+    turns, options = asked_in(chat)
+    return case.measure(loaded()[0], turns, text, options, progress=look)
 
 
 NOTHING = (gr.skip(),) * 4  # new in chat, answers, view and question box
 
 
-def reply(case: Case | None, chat: list, answers: dict[int, export.Answer], request: gr.Request) -> Iterator[tuple]:
+def reply(case: Shown | None, chat: list, answers: dict[int, Answer], request: gr.Request) -> Iterator[tuple]:
     """Stream the answer to the last question, then what it rests on, until Stop is pressed."""
     session, text, lines = str(request.session_hash), "", [STOPPED]
     failure, without = None, BROKEN_OFF
@@ -502,21 +499,21 @@ def reply(case: Case | None, chat: list, answers: dict[int, export.Answer], requ
         raise failure
 
 
-def evidence_props(selection: Selection, answer: export.Answer) -> dict[str, Any] | None:
+def evidence_props(selection: Selection, answer: Answer) -> dict[str, Any] | None:
     indices = selection.indices.tolist()
     return {"indices": indices, "effects": [round(effect, 4) for effect in answer.effects]} if answer.effects else None
 
 
-def last_evidence(case: Case | None, chat: list, answers: dict[int, export.Answer]) -> Any:
+def last_evidence(case: Shown | None, chat: list, answers: dict[int, Answer]) -> Any:
     """The viewer shows the evidence of the answer that the chat ends with, never that of another one."""
     answer = answers.get(len(chat) - 1)
     return gr.HTML(evidence=evidence_props(case.selection, answer) if case and answer else None)
 
 
-def log_answer(case: Case, chat: list, answers: dict[int, export.Answer], request: gr.Request) -> None:
+def log_answer(case: Shown, chat: list, answers: dict[int, Answer], request: gr.Request) -> None:
     """Write down the answer that the chat ends with; one that was stopped with its words alone."""
     question, options = read_turn(text_of(chat[-2]))
-    answer = answers.get(len(chat) - 1, export.Answer(question, text_of(chat[-1]), tuple(options)))
+    answer = answers.get(len(chat) - 1, Answer(question, text_of(chat[-1]), tuple(options)))
     record(request.session_hash, event="ask", slide=case.bag.slide, **dataclasses.asdict(answer))
 
 
@@ -524,14 +521,14 @@ def log_views(event: gr.EventData, request: gr.Request) -> None:
     record(request.session_hash, event="look", views=event._data["views"][:200])
 
 
-def retry(case: Case, chat: list, request: gr.Request) -> tuple[list, Any]:
+def retry(case: Shown, chat: list, request: gr.Request) -> tuple[list, Any]:
     """Ask the last question again."""
     alone(chat, request)
     asked = back_to_question(chat)
     return asked, begin(case, asked, request)
 
 
-def undo(chat: list, answers: dict[int, export.Answer], request: gr.Request) -> tuple[list, dict, str, str]:
+def undo(chat: list, answers: dict[int, Answer], request: gr.Request) -> tuple[list, dict, str, str]:
     """Take back the last question; its words return to the boxes."""
     alone(chat, request)
     kept = back_to_question(chat)
@@ -545,7 +542,7 @@ def clear(request: gr.Request) -> tuple[dict, Any]:
     return {}, drop(request)
 
 
-def edit(case: Case, chat: list, change: gr.EditData, request: gr.Request) -> tuple[list, Any]:
+def edit(case: Shown, chat: list, change: gr.EditData, request: gr.Request) -> tuple[list, Any]:
     """Ask an edited question in place of the old one and of what came after it."""
     alone(chat, request)
     place = change.index[0] if isinstance(change.index, (list, tuple)) else change.index
@@ -553,7 +550,7 @@ def edit(case: Case, chat: list, change: gr.EditData, request: gr.Request) -> tu
     return asked, begin(case, asked, request)
 
 
-def take_picks(event: gr.EventData, case: Case) -> tuple[dict[str, list[int]], str]:
+def take_picks(event: gr.EventData, case: Shown) -> tuple[dict[str, list[int]], str]:
     """Which patches were pinned and dropped in the viewer, kept and in words."""
     total = len(case.bag.coords)
     picks = {key: [i for i in event._data[key] if 0 <= int(i) < total][:4096] for key in ("pinned", "dropped")}
@@ -561,9 +558,9 @@ def take_picks(event: gr.EventData, case: Case) -> tuple[dict[str, list[int]], s
 
 
 def ask_again(
-    case: Case | None,
+    case: Shown | None,
     chat: list,
-    answers: dict[int, export.Answer],
+    answers: dict[int, Answer],
     k: int,
     selector: str,
     picks: dict[str, list[int]],
@@ -580,7 +577,7 @@ def ask_again(
 
 @gpu
 def what_if(
-    case: Case | None, chat: list, answers: dict[int, export.Answer], k: int, selector: str, picks: dict[str, list[int]]
+    case: Shown | None, chat: list, answers: dict[int, Answer], k: int, selector: str, picks: dict[str, list[int]]
 ) -> Iterator[tuple[Any, Any]]:
     """The steps of ask_again."""
     with sentences():
@@ -589,7 +586,8 @@ def what_if(
         first = answers.get(len(chat) - 1)
         before = (f"{len(case.selection.indices)} patches, learned", text_of(chat[-1]))
         left = (*before, about(first, case.selection) if first else [])
-        selection = choose(loaded()[0], case, int(k), selector, **picks)
+        other = case.choose(loaded()[0], int(k), selector, **picks)
+        selection = other.selection
         title = f"What if: {len(selection.indices)} patches, {selector}"
         title += "".join(f", {len(picks[key])} {key}" for key in ("pinned", "dropped") if picks[key])
         turns, options = asked_in(chat)
@@ -598,26 +596,26 @@ def what_if(
             gr.HTML(kept=packed(selection.indices, np.int32), evidence=None),
         )
         text = ""
-        for piece in loaded()[0].answer(selection, turns, options):
+        for piece in other.answer(loaded()[0], turns, options):
             text += piece
             yield side_by_side([left, (title, text, [])], notice()), gr.skip()
-        answer = measure(loaded()[0], selection, turns, options, text)
+        answer = other.measure(loaded()[0], turns, text, options)
         right = (title, answer.text or "(no answer)", about(answer, selection))
         yield side_by_side([left, right], notice()), gr.HTML(evidence=evidence_props(selection, answer))
 
 
-def own_patches(case: Case | None) -> tuple[str, Any]:
+def own_patches(case: Shown | None) -> tuple[str, Any]:
     """Back from a what-if to what the model selected."""
     return "", gr.HTML(kept=packed(case.selection.indices, np.int32), evidence=None) if case else gr.skip()
 
 
-def import_regions(file: str, case: Case | None) -> Any:
+def import_regions(file: str, case: Shown | None) -> Any:
     """Regions drawn in QuPath: the patches in them, listed and marked."""
     with sentences():
         try:
             if case is None:
                 raise ValueError("Open a slide first: the regions must be of that slide.")
-            found = export.read_regions(file, case.bag)
+            found = read_regions(file, case.bag)
         finally:
             Path(file).unlink(missing_ok=True)
     return gr.HTML(members={"indices": found.tolist(), "where": "imported regions", "nonce": uuid.uuid4().hex})
@@ -626,7 +624,7 @@ def import_regions(file: str, case: Case | None) -> Any:
 # ---- the API: what gradio_client and MCP see
 
 
-def case_of(token: str) -> Case:
+def case_of(token: str) -> Shown:
     if token not in _cases:
         raise ValueError(
             "This case is not known, or no longer. Call analyze first; a case lives as long as its session."
@@ -661,10 +659,10 @@ def analyze(request: gr.Request, slide: str = "phantom", file: gr.FileData | Non
         "num_patches": case.selection.num_patches,
         "indices": kept.tolist(),
         "coords": case.bag.coords[kept].tolist(),
-        "ranks": export.ranks(case.selection).tolist(),
+        "ranks": case.selection.ranks.tolist(),
         "scores": case.selection.scores[kept].tolist(),
-        "summary": export.summary(case.bag, case.selection, loaded()[0].config, short_name()),
-        "doubts": doubts(case),
+        "summary": case.summary,
+        "doubts": list(case.doubts),
         "notice": notice(),
     }
 
@@ -693,9 +691,9 @@ def ask(case: str, question: str, options: list[str] | None = None) -> dict:
     with sentences():
         opened, model, given = case_of(case), loaded()[0], options or []
         turns = [{"role": "user", "content": question}]
-        text = "".join(model.answer(opened.selection, turns, given))
-        probs = model.option_probs(opened.selection, question, given).tolist() if given else []
-    return {"answer": text.strip(), "probabilities": probs, "notice": notice()}
+        text = "".join(opened.answer(model, turns, given))
+        found = opened.measure(model, turns, text, given, evidence=False)
+    return {"answer": found.text, "probabilities": list(found.probs), "notice": notice()}
 
 
 @gpu
@@ -712,10 +710,10 @@ def evidence(case: str, question: str, answer: str, options: list[str] | None = 
     """
     with sentences():
         opened = case_of(case)
-        found = measure(loaded()[0], opened.selection, [{"role": "user", "content": question}], options or [], answer)
+        found = opened.measure(loaded()[0], [{"role": "user", "content": question}], answer, options or [])
     kept = opened.selection
     lines = {"effects": list(found.effects), "sentence": found.evidence, "notice": notice()}
-    return {"indices": kept.indices.tolist(), "ranks": export.ranks(kept).tolist(), **lines}
+    return {"indices": kept.indices.tolist(), "ranks": kept.ranks.tolist(), **lines}
 
 
 # ---- layout

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from sparsewsi.bags.encoders import ENCODERS, load_encoder
     from sparsewsi.model.config import SparseWSIConfig
     from sparsewsi.model.llm import load_llm
+    from sparsewsi.model.selection import Selection
     from sparsewsi.model.selector import SELECTORS, Scorer, hard_topk
-    from sparsewsi.model.sparse_wsi import Selection, SparseWSI
+    from sparsewsi.model.sparse_wsi import SparseWSI
     from sparsewsi.slides.slide import Slide, SlideError, open_slide
 
 _HOME = {
@@ -30,7 +31,7 @@ _HOME = {
     "ENCODERS": "bags.encoders",
     "load_encoder": "bags.encoders",
     "load_llm": "model.llm",
-    "Selection": "model.sparse_wsi",
+    "Selection": "model.selection",
     "SparseWSI": "model.sparse_wsi",
     "SELECTORS": "model.selector",
     "Scorer": "model.selector",

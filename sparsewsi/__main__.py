@@ -16,16 +16,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsewsi.model.config import DEFAULT_MODEL, SparseWSIConfig
+
 if TYPE_CHECKING:
-    import numpy as np
-    from PIL import Image
-
     from sparsewsi.bags.bag import Bag
-    from sparsewsi.model.config import SparseWSIConfig
-    from sparsewsi.model.sparse_wsi import Selection, SparseWSI
-    from sparsewsi.report.export import Answer, Record
+    from sparsewsi.model.sparse_wsi import SparseWSI
+    from sparsewsi.report.answer import Answer
+    from sparsewsi.report.case import Case
+    from sparsewsi.report.record import Record
 
-DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "assets" / "demo-model"
 DEFAULT_QUESTION = "Describe this slide."
 BAG_SUFFIXES = (".safetensors", ".h5", ".hdf5", ".pt", ".npy", ".csv")
 
@@ -125,46 +124,26 @@ def check_slide(options: argparse.Namespace, slide: Path, record: Record | None)
                 record.check_names(slide=opened.name)
 
 
-def ask(model: SparseWSI, selection: Selection, question: str, options: list[str], evidence: bool) -> Answer:
+def ask(case: Case, model: SparseWSI, question: str, options: list[str], evidence: bool) -> Answer:
     """Put one question; prints the answer as it comes, the options' probabilities and which patches it rests on."""
-    from sparsewsi.report.evidence import leave_one_out
-    from sparsewsi.report.export import Answer
-
     print(f"\nQ: {question}\nA: ", end="", flush=True)
-    pieces, chat = [], [{"role": "user", "content": question}]
-    for piece in model.answer(selection, chat, options or None):
+    pieces, messages = [], [{"role": "user", "content": question}]
+    for piece in case.answer(model, messages, options):
         pieces.append(piece)
         print(piece, end="", flush=True)
     print()
-    probs = model.option_probs(selection, question, options).tolist() if options else []
-    for option, prob in zip(options, probs):
+    answer = case.measure(model, messages, "".join(pieces), options, evidence=evidence)
+    for option, prob in zip(answer.options, answer.probs):
         print(f"   {prob:6.1%}  {option}")
-    text = "".join(pieces).strip()
-    if not evidence or not text:
-        return Answer(question, text, tuple(options), tuple(probs))
-    found = leave_one_out(model, selection, chat, text, options or None)
-    print(found.sentence)
-    return Answer(question, text, tuple(options), tuple(probs), tuple(found.effects.tolist()), found.sentence)
-
-
-def view(
-    options: argparse.Namespace, slide: Path, bag: Bag, selection: Selection
-) -> tuple[Image.Image, list[np.ndarray]]:
-    """The overlay and the kept patches; on a plain canvas and without patches when only the bag is there."""
-    from sparsewsi.report import plots
-    from sparsewsi.slides.slide import open_slide
-
-    if slide.suffix.lower() in BAG_SUFFIXES:
-        return plots.overlay(*plots.canvas(bag), bag, selection), []
-    with open_slide(slide, slide_mpp=options.slide_mpp) as opened:
-        overview = plots.overlay(*opened.thumbnail(2000), bag, selection)
-        return overview, plots.patch_pictures(opened, bag, selection)
+    if answer.evidence:
+        print(answer.evidence)
+    return answer
 
 
 def run(options: argparse.Namespace) -> None:
     """Do what the command line says. Raises ValueError or OSError for input at fault."""
     from sparsewsi.model.selector import SELECTORS
-    from sparsewsi.report import export
+    from sparsewsi.report.case import open_case, replay_case
 
     if options.selector not in ("learned", *SELECTORS):
         raise ValueError(f"--selector is learned, {' or '.join(SELECTORS)}, got {options.selector}.")
@@ -176,17 +155,22 @@ def run(options: argparse.Namespace) -> None:
     model = load_model(options.model)
     if record is not None:
         record.check_names(encoder=model.config.encoder)
-        if record.weights_sha256 != export.weights_digest(options.model):
+        if record.weights_sha256 != model.weights_sha256:
             warnings.warn("the model's weights are not the record's: same patches, other answers.", stacklevel=1)
     slide = phantom() if options.slide == "phantom" else Path(options.slide)
     bag = read_bag(options, slide, model.config)
-    selection = model.select(bag, options.k, options.selector) if record is None else replay(record, model, bag)
-    report(options, slide, model, bag, selection)
+    path = None if slide.suffix.lower() in BAG_SUFFIXES else slide
+    if record is not None:
+        case = replay_case(model, bag, record, path, slide_mpp=options.slide_mpp)
+    else:
+        given = {"k": options.k, "selector": options.selector, "max_patches": options.max_patches}
+        case = open_case(model, bag, path, slide_mpp=options.slide_mpp, **given)
+    report(options, case, model)
 
 
 def recall(options: argparse.Namespace) -> Record | None:
     """The record that is to be replayed; what it was made with becomes what the command line says."""
-    from sparsewsi.report.export import read_selection
+    from sparsewsi.report.record import read_selection
 
     if options.replay is None:
         return None
@@ -195,15 +179,6 @@ def recall(options: argparse.Namespace) -> Record | None:
     options.slide_mpp = options.slide_mpp or record.slide_mpp
     options.questions = options.questions or [(text, list(given)) for text, given in record.questions]
     return record
-
-
-def replay(record: Record, model: SparseWSI, bag: Bag) -> Selection:
-    """The selection of a record on its bag. Raises ValueError where they do not belong together."""
-    from sparsewsi.model.sparse_wsi import Selection
-    from sparsewsi.report.evidence import tokens_of
-
-    record.check(bag)
-    return Selection(record.indices, record.scores, tokens_of(model, bag, record.indices), len(record.scores))
 
 
 def phantom() -> Path:
@@ -215,48 +190,16 @@ def phantom() -> Path:
     return example_slide()
 
 
-def report(options: argparse.Namespace, slide: Path, model: SparseWSI, bag: Bag, selection: Selection) -> None:
+def report(options: argparse.Namespace, case: Case, model: SparseWSI) -> None:
     """Print the answers, write the files."""
-    from sparsewsi.model import novelty
-    from sparsewsi.report import export, plots
-
-    name = Path(options.model).resolve().name if Path(options.model).is_dir() else options.model
-    doubts = novelty.warnings_about(bag, selection, model.trained_on, model.config.mpp)
-    print(export.summary(bag, selection, model.config, name))
-    for line in filter(None, (bag.note, *doubts)):
+    print(case.summary)
+    for line in filter(None, (case.bag.note, *case.doubts)):
         print(line)
     questions = options.questions or [(DEFAULT_QUESTION, [])]
-    answers = [ask(model, selection, question, given, options.evidence) for question, given in questions]
-    print(f"\n{export.notice(model.config)}")
-
-    out = options.out or Path("out") / bag.slide.replace(" ", "-")
-    out.mkdir(parents=True, exist_ok=True)
-    overview, pictures = view(options, slide, bag, selection)
-    made = {"model": name, "weights_sha256": export.weights_digest(options.model), "selector": options.selector}
-    export.write_image(out / "overlay.png", overview)
-    export.write_image(out / "umap.png", plots.umap_plot(plots.umap_coords(bag.features, selection), selection))
-    export.write_csv(out / "patches.csv", bag, selection)
-    export.write_geojson(out / "patches.geojson", bag, selection)
-    export.write_selection(
-        out / "selection.json",
-        bag,
-        selection,
-        model.config,
-        max_patches=options.max_patches,
-        answers=answers,
-        **made,
-    )
-    export.write_report(
-        out / "report.html",
-        bag,
-        selection,
-        model.config,
-        overview=overview,
-        patches=pictures,
-        answers=answers,
-        warnings=doubts,
-        **made,
-    )
+    answers = [ask(case, model, question, given, options.evidence) for question, given in questions]
+    print(f"\n{case.notice}")
+    out = options.out or Path("out") / case.bag.slide.replace(" ", "-")
+    case.write(out, answers)
     print(f"Wrote report.html, overlay.png, umap.png, patches.csv, patches.geojson and selection.json to {out}.")
 
 

@@ -106,6 +106,21 @@ def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
     write_text(path, json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_json(path: str | Path, most: int = 64 << 20) -> Any:
+    """Parsed JSON of a file from outside. Raises ValueError for one that is missing, over `most` bytes, or broken."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no file {path.name}.")
+    if path.stat().st_size > most:
+        raise ValueError(f"{path.name} is larger than {most >> 20} MB. Export fewer objects.")
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path.name} is not valid JSON ({str(error).splitlines()[0][:100]}). Export it again."
+        ) from error
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None

@@ -124,7 +124,6 @@ def test_a_room_imports_only_rooms_before_it(name: str) -> None:
     assert not list(back_on_the_road(name))
 
 
-@moving("novelty and sparse_wsi know each other")
 def test_no_file_is_in_a_circle() -> None:
     done: set[str] = set()
 
@@ -189,9 +188,9 @@ def test_importing_the_package_loads_nothing() -> None:
     "value",
     [
         "Bag",
-        pytest.param("Selection", marks=moving("it lies beside the model")),
+        "Selection",
         "Answer",
-        pytest.param("Case", marks=moving("it lies beside what measures")),
+        "Case",
     ],
 )
 def test_a_value_lies_in_a_file_that_loads_no_model(value: str) -> None:

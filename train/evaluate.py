@@ -39,8 +39,9 @@ from transformers import DynamicCache
 from sparsewsi.bags.bag import Bag, check_bag, extract_bag, load_bag, save_bag
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.prompt import text_ids
+from sparsewsi.model.selection import Selection
 from sparsewsi.model.selector import SELECTORS
-from sparsewsi.model.sparse_wsi import Selection, SparseWSI
+from sparsewsi.model.sparse_wsi import SparseWSI
 from train.command import alone_in, fingerprint, run_command, write_whole
 from train.data.mosaic import FAMILIES, NEEDLE_KINDS, Facts, ask, balanced_set, load_bank, mosaic_size, phantom_seeds
 from train.data.packing import Example, FeatureFolder, Packed, Question, Record, answer_logits, evenly, pack, visible

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+_INSTALLED = Path(__file__).resolve().parents[1] / "demo_model"  # where a wheel has it
+DEFAULT_MODEL = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[2] / "assets" / "demo-model"
+
 SLIDE_ENCODERS = ("pointwise", "longnet", "none")
 SCORER_ATTENTIONS = ("local", "global")
 POSITIONS = ("original", "scaled", "compact")
@@ -109,6 +112,12 @@ class SparseWSIConfig:
                 "or may not be a SparseWSI model at all."
             )
         return cls(**values)
+
+
+def name_model(folder_or_repo: str | Path) -> str:
+    """A model's name for people: the last part of its folder's path, or its repository on the hub."""
+    folder = Path(folder_or_repo).expanduser()
+    return folder.resolve().name if folder.is_dir() else str(folder_or_repo)
 
 
 def _is_whole(value: Any) -> bool:

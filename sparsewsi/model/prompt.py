@@ -6,12 +6,13 @@ K kept patches of N, T text tokens.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import ascii_uppercase
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"  # ChatML
+Tokenizer: TypeAlias = Any  # of transformers, which takes seconds to import: the page words a question without it
 ROLES = ("system", "user", "assistant")
 
 
@@ -33,7 +34,7 @@ def format_question(question: str, options: Sequence[str] | None = None) -> str:
 
 
 def build_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], options: Sequence[str] | None = None
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], options: Sequence[str] | None = None
 ) -> Prompt:
     """The chat up to and with the header of the assistant's next turn; the visual tokens open the first user turn.
 
@@ -50,7 +51,7 @@ def build_prompt(
     return _from_template(tokenizer, turns, first)
 
 
-def chatml_markers(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int] | None:
+def chatml_markers(tokenizer: Tokenizer) -> tuple[int, int] | None:
     """Ids of <|im_start|> and <|im_end|>, or None if the tokenizer does not know both as single tokens."""
     start, end = (tokenizer.convert_tokens_to_ids(token) for token in (TURN_START, TURN_END))
     if not isinstance(start, int) or not isinstance(end, int):
@@ -60,7 +61,7 @@ def chatml_markers(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int] | None
     return (start, end) if known else None
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
+def end_of_turn(tokenizer: Tokenizer) -> int:
     """The token that ends an answer: <|im_end|> where there is one, else the end-of-text token."""
     markers = chatml_markers(tokenizer)
     found = markers[1] if markers else tokenizer.eos_token_id
@@ -69,7 +70,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     return found
 
 
-def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of text from outside; never a special token, whatever is typed."""
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     for token, number in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids):
@@ -132,9 +133,7 @@ def _turns(messages: Sequence[Mapping[str, str]], options: Sequence[str] | None)
     return turns
 
 
-def _chatml(
-    tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]], first: int, start: int, end: int
-) -> Prompt:
+def _chatml(tokenizer: Tokenizer, turns: list[tuple[str, str]], first: int, start: int, end: int) -> Prompt:
     newline = text_ids(tokenizer, "\n")
     ids: list[int] = []
     at = 0
@@ -147,7 +146,7 @@ def _chatml(
     return Prompt(torch.tensor(ids), at)
 
 
-def _from_template(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]], first: int) -> Prompt:
+def _from_template(tokenizer: Tokenizer, turns: list[tuple[str, str]], first: int) -> Prompt:
     """Render the template around placeholders, so that its special tokens are parsed and the turns' are not."""
     if not tokenizer.chat_template:
         raise ValueError("the LLM's tokenizer has no chat format. Choose an instruction-tuned LLM.")

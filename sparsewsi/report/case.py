@@ -1,165 +1,268 @@
-"""One slide being read by somebody: its patches, what was selected, what to doubt, other selections, files about it.
+"""A slide as one model sees it: the one road to an answer and to its files, for page, command line and API.
 
-N patches, K kept.
+    case = open_case(model, bag, path)
+    for piece in case.answer(model, [{"role": "user", "content": "Which tissue is this?"}]): ...
+    answer = case.measure(model, messages, text)
+    case.write("out", [answer])
+
+Nothing here loads a model: what needs one takes it as an argument. N patches, K kept.
 """
 
-from __future__ import annotations
-
-import dataclasses
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import io
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
-from sparsewsi import phantom
 from sparsewsi.bags.bag import Bag
+from sparsewsi.files import write_bytes
 from sparsewsi.model.config import SparseWSIConfig
+from sparsewsi.model.evidence import Evidence
+from sparsewsi.model.novelty import Summary
+from sparsewsi.model.selection import Selection
 from sparsewsi.model.selector import SELECTORS, hard_topk
-from sparsewsi.model.sparse_wsi import Selection, SparseWSI
-from sparsewsi.report import evidence, export, plots
+from sparsewsi.report import html, plots, qupath, record, table, umap
+from sparsewsi.report.answer import Answer, summarise, word_notice
+from sparsewsi.report.doubts import find_doubts
 from sparsewsi.slides.slide import open_slide
+
+FILES = ("report.html", "overlay.png", "umap.png", "patches.csv", "patches.geojson", "selection.json")
+OVERVIEW = 2000  # px, longer side of the slide's overview in files
+
+Messages = Sequence[Mapping[str, str]]
+
+
+class Reader(Protocol):
+    """What answers from a selection. SparseWSI is one; its docstrings say what each method promises."""
+
+    def answer(
+        self, selection: Selection, messages: Messages, options: Sequence[str] | None = None
+    ) -> Iterator[str]: ...
+
+    def option_probs(self, selection: Selection, question: str, options: Sequence[str]) -> Tensor: ...
+
+    def leave_one_out(
+        self,
+        selection: Selection,
+        messages: Messages,
+        answer: str,
+        options: Sequence[str] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Evidence: ...
+
+
+class Model(Reader, Protocol):
+    """What also selects patches: SparseWSI."""
+
+    config: SparseWSIConfig
+    name: str
+    weights_sha256: str | None
+    trained_on: Summary | None
+
+    def select(self, bag: Bag, k: int | None = None, selector: str = "learned", seed: int = 0) -> Selection: ...
+
+    def tokens_of(self, bag: Bag, indices: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """What a session keeps of its slide.
+    """A slide, the patches that were kept of it, and what is known of how that was done. Holds no model, no open slide.
 
-    token:     name of the slide for the browser
-    slide_mpp: um/px given by hand, else None
-    selection: the model's own; a what-if makes others and keeps none
+    path:           the slide; None where only its features are at hand
+    slide_mpp:      um/px of the scan if it was given by hand, else None
+    selector, max_patches: how the selection was made; max_patches: at most so many patches were encoded, None: all
+    config, model, weights_sha256, trained_on: of the model that made it; `model` is its name for people
     """
 
-    token: str
-    path: str
-    slide_mpp: float | None
     bag: Bag
     selection: Selection
+    config: SparseWSIConfig
+    model: str
+    weights_sha256: str | None = None
+    trained_on: Summary | None = None
+    path: Path | None = None
+    slide_mpp: float | None = None
+    selector: str = "learned"
+    max_patches: int | None = None
+
+    @property
+    def summary(self) -> str:
+        """One line for people: slide, model, encoder, K of N, resolution."""
+        return summarise(self.bag, self.selection, self.config, self.model)
+
+    @property
+    def notice(self) -> str:
+        """What stands under every answer."""
+        return word_notice(self.config)
+
+    @cached_property
+    def doubts(self) -> tuple[str, ...]:
+        """What a reader should know before believing an answer, gravest first; the bag's own note is not among them."""
+        return tuple(find_doubts(self.bag, self.selection, self.trained_on, self.config.mpp))
+
+    def answer(self, reader: Reader, messages: Messages, options: Sequence[str] = ()) -> Iterator[str]:
+        """The answer to the user's last message, piece by piece. Closing the iterator stops it."""
+        return reader.answer(self.selection, messages, list(options) or None)
+
+    def measure(
+        self,
+        reader: Reader,
+        messages: Messages,
+        text: str,
+        options: Sequence[str] = (),
+        *,
+        evidence: bool = True,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Answer:
+        """What is known of an answer: its options' probabilities and, if wanted, what it loses without each patch.
+
+        messages, options: as they were given to `answer`; text: what came back
+        progress: called with (passes done, passes in all) of the evidence; what it raises ends the work
+        """
+        question, text = messages[-1]["content"], text.strip()
+        probs = reader.option_probs(self.selection, question, options).tolist() if options else []
+        answer = Answer(question, text, tuple(options), tuple(probs))
+        if not evidence or not text:
+            return answer
+        found = reader.leave_one_out(self.selection, messages, text, list(options) or None, progress)
+        return replace(answer, effects=tuple(found.effects.tolist()), evidence=found.sentence)
+
+    def choose(
+        self,
+        model: Model,
+        k: int,
+        selector: str = "learned",
+        pinned: Collection[int] = (),
+        dropped: Collection[int] = (),
+    ) -> "Case":
+        """What if: the same slide with other patches. Pinned ones stay, dropped ones go, the selector fills up to k.
+
+        pinned, dropped: indices of patches, in 0..N-1. Raises ValueError if nothing is left to answer from.
+        """
+        bag, scores = self.bag, self.selection.scores
+        free = torch.ones(len(scores), dtype=torch.bool)
+        free[[*pinned, *dropped]] = False
+        stay, rest = torch.tensor(sorted(set(pinned)), dtype=torch.int64), free.nonzero()[:, 0]
+        if not len(stay) and not len(rest):
+            raise ValueError("Every patch was dropped. Keep at least one.")
+        room = max(0, k - len(stay))
+        if not room or not len(rest):
+            filled = rest[:0]
+        elif selector == "learned":
+            filled = rest[hard_topk(scores[rest], room)]
+        else:
+            filled = rest[SELECTORS[selector](bag.features[rest], bag.coords[rest], room, 0)]
+        indices = torch.cat([stay, filled]).sort().values
+        selection = replace(self.selection, indices=indices, tokens=model.tokens_of(bag, indices))
+        return replace(self, selection=selection, selector=selector)
+
+    def write(self, folder: str | Path, answers: Sequence[Answer] = (), names: Collection[str] = FILES) -> None:
+        """Write the files of these names, of FILES, into a folder, which is made; each whole or not at all.
+
+        Without the slide the report holds no patches, and boxes are drawn on a plain canvas.
+        Raises SlideError if the slide cannot be read any more.
+        """
+        assert set(names) <= set(FILES), names
+        folder, bag, selection = Path(folder), self.bag, self.selection
+        made = {"model": self.model, "weights_sha256": self.weights_sha256, "selector": self.selector}
+        if "patches.csv" in names:
+            table.write_csv(folder / "patches.csv", bag, selection)
+        if "patches.geojson" in names:
+            qupath.write_geojson(folder / "patches.geojson", bag, selection)
+        if "selection.json" in names:
+            record.write_selection(
+                folder / "selection.json",
+                bag,
+                selection,
+                self.config,
+                max_patches=self.max_patches,
+                answers=answers,
+                **made,
+            )
+        if "overlay.png" in names or "report.html" in names:
+            overview, patches = self._draw()
+            if "overlay.png" in names:
+                write_bytes(folder / "overlay.png", _encode_png(overview))
+            if "report.html" in names:
+                html.write_report(
+                    folder / "report.html",
+                    bag,
+                    selection,
+                    self.config,
+                    overview=overview,
+                    patches=patches,
+                    answers=answers,
+                    warnings=self.doubts,
+                    **made,
+                )
+        if "umap.png" in names:
+            points = umap.map_features(bag.features, selection)
+            write_bytes(folder / "umap.png", _encode_png(umap.draw_map(points, selection)))
+
+    def _draw(self) -> tuple[Image.Image, list]:
+        """The overview with boxes, and the kept patches, best first; without the slide a canvas and no patches."""
+        if self.path is None:
+            return plots.draw_overlay(*plots.draw_canvas(self.bag), self.bag, self.selection), []
+        with open_slide(self.path, slide_mpp=self.slide_mpp) as slide:
+            overview = plots.draw_overlay(*slide.thumbnail(OVERVIEW), self.bag, self.selection)
+            return overview, plots.cut_patches(slide, self.bag, self.selection)
 
 
-def choose(
-    model: SparseWSI, case: Case, k: int, selector: str, pinned: Sequence[int], dropped: Sequence[int]
-) -> Selection:
-    """Another selection of the same patches: pinned ones stay, dropped ones go, the selector fills up to k.
-
-    Raises ValueError if nothing is left to answer from.
-    """
-    bag, scores, pinned = case.bag, case.selection.scores, sorted(set(pinned))
-    free = torch.ones(len(scores), dtype=torch.bool)
-    free[[*pinned, *dropped]] = False
-    rest, room = free.nonzero()[:, 0], max(0, k - len(pinned))
-    if not len(pinned) and not len(rest):
-        raise ValueError("Every patch was dropped. Keep at least one.")
-    taken = rest[:0]
-    if room and len(rest) and selector == "learned":
-        taken = rest[hard_topk(scores[rest], room)]
-    elif room and len(rest):
-        taken = rest[SELECTORS[selector](bag.features[rest], bag.coords[rest], room, 0)]
-    indices = torch.cat([torch.tensor(pinned, dtype=torch.int64), taken]).sort().values
-    return dataclasses.replace(case.selection, indices=indices, tokens=evidence.tokens_of(model, bag, indices))
-
-
-def numbers(selection: Selection) -> np.ndarray:
-    """(K,) int64: the number of each kept patch on the page, its rank by score among all N patches.
-
-    For the model's own selection it is the rank in the files; of other selections it still names the same patch.
-    """
-    order = np.argsort(-selection.scores.double().numpy(), kind="stable")
-    return np.argsort(order, kind="stable")[selection.indices.numpy()] + 1
-
-
-def measure(
-    model: SparseWSI,
-    selection: Selection,
-    turns: list[dict[str, str]],
-    options: list[str],
-    text: str,
-    progress: Callable[[int, int], None] | None = None,
-) -> export.Answer:
-    """What is known of an answer: its options' probabilities, and what it loses without each patch.
-
-    progress: see evidence.leave_one_out.
-    """
-    question = turns[-1]["content"]
-    probs = model.option_probs(selection, question, options).tolist() if options else ()
-    if not text.strip():
-        return export.Answer(question, "", tuple(options), tuple(probs))
-    found = evidence.leave_one_out(model, selection, turns, text, options or None, progress)
-    found = dataclasses.replace(found, score_ranks=torch.from_numpy(numbers(selection)))
-    return export.Answer(question, text, tuple(options), tuple(probs), tuple(found.effects.tolist()), found.sentence)
-
-
-def write_file(
-    name: str,
-    path: Path,
-    case: Case,
-    config: SparseWSIConfig,
+def open_case(
+    model: Model,
+    bag: Bag,
+    path: str | Path | None = None,
     *,
-    model: str,
-    weights_sha256: str | None,
-    answers: Sequence[export.Answer] = (),
-    warnings: Sequence[str] = (),
-) -> None:
-    """Write patches.csv, patches.geojson, selection.json or report.html of a case. Raises KeyError for another name."""
-    bag, selection = case.bag, case.selection
-    run: dict[str, Any] = {"model": model, "weights_sha256": weights_sha256, "answers": answers}
-    if name == "patches.csv":
-        export.write_csv(path, bag, selection)
-    elif name == "patches.geojson":
-        export.write_geojson(path, bag, selection)
-    elif name == "selection.json":
-        export.write_selection(path, bag, selection, config, **run)
-    elif name == "report.html":
-        with open_slide(case.path, slide_mpp=case.slide_mpp) as slide:
-            overview = plots.overlay(*slide.thumbnail(1400), bag, selection)
-            pictures = plots.patch_pictures(slide, bag, selection)
-        export.write_report(path, bag, selection, config, overview=overview, patches=pictures, warnings=warnings, **run)
-    else:
-        raise KeyError(name)
+    k: int | None = None,
+    selector: str = "learned",
+    slide_mpp: float | None = None,
+    max_patches: int | None = None,
+) -> Case:
+    """Let the model select k patches (default: config.num_tokens) of a bag. See Case for the other arguments.
+
+    Raises ValueError as SparseWSI.select does.
+    """
+    return _make(model, bag, model.select(bag, k, selector), path, slide_mpp, selector, max_patches)
 
 
-# ---- phantoms, whose content is known
-
-# Questions to start with: text, options. The wording is the one the demo model was trained on.
-# Not which tissue makes up most of a slide: 32 chosen patches do not tell, and nobody is to be led to ask.
-QUESTIONS = (
-    ("Describe this slide.", ()),
-    (f"Does this slide contain {phantom.WORDS['carcinoma']}?", ("Yes", "No")),
-)
-PRESENT_QUESTION = "Which of these tissues is present in this slide?"
+def replay_case(
+    model: Model, bag: Bag, made: record.Record, path: str | Path | None = None, *, slide_mpp: float | None = None
+) -> Case:
+    """The case of a selection.json, without scoring. Raises ValueError where record, bag and model do not fit."""
+    made.check(bag)
+    selection = Selection(made.indices, made.scores, model.tokens_of(bag, made.indices), len(made.scores))
+    return _make(model, bag, selection, path, slide_mpp, made.selector, made.max_patches)
 
 
-def truth_of(path: str) -> phantom.GroundTruth | None:
-    """What the generator planted, for a phantom; None for a real slide."""
-    return phantom.load_truth(path) if phantom.truth_path(path).is_file() else None
+def _make(
+    model: Model,
+    bag: Bag,
+    selection: Selection,
+    path: str | Path | None,
+    slide_mpp: float | None,
+    selector: str,
+    max_patches: int | None,
+) -> Case:
+    return Case(
+        bag,
+        selection,
+        config=model.config,
+        model=model.name,
+        weights_sha256=model.weights_sha256,
+        trained_on=model.trained_on,
+        path=None if path is None else Path(path),
+        slide_mpp=slide_mpp,
+        selector=selector,
+        max_patches=max_patches,
+    )
 
 
-def words(kind: str) -> str:
-    """A kind of tissue as people write it."""
-    return phantom.WORDS.get(kind, "glass" if kind == "background" else kind.replace("_", " "))
-
-
-def planted(truth: phantom.GroundTruth | None, bag: Bag, selection: Selection) -> str:
-    """The ground truth in a few lines, and what the selected patches show of it."""
-    if truth is None:
-        return ""
-    foci = Counter(needle.kind for needle in truth.needles)
-    found = Counter(truth.label_at(bag.coords[selection.indices].numpy(), bag.patch_size).tolist())
-    lines = [
-        f"- Most of the tissue: **{words(truth.dominant)}**",
-        f"- Hidden foci: **{', '.join(f'{words(kind)} ({count})' for kind, count in sorted(foci.items()))}**",
-        f"- The {len(selection.indices)} selected patches: "
-        + ", ".join(f"{count} {words(kind)}" for kind, count in found.most_common()),
-    ]
-    return "\n".join(lines)
-
-
-def questions_for(truth: phantom.GroundTruth | None) -> list[tuple[str, tuple[str, ...]]]:
-    """Questions to start with; of a phantom also which of four tissues it holds."""
-    if truth is None or not truth.present:
-        return list(QUESTIONS)
-    absent = [kind for kind in phantom.NEEDLES if kind not in truth.present][:3]
-    return [*QUESTIONS, (PRESENT_QUESTION, tuple(sorted(words(kind) for kind in (truth.present[0], *absent))))]
+def _encode_png(image: Image.Image) -> bytes:
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return data.getvalue()

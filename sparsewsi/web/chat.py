@@ -8,15 +8,12 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from sparsewsi.report.case import numbers
-from sparsewsi.report.export import Answer, factor
-
-if TYPE_CHECKING:
-    from sparsewsi.model.sparse_wsi import Selection
+from sparsewsi.model.selection import Selection
+from sparsewsi.report.answer import Answer, format_effect
 
 
 def inert(text: str) -> str:
@@ -59,9 +56,9 @@ def about(answer: Answer, selection: Selection) -> list[str]:
         chances = " · ".join(f"{inert(option)} **{prob:.0%}**" for prob, option in order)
         blocks.append(f"Probability of each option (the model's own, not calibrated): {chances}")
     if answer.effects:
-        effects, patches = np.asarray(answer.effects), numbers(selection)
+        effects, patches = np.asarray(answer.effects), selection.ranks.tolist()
         most = [i for i in np.argsort(-effects, kind="stable")[:3] if effects[i] > 0]
-        links = ", ".join(f"[#{patches[i]}](#patch-{patches[i]}) {factor(float(effects[i]))}×" for i in most)
+        links = ", ".join(f"[#{patches[i]}](#patch-{patches[i]}) {format_effect(float(effects[i]))}×" for i in most)
         blocks.append(f"Evidence (how many times less likely without the patch): {links or 'none'}. {answer.evidence}")
     return blocks
 

@@ -27,8 +27,9 @@ from sparsewsi.model import novelty
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.llm import load_llm
 from sparsewsi.model.prompt import build_prompt, end_of_turn, text_ids
+from sparsewsi.model.selection import Selection
 from sparsewsi.model.selector import ROWS, SELECTORS
-from sparsewsi.model.sparse_wsi import Selection, SparseWSI
+from sparsewsi.model.sparse_wsi import SparseWSI
 
 CONFIG = SparseWSIConfig(feature_dim=24, dim=32, num_tokens=8, heads=4)
 CHAT = [{"role": "user", "content": "Which tissue is this?"}]

@@ -1,4 +1,4 @@
-"""Pictures: boxes lie on their patches, numbers do not cover each other, bars and maps are true, odd sizes work."""
+"""Pictures: boxes lie on their patches, numbers do not cover each other, bars are true, odd sizes work."""
 
 import itertools
 
@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sparsewsi.bags.bag import Bag
+from sparsewsi.model.selection import Selection
 from sparsewsi.model.selector import hard_topk
-from sparsewsi.model.sparse_wsi import Selection
 from sparsewsi.phantom import write_phantom
 from sparsewsi.report import plots
 from sparsewsi.slides.slide import open_slide
@@ -47,7 +47,7 @@ def share_of(picture: np.ndarray, colour: tuple[int, int, int]) -> float:
 
 def test_boxes_lie_on_selected_patches_and_on_no_other():
     bag, selection = made(12, 10, 8)
-    picture = np.asarray(plots.overlay(grey(bag, 1.0), 1.0, bag, selection))
+    picture = np.asarray(plots.draw_overlay(grey(bag, 1.0), 1.0, bag, selection))
     assert picture.shape == (1000, 1200, 3)
     chosen = set(selection.indices.tolist())
     for index, (x, y) in enumerate(bag.coords.tolist()):
@@ -57,7 +57,7 @@ def test_boxes_lie_on_selected_patches_and_on_no_other():
 
 def test_a_patch_of_two_pixels_still_gets_a_box_that_is_seen():
     bag, selection = made(400, 300, 5)
-    picture = np.asarray(plots.overlay(grey(bag, 40.0), 40.0, bag, selection))
+    picture = np.asarray(plots.draw_overlay(grey(bag, 40.0), 40.0, bag, selection))
     for index in selection.indices:
         x, y = ((bag.coords[index].float() + 50) / 40).round().int().tolist()
         assert share_of(picture[max(0, y - 12) : y + 12, max(0, x - 12) : x + 12], plots.BOX) > 0.05
@@ -65,7 +65,7 @@ def test_a_patch_of_two_pixels_still_gets_a_box_that_is_seen():
 
 def test_a_small_thumbnail_is_enlarged_so_that_numbers_do_not_cover_it():
     bag, selection = made(3, 2, 4)
-    picture = plots.overlay(grey(bag, 1.0), 1.0, bag, selection)
+    picture = plots.draw_overlay(grey(bag, 1.0), 1.0, bag, selection)
     assert picture.size == (1200, 800)
 
 
@@ -75,108 +75,41 @@ def test_rank_numbers_never_cover_each_other_and_stay_in_the_picture(layout):
     corners = rng.uniform(0, 60 if layout == "crowded" else 980, (32, 2))
     boxes = [(x, y, x + 18, y + 18) for x, y in corners]
     extents = [(-12.0, -9.0, 12.0, 9.0)] * 32
-    places = plots._label_places(boxes, extents, (1000, 1000))
+    places = plots.place_labels(boxes, extents, (1000, 1000))
     spots = [(x - 12, y - 9, x + 12, y + 9) for x, y in places]
-    assert not any(plots._overlap(a, b) for a, b in itertools.combinations(spots, 2))
+    assert not any(plots.overlap(a, b) for a, b in itertools.combinations(spots, 2))
     assert all(s[0] >= 0 and s[1] >= 0 and s[2] <= 1000 and s[3] <= 1000 for s in spots)
 
 
 def test_the_scale_bar_is_as_long_as_it_says():
     bag, selection = made(12, 10, 1, slide_mpp=0.25)  # 1,200 px are 300 um: a sixth is 50 um or 200 px
-    picture = np.asarray(plots.overlay(grey(bag, 1.0), 1.0, bag, selection))
+    picture = np.asarray(plots.draw_overlay(grey(bag, 1.0), 1.0, bag, selection))
     bar = (picture[1000 - 26] == np.array(plots.CASING)).all(-1)
     assert abs(bar.sum() - 200) <= 2
-    assert [plots._round_length(v) for v in (1, 1.99, 2, 4.9, 50, 9999)] == [1, 1, 2, 2, 50, 5000]
+    assert [plots.round_length(v) for v in (1, 1.99, 2, 4.9, 50, 9999)] == [1, 1, 2, 2, 50, 5000]
 
 
 def test_without_mpp_there_is_no_scale_bar():
     bag, _ = made(12, 10, 1, slide_mpp=None)
     selection = Selection(torch.tensor([5]), torch.zeros(120), torch.zeros(1, 4), 120)  # far from the bar's place
-    picture = np.asarray(plots.overlay(grey(bag, 1.0), 1.0, bag, selection))
+    picture = np.asarray(plots.draw_overlay(grey(bag, 1.0), 1.0, bag, selection))
     assert (picture[900:, :300] == 200).all()
-
-
-def test_heat_map_orders_colours_by_score():
-    bag, selection = made(12, 10, 3)
-    picture = np.asarray(plots.heat_map(grey(bag, 1.0), 1.0, bag, selection)).astype(int)
-    best, worst = (bag.coords[i].tolist() for i in (selection.scores.argmax(), selection.scores.argmin()))
-    yellow, purple = (picture[y + 50, x + 50] for x, y in (best, worst))
-    assert yellow[0] > 200
-    assert yellow[1] > 200
-    assert purple[2] > purple[1]
-    assert purple[1] < 120
 
 
 def test_canvas_stands_in_for_a_slide_even_of_unknown_size():
     bag, selection = made(6, 4, 2)
     unknown = Bag(bag.features, bag.coords, bag.patch_size, bag.mpp, bag.encoder, bag.slide)
-    (known, scale), (guessed, same) = plots.canvas(bag), plots.canvas(unknown)
+    (known, scale), (guessed, same) = plots.draw_canvas(bag), plots.draw_canvas(unknown)
     assert scale == same
     np.testing.assert_array_equal(known, guessed)
-    assert plots.overlay(guessed, scale, unknown, selection).size == (1400, 934)
+    assert plots.draw_overlay(guessed, scale, unknown, selection).size == (1400, 934)
 
 
 def test_patch_pictures_are_what_was_encoded_best_first(tmp_path):
     write_phantom(tmp_path / "p.tiff", seed=3, size=1024, mpp=0.5)
     bag, selection = made(4, 4, 3, side=224)
     with open_slide(tmp_path / "p.tiff") as slide:
-        pictures = plots.patch_pictures(slide, bag, selection)
+        pictures = plots.cut_patches(slide, bag, selection)
         best = tuple(bag.coords[selection.scores.argmax()].tolist())
         np.testing.assert_array_equal(pictures[0], slide.read(best, (224, 224), 0.5))
     assert len(pictures) == 3
-
-
-@pytest.mark.parametrize("n", [1, 2, 4])
-def test_few_patches_are_mapped_by_pca_and_the_title_says_so(n):
-    bag, selection = made(n, 1, 2)
-    points = plots.umap_coords(bag.features, selection)
-    assert points.xy.shape == (n, 2)
-    assert points.method == "PCA"
-    assert "too few for UMAP" in points.title
-    assert plots.umap_plot(points, selection).size[0] > 500
-
-
-@pytest.mark.parametrize("kind", ["random", "constant", "twins"])
-def test_map_is_finite_and_the_same_again(kind):
-    bag, selection = made(8, 5, 6)
-    features = {
-        "random": bag.features,
-        "constant": torch.ones_like(bag.features),
-        "twins": bag.features[:20].repeat(2, 1),
-    }[kind]
-    first, second = (plots.umap_coords(features, selection) for _ in range(2))
-    assert np.isfinite(first.xy).all()
-    np.testing.assert_array_equal(first.xy, second.xy)
-    assert first.method == "UMAP"
-
-
-def test_five_patches_are_enough_for_umap():
-    bag, selection = made(5, 1, 2)
-    assert plots.umap_coords(bag.features, selection).method == "UMAP"
-
-
-def test_two_kinds_of_patches_come_apart():
-    bag, selection = made(20, 6, 6)
-    features = bag.features.float()
-    features[:60] += 20
-    xy = plots.umap_coords(features, selection).xy
-    apart = np.linalg.norm(xy[:60].mean(0) - xy[60:].mean(0))
-    assert apart > 3 * max(xy[:60].std(), xy[60:].std()) / 2
-
-
-def test_a_large_slide_is_drawn_in_part_with_every_selected_patch():
-    bag, selection = made(30, 10, 32)
-    points = plots.umap_coords(bag.features, selection, max_points=60)
-    assert len(points.rows) == 60
-    assert set(selection.indices.tolist()) <= set(points.rows.tolist())
-    assert "60 of 300 patches" in points.title
-    assert plots.umap_plot(points, selection).mode == "RGB"
-
-
-def test_neighbours_are_the_nearest_and_begin_with_the_point_itself():
-    x = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
-    x[7] = x[9]
-    indices, distances = plots._neighbours(x, 5)
-    assert (indices[:, 0] == np.arange(50)).all()
-    true = np.sort(np.linalg.norm(x[:, None] - x[None], axis=-1), axis=1)[:, :5]
-    np.testing.assert_allclose(distances, true, atol=2e-3)

@@ -23,13 +23,12 @@ import torch
 from PIL import Image
 
 import app
-from sparsewsi import phantom
 from sparsewsi.bags.bag import Bag
+from sparsewsi.model import evidence
 from sparsewsi.model.prompt import format_question
-from sparsewsi.model.sparse_wsi import Selection, SparseWSI
-from sparsewsi.report import case, export
-from sparsewsi.report.case import Case
-from sparsewsi.report.export import Answer
+from sparsewsi.model.sparse_wsi import SparseWSI
+from sparsewsi.report.answer import Answer
+from sparsewsi.report.case import open_case
 from sparsewsi.web import chat, intake
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -206,47 +205,20 @@ def test_what_a_model_writes_is_shown_and_never_run(text):
     assert chat.inert("Mostly fat, with foci of mucin.") == "Mostly fat, with foci of mucin."
 
 
-def tiny_case(model: SparseWSI, n: int = 30) -> Case:
+def tiny_case(model: SparseWSI, n: int = 30) -> app.Shown:
     generator = torch.Generator().manual_seed(1)
     features = torch.randn(n, 1280, generator=generator)
     coords = torch.tensor([[224 * (i % 6), 224 * (i // 6)] for i in range(n)])
     bag = Bag(features, coords, 224, 0.5, "efficientnet-lite0", "slide 1", 0.5, "openslide", (1344, 1120))
-    return Case("token", "/nowhere", None, bag, model.select(bag))
-
-
-def test_another_selection_keeps_what_is_pinned_and_never_what_is_dropped(tiny_model):
-    model = SparseWSI.from_pretrained(tiny_model)
-    held = tiny_case(model)
-    own = held.selection.indices.tolist()
-    left_out = [i for i in range(30) if i not in own]
-    for selector in ("learned", "random", "uniform"):
-        chosen = case.choose(model, held, 8, selector, pinned=left_out[:2], dropped=own[:3])
-        indices = chosen.indices.tolist()
-        assert len(indices) == 8
-        assert indices == sorted(indices)
-        assert set(left_out[:2]) <= set(indices)
-        assert not set(own[:3]) & set(indices)
-    assert torch.equal(case.choose(model, held, 6, "learned", [], []).tokens, held.selection.tokens)
-    assert len(case.choose(model, held, 1, "learned", left_out[:2], []).indices) == 2, "what is pinned stays"
-    assert len(case.choose(model, held, 3, "learned", left_out[:1] * 2, []).indices.unique()) == 3
-    with pytest.raises(ValueError, match="Every patch was dropped"):
-        case.choose(model, held, 4, "learned", [], range(30))  # type: ignore[arg-type]
-
-
-def test_a_patch_keeps_its_number_in_every_selection(tiny_model):
-    model = SparseWSI.from_pretrained(tiny_model)
-    held = tiny_case(model)
-    assert case.numbers(held.selection).tolist() == export.ranks(held.selection).tolist()
-    other = case.choose(model, held, 10, "random", [], [])
-    order = held.selection.scores.sort(descending=True, stable=True).indices
-    assert order[torch.from_numpy(case.numbers(other)) - 1].tolist() == other.indices.tolist()
+    case = open_case(model, bag, "/nowhere")
+    return app.Shown(**{field.name: getattr(case, field.name) for field in dataclasses.fields(case)}, token="token")
 
 
 @pytest.fixture
 def asked(tiny_model, monkeypatch):
     """A slide, a visitor, and the chat with the question just asked; a pass of the evidence for every patch."""
     monkeypatch.setenv("SPARSEWSI_MODEL", str(tiny_model))
-    monkeypatch.setitem(case.evidence.TOKENS, "cpu", 1)
+    monkeypatch.setitem(evidence.TOKENS, "cpu", 1)
     held, me = tiny_case(app.loaded()[0]), visitor()
     box, _, chat_now = app.add_turn("Why?", "", held, [], me)
     assert box.stop_btn == "Stop"
@@ -305,9 +277,9 @@ def test_stop_before_an_answer_has_its_turn(asked):
 
 def test_stop_while_the_evidence_is_weighed(asked, monkeypatch):
     held, me, chat_now = asked
-    passes, scores = [], case.evidence._scores
+    passes, scores = [], evidence.score_answers
     monkeypatch.setattr(
-        case.evidence, "_scores", lambda *given: (passes.append(app.halt(chat_now, me)), scores(*given))[1]
+        evidence, "score_answers", lambda *given: (passes.append(app.halt(chat_now, me)), scores(*given))[1]
     )
     *_, (before, *_), (last, answers, view, _) = app.reply(held, chat_now, {}, me)
     assert len(passes) == 1
@@ -399,7 +371,7 @@ def test_an_answer_whose_evidence_failed_stands_without_it(asked, monkeypatch, e
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(case.evidence, "_scores", fail)
+    monkeypatch.setattr(evidence, "score_answers", fail)
     steps, last = app.reply(held, chat_now, {}, me), []
     with pytest.raises(gr.Error, match="too large" if isinstance(error, ValueError) else "at fault"):
         for last, *_ in steps:  # noqa: B007
@@ -430,25 +402,6 @@ def test_a_question_that_failed_goes_with_the_next_one(tiny_model, monkeypatch):
     asked = [{"role": "user", "content": "Why?"}]
     assert [turn["content"] for turn in app.add_turn("How?", "", held, asked, me)[2]] == ["How?"]
     app.forget(me)
-
-
-def test_the_ground_truth_names_foci_and_what_was_selected():
-    truth = phantom.ground_truth(3, 1024)
-    coords = torch.tensor([[x, y] for y in range(0, 800, 224) for x in range(0, 800, 224)])
-    bag = Bag(torch.zeros(len(coords), 4), coords, 224, 0.5, "efficientnet-lite0", "phantom 3", 0.5)
-    selection = Selection(torch.arange(5), torch.arange(16.0), torch.zeros(5, 4), 16)
-    text = case.planted(truth, bag, selection)
-    assert case.words(truth.dominant) in text
-    assert all(case.words(kind) in text for kind in truth.present)
-    counts = [int(n) for n in re.findall(r"(\d+) \w", text.splitlines()[-1].split(":")[1])]
-    assert sum(counts) == 5
-    question, options = case.questions_for(truth)[-1]
-    assert question == case.PRESENT_QUESTION
-    assert [option for option in options if option in {case.words(kind) for kind in truth.present}] == [
-        case.words(truth.present[0])
-    ]
-    assert case.planted(None, bag, selection) == ""
-    assert case.questions_for(None) == list(case.QUESTIONS)
 
 
 def test_an_answer_streams_with_its_notice_and_is_then_weighed(tiny_model, monkeypatch):
@@ -499,10 +452,9 @@ def test_what_was_said_before_goes_to_the_model_only_if_it_was_trained_on_that(
 
 def test_downloads_are_written_when_asked_for(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSEWSI_MODEL", str(tiny_model))
-    app.weights.cache_clear()
     path = tmp_path / "slide.png"
     Image.fromarray(np.full((1120, 1344, 3), 200, np.uint8)).save(path)
-    held = dataclasses.replace(tiny_case(app.loaded()[0]), path=str(path), slide_mpp=0.5)
+    held = dataclasses.replace(tiny_case(app.loaded()[0]), path=path, slide_mpp=0.5)
     answers = {1: Answer("Which <b>?", "fat", ("fat", "liver"), (0.5, 0.5))}
     app.record("s", event="open", slide="slide 1")
     for name, _ in app.FILES:

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sparsewsi.model.sparse_wsi import Selection, SparseWSI
-from sparsewsi.report.evidence import leave_one_out, without
+from sparsewsi.model.selection import Selection
+from sparsewsi.model.sparse_wsi import SparseWSI
 from train.command import alone_in, fingerprint, run_command, write_whole
 from train.data.mosaic import WORDS, mosaic_size
 from train.data.packing import Question
@@ -57,13 +57,13 @@ def check(model: SparseWSI, item: Item, kind: str, rng: np.random.Generator) -> 
     selection, question = model.select(item.bag), item.question
     answer = likeliest(model, selection, question)
     chat = [{"role": "user", "content": question.question}]
-    evidence = leave_one_out(model, selection, chat, answer, question.options)
+    evidence = model.leave_one_out(selection, chat, answer, question.options)
     is_needle = item.kinds[selection.indices.numpy()] == kind  # (K,)
     first = evidence.order.tolist()
     random = rng.choice(len(first), min(DROPPED, len(first) - 1), replace=False).tolist()
     ranks = {"top": evidence.score_ranks[first[: len(random)]], "random": evidence.score_ranks[random]}
     changed = {
-        name: likeliest(model, without(selection, dropped.tolist()), question) != answer
+        name: likeliest(model, selection.without(dropped.tolist()), question) != answer
         for name, dropped in ranks.items()
     }
     return {

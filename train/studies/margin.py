@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sparsewsi.bags.bag import load_bag
 from sparsewsi.model.sparse_wsi import SparseWSI
-from sparsewsi.report.plots import umap_coords
+from sparsewsi.report.umap import map_features
 from train.command import run_command, write_whole
 
 NEIGHBOURS = 10
@@ -85,7 +85,7 @@ def margins(
     bag = load_bag(bag_file)
     selections = {selector: model.select(bag, selector=selector, seed=seed) for selector in selectors}
     everything = torch.cat([selection.indices for selection in selections.values()]).unique()
-    drawn = umap_coords(bag.features, replace(next(iter(selections.values())), indices=everything), seed)
+    drawn = map_features(bag.features, replace(next(iter(selections.values())), indices=everything), seed)
     unit, xy = F.normalize(bag.features.float(), dim=-1), torch.from_numpy(drawn.xy)
     found = {}
     for selector, selection in selections.items():

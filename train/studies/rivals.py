@@ -34,8 +34,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparsewsi.bags.bag import Bag
+from sparsewsi.model.selection import Selection
 from sparsewsi.model.selector import ROWS, SELECTORS, hard_topk
-from sparsewsi.model.sparse_wsi import Selection, SparseWSI
+from sparsewsi.model.sparse_wsi import SparseWSI
 from train.checkpoint import load_state
 from train.command import fingerprint, run_command, write_whole
 from train.config import RECIPES, TrainConfig

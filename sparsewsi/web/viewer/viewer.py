@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
 import gradio.themes
@@ -29,11 +29,9 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from sparsewsi.bags.bag import Bag
-from sparsewsi.report.plots import FeatureMap
+from sparsewsi.model.selection import Selection
+from sparsewsi.report.umap import FeatureMap
 from sparsewsi.slides.slide import Slide, open_slide
-
-if TYPE_CHECKING:
-    from sparsewsi.model.sparse_wsi import Selection
 
 HERE = Path(__file__).parent
 PAGE_CSS = HERE / "page.css"

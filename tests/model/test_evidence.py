@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from sparsewsi.bags.bag import Bag
+from sparsewsi.model import evidence
 from sparsewsi.model.config import SparseWSIConfig
+from sparsewsi.model.evidence import Evidence
 from sparsewsi.model.llm import load_llm
 from sparsewsi.model.prompt import build_prompt, text_ids
-from sparsewsi.model.sparse_wsi import Selection, SparseWSI
-from sparsewsi.report import evidence
-from sparsewsi.report.evidence import Evidence, cite, leave_one_out, tokens_of, with_patches, without
+from sparsewsi.model.selection import Selection
+from sparsewsi.model.sparse_wsi import SparseWSI
 
 # In mode "original" a patch keeps its position whichever others are there: a smaller selection is the reference.
 CONFIG = SparseWSIConfig(feature_dim=24, dim=32, num_tokens=5, heads=4, position="original")
@@ -76,11 +77,11 @@ def log_odds(model: SparseWSI, selection: Selection, option: int) -> float:
 
 
 def test_an_effect_is_what_the_answer_loses_when_the_patch_is_not_there(model, selection):
-    found = leave_one_out(model, selection, CHAT, " It is liver or fat. ")
+    found = model.leave_one_out(selection, CHAT, " It is liver or fat. ")
     whole = log_likelihood(model, selection, "It is liver or fat.")
     assert found.baseline == pytest.approx(whole, abs=1e-4)
     for place, rank in enumerate(found.score_ranks.tolist()):
-        fewer = without(selection, [rank])
+        fewer = selection.without([rank])
         assert selection.indices[place] not in fewer.indices
         assert float(found.effects[place]) == pytest.approx(
             whole - log_likelihood(model, fewer, "It is liver or fat."), abs=1e-4
@@ -93,7 +94,7 @@ def test_an_effect_is_what_the_answer_loses_when_the_patch_is_not_there(model, s
 
 def test_an_option_that_reads_like_a_letter_is_meant_by_its_text():
     offered = [("A", "B"), ("B", "A"), ("C", "none")]
-    assert [evidence._chosen(said, offered) for said in ("A", "b.", "C", "B. A", "D")] == [1, 0, 2, 1, None]
+    assert [evidence.find_option(said, offered) for said in ("A", "b.", "C", "B. A", "D")] == [1, 0, 2, 1, None]
 
 
 @pytest.mark.parametrize("scoring", ["text", "letter"])
@@ -101,37 +102,37 @@ def test_of_an_option_the_log_odds_are_compared(tiny_llm, bag, scoring):
     model = make_model(tiny_llm, option_scoring=scoring)
     selection = model.select(bag)
     for said, option in (("Fat.", 3), ("B", 1), ("A. liver", 0)):
-        found = leave_one_out(model, selection, CHAT, said, OPTIONS)
+        found = model.leave_one_out(selection, CHAT, said, OPTIONS)
         assert found.option
         assert found.baseline == pytest.approx(log_odds(model, selection, option), abs=1e-3)
         for place, rank in enumerate(found.score_ranks.tolist()):
-            other = log_odds(model, without(selection, [rank]), option)
+            other = log_odds(model, selection.without([rank]), option)
             assert float(found.effects[place]) == pytest.approx(found.baseline - other, abs=2e-3)
-    assert not leave_one_out(model, selection, CHAT, "It is fat, I think", OPTIONS).option
-    assert not leave_one_out(model, selection, CHAT, "fat", ["fat"]).option, "one option has no odds"
+    assert not model.leave_one_out(selection, CHAT, "It is fat, I think", OPTIONS).option
+    assert not model.leave_one_out(selection, CHAT, "fat", ["fat"]).option, "one option has no odds"
 
 
 def test_the_size_of_a_pass_changes_nothing(model, selection, monkeypatch):
-    one = leave_one_out(model, selection, CHAT, "fat", OPTIONS)
+    one = model.leave_one_out(selection, CHAT, "fat", OPTIONS)
     seen = []
     monkeypatch.setattr(evidence, "TOKENS", {"cpu": 1})
-    other = leave_one_out(model, selection, CHAT, "fat", OPTIONS, progress=lambda *at: seen.append(at))
+    other = model.leave_one_out(selection, CHAT, "fat", OPTIONS, progress=lambda *at: seen.append(at))
     torch.testing.assert_close(one.effects, other.effects, atol=1e-4, rtol=0)
     assert seen == [(i, len(selection.indices) + 2) for i in range(len(selection.indices) + 2)]
 
 
 def test_long_answers_of_a_rounding_llm_must_show_more(tiny_llm, selection):
     model = make_model(tiny_llm)
-    assert leave_one_out(model, selection, CHAT, "fat " * 40).limit == evidence.MATTERS
+    assert model.leave_one_out(selection, CHAT, "fat " * 40).limit == evidence.MATTERS
     torch.nn.Module.to(model.llm, torch.bfloat16)
-    assert leave_one_out(model, selection, CHAT, "fat").limit == evidence.MATTERS
-    assert leave_one_out(model, selection, CHAT, "fat " * 40).limit > evidence.MATTERS
-    assert leave_one_out(model, selection, CHAT, "fat", OPTIONS).limit == evidence.MATTERS
+    assert model.leave_one_out(selection, CHAT, "fat").limit == evidence.MATTERS
+    assert model.leave_one_out(selection, CHAT, "fat " * 40).limit > evidence.MATTERS
+    assert model.leave_one_out(selection, CHAT, "fat", OPTIONS).limit == evidence.MATTERS
 
 
 def test_an_answer_without_a_word_has_no_evidence(model, selection):
     with pytest.raises(ValueError, match="no answer"):
-        leave_one_out(model, selection, CHAT, " \n")
+        model.leave_one_out(selection, CHAT, " \n")
 
 
 # ---- in words
@@ -143,12 +144,10 @@ def made(*effects: float, without_any: float = 0.0, option: bool = False) -> Evi
     return Evidence(torch.tensor(effects), without_any, -5.0, ranks, option)
 
 
-def test_patches_are_ranked_by_evidence_and_cited_by_score():
+def test_patches_are_ranked_by_evidence():
     found = made(math.log(8), math.log(2.5), -1.0, math.log(3.5), 0.1)
     assert found.order.tolist() == [0, 3, 1, 4, 2]
     assert found.ranks.tolist() == [1, 3, 5, 2, 4]
-    assert cite(found) == "[#3](#patch-3), [#4](#patch-4), [#1](#patch-1)"
-    assert cite(found, 1) == "[#3](#patch-3)"
     assert made(0.5, 0.5, 0.5).order.tolist() == [1, 2, 0], "ties go to the better score"
 
 
@@ -170,30 +169,25 @@ def test_the_sentence_says_what_the_numbers_mean(found, parts):
     for part in parts:
         assert part in found.sentence
     assert found.sentence.endswith(".")
-    assert bool(cite(found)) == ("No patch" not in found.sentence)
+    assert bool((found.effects >= found.limit).any()) == ("No patch" not in found.sentence)
 
 
 # ---- what if
 
 
-def test_dropped_and_pinned_patches_are_those_that_select_would_give(tiny_llm, bag):
+def test_other_patches_have_the_tokens_that_select_would_give(tiny_llm, bag):
     for kind in ("pointwise", "longnet"):
         model = make_model(tiny_llm, slide_encoder=kind)
         eight = model.select(bag, 8)
         five = model.select(bag, 5)
-        fewer = without(eight, [6, 7, 8])
+        fewer = eight.without([6, 7, 8])
         assert fewer.indices.tolist() == five.indices.tolist()
         torch.testing.assert_close(fewer.tokens, five.tokens)
-        more = with_patches(model, bag, five, eight.indices.flip(0))
-        assert more.indices.tolist() == eight.indices.tolist()
-        torch.testing.assert_close(more.tokens, eight.tokens)
-        assert (more.num_patches, more.scores.tolist()) == (40, eight.scores.tolist())
+        torch.testing.assert_close(model.tokens_of(bag, eight.indices), eight.tokens)
 
 
-def test_what_cannot_be_kept_is_refused(model, bag, selection):
-    with pytest.raises(ValueError, match="at least one"):
-        without(selection, range(1, 6))
+def test_what_cannot_be_kept_is_refused(model, bag):
     with pytest.raises(ValueError, match="40 patches"):
-        with_patches(model, bag, selection, [40])
+        model.tokens_of(bag, torch.tensor([40]))
     with pytest.raises(ValueError, match="was encoded with"):
-        tokens_of(model, dataclasses.replace(bag, encoder="uni"), torch.tensor([0]))
+        model.tokens_of(dataclasses.replace(bag, encoder="uni"), torch.tensor([0]))

@@ -1,0 +1,167 @@
+"""Which of the kept patches an answer rests on. Nothing here loads a model.
+
+Evidence is measured, not told: every kept patch is left out in turn and the answer it had is scored again. What the LLM
+writes about patches plays no part. SparseWSI.leave_one_out measures; here are the value that it returns and the scoring
+of one prompt's answers in one pass.
+K kept, L tokens of a prompt with its answers, H the LLM's width, V vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# A patch matters if the answer is at least twice as likely with it as without it: it then holds one bit of the answer.
+MATTERS = math.log(2)
+# Largest error of an effect that a bfloat16 LLM was seen to make against float32, over the root of the answer's tokens.
+NOISE = 0.13
+TOKENS = {"cpu": 768, "cuda": 16_384}  # tokens of one pass: more saves no time, and logits take 200 kB a token
+RESCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # settings of LLMs that change logits further
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """How much the answer loses when patches are left out, in nats: exp(effect) is how many times less likely it gets.
+
+    effects:     (K,) float32, one per selection.indices, for leaving out that patch alone; negative: the patch speaks
+                 against the answer
+    without_any: the same for leaving out all K at once
+    baseline:    log-likelihood (option False) or log-odds (option True) of the answer from all K
+    score_ranks: (K,) int64, Selection.ranks: the patches' numbers
+    option:      the answer is one of the offered options, so likely means: against the other options
+    limit:       effect from which a patch matters: MATTERS, or more where rounding alone could do as much
+    """
+
+    effects: Tensor
+    without_any: float
+    baseline: float
+    score_ranks: Tensor
+    option: bool
+    limit: float = MATTERS
+
+    @property
+    def order(self) -> Tensor:
+        """(K,) int64: places in selection.indices, most evidence first; ties go to the better score."""
+        by_score = self.score_ranks.argsort()
+        return by_score[self.effects[by_score].argsort(descending=True, stable=True)]
+
+    @property
+    def ranks(self) -> Tensor:
+        """(K,) int64: the rank by evidence of each of selection.indices, 1 = the answer loses most without it."""
+        return self.order.argsort() + 1
+
+    @property
+    def sentence(self) -> str:
+        """What the numbers mean, for people who do not know what a likelihood is."""
+        k, best = len(self.effects), int(self.order[0])
+        patch, effect = f"#{int(self.score_ranks[best])}", float(self.effects[best])
+        against = " against the other options" if self.option else ""
+        if effect >= self.limit:
+            more = int((self.effects >= self.limit).sum()) - 1
+            others = f"; {more} more of the {k} patches matter, too" if more else "; no other patch matters much"
+            return (
+                f"Without patch {patch} the model would find this answer {_times(effect)} less likely{against}{others}."
+            )
+        weak = "No patch matters much to this answer: "
+        if effect < math.log(1.05):
+            weak += "it is hardly less likely without any single one."
+        else:
+            weak += f"without patch {patch}, which weighs most, it would be {_times(effect)} less likely{against}."
+        if self.without_any >= self.limit:
+            return f"{weak} Without all {k} it would be {_times(self.without_any)} less likely: they repeat each other."
+        return f"{weak} The model would give it as readily without any patch: it does not rest on what the slide shows."
+
+
+def _times(effect: float) -> str:
+    """3.2 times, for an effect of log(3.2)."""
+    factor = math.exp(min(effect, 700))
+    return "more than 1,000 times" if factor > 1000 else f"{factor:.2g} times" if factor < 10 else f"{factor:.0f} times"
+
+
+def find_option(answer: str, offered: Sequence[tuple[str, str]]) -> int | None:
+    """Number of the offered (letter, option) that the answer is: by text, by both, or by letter; None for others."""
+    words = answer.strip().rstrip(".").casefold()
+    texts, letters = [option for _, option in offered], [letter for letter, _ in offered]
+    both = [f"{letter}. {option}" for letter, option in offered]
+    for forms in (texts, both, letters):  # an option's text may be another one's letter
+        for number, form in enumerate(forms):
+            if words == form.rstrip(".").casefold():
+                return number
+    return None
+
+
+# ---- scoring answers with some patches out of sight
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A prompt with all answers to it in one sequence, in which no answer sees another."""
+
+    embeds: Tensor  # (1, L, H)
+    positions: Tensor  # (1, L)
+    sees: Tensor  # (L, L) bool: may a token (row) attend to another
+    keep: Tensor  # (A,) places whose logits predict the answers' tokens; the prompt's last one where there is no answer
+
+
+def lay_out(embedding: nn.Module, embeds: Tensor, positions: Tensor, rows: Sequence[Sequence[int]]) -> Layout:
+    """A prompt, embeds (1, P, H) at positions (1, P), and the token ids of each answer, as one sequence."""
+    device, given = embeds.device, embeds.shape[1]
+    lengths = [len(row) for row in rows]
+    groups = torch.repeat_interleave(torch.arange(1 + len(rows)), torch.tensor([given, *lengths])).to(device)
+    sees = torch.ones(len(groups), len(groups), dtype=torch.bool, device=device).tril()
+    sees &= (groups == 0) | (groups == groups[:, None])
+    keep, begin = [], given
+    for length in lengths:
+        keep += [given - 1, *range(begin, begin + length - 1)]
+        begin += length
+    text = torch.tensor([token for row in rows for token in row], dtype=torch.int64, device=device)
+    after = [positions[0, -1] + 1 + torch.arange(length, device=device) for length in lengths]
+    return Layout(
+        torch.cat([embeds, embedding(text)[None]], 1),
+        torch.cat([positions[0], *after])[None],
+        sees,
+        torch.tensor(keep or [given - 1], device=device),
+    )
+
+
+def score_answers(
+    llm: Any, layout: Layout, at: int, left_out: Tensor, rows: Sequence[Sequence[int]], letters: Sequence[int]
+) -> Tensor:
+    """Log-likelihoods (B, answers) of the rows, or logits (B, letters), with left_out (B, K) patches closed. CPU.
+
+    llm: a causal LLM of transformers, not wrapped. at: place of the first of the K visual tokens.
+    """
+    n, k = left_out.shape
+    sees = layout.sees.expand(n, -1, -1).clone()  # (B, L, L)
+    sees[:, :, at : at + k] &= ~left_out[:, None, :].to(sees.device)
+    sees.diagonal(dim1=1, dim2=2).fill_(True)  # a token that nobody sees may see itself: an empty row would be NaN
+    logits = _exact_logits(
+        llm,
+        layout.keep,
+        inputs_embeds=layout.embeds.expand(n, -1, -1),
+        position_ids=layout.positions.expand(n, -1),
+        attention_mask=sees[:, None],
+        use_cache=False,
+    )  # (B, A, V)
+    if letters:
+        return logits[:, 0, list(letters)].cpu()
+    targets = torch.tensor([token for row in rows for token in row], device=logits.device)
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.repeat(n), reduction="none").view(n, -1).cpu()
+    return -torch.stack([part.sum(1) for part in losses.split([len(row) for row in rows], 1)], 1)
+
+
+def _exact_logits(llm: Any, keep: Tensor, **given: Any) -> Tensor:
+    """The LLM's logits at the kept places, float32 (B, A, V).
+
+    bfloat16 logits are rounded to steps of 1/16 and more, which is what one patch of many is worth; so the last layer
+    is computed in float32, unless the LLM does more than a linear layer there.
+    """
+    head = llm.get_output_embeddings()
+    if type(head) is not nn.Linear or any(getattr(llm.config, name, None) for name in RESCALED):
+        return llm(**given, logits_to_keep=keep).logits.float()
+    hidden = llm.get_decoder()(**given).last_hidden_state[:, keep]  # (B, A, H)
+    return F.linear(hidden.float(), head.weight.float(), None if head.bias is None else head.bias.float())

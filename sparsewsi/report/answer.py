@@ -1,0 +1,55 @@
+"""An answer, and what is said wherever one is shown. Nothing here loads a model or writes a file."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsewsi.bags.bag import Bag
+from sparsewsi.model.config import SparseWSIConfig
+from sparsewsi.model.selection import Selection
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question that was put and what came back.
+
+    options:  empty for an open question
+    probs:    one per option, sums to 1
+    effects:  Evidence.effects, one per selection.indices; empty where no evidence was asked for
+    evidence: Evidence.sentence, what the effects mean
+    """
+
+    question: str
+    text: str
+    options: tuple[str, ...] = ()
+    probs: tuple[float, ...] = ()
+    effects: tuple[float, ...] = ()
+    evidence: str = ""
+
+
+def word_notice(config: SparseWSIConfig) -> str:
+    """What stands wherever answers of this model are shown: the use it is for, and the model's own note."""
+    use = f"{'Demo model, research' if config.demo else 'Research'} use only, not for diagnosis."
+    return f"{use} {config.note}".strip()
+
+
+def name_llm(config: SparseWSIConfig) -> str:
+    """The base LLM as people are told: a hub id, or the last part of a folder's path."""
+    return Path(config.llm).name if Path(config.llm).is_dir() else config.llm
+
+
+def summarise(bag: Bag, selection: Selection, config: SparseWSIConfig, model: str) -> str:
+    """One line for people: model, encoder, K of N, share of the tissue, resolution and where it is known from."""
+    kept, total = len(selection.indices), selection.num_patches
+    at = f"{bag.mpp:.4g} µm/px" if bag.mpp else "an unknown resolution"
+    scan = f"scan {bag.slide_mpp:.4g} µm/px ({bag.mpp_source})" if bag.slide_mpp else "scan resolution unknown"
+    return (
+        f"{bag.slide} · model {model} ({name_llm(config)}) · encoder {bag.encoder} · {kept:,} of {total:,} patches "
+        f"({100 * kept / max(total, 1):.2g} % of the tissue) read at {at} · {scan}"
+    )
+
+
+def format_effect(effect: float) -> str:
+    """An effect in nats as what an answer's likelihood is divided by without the patch: "3.2" for log(3.2)."""
+    value = math.exp(min(effect, 50))
+    return "over 1000" if value > 1000 else f"{value:.3g}" if value < 100 else f"{value:.0f}"

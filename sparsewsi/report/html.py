@@ -1,0 +1,155 @@
+"""report.html: one file to read, print and file away.
+
+K kept patches. Positions are in the level-0 frame, px.
+"""
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sparsewsi.bags.bag import Bag
+from sparsewsi.files import write_text
+from sparsewsi.model.config import SparseWSIConfig
+from sparsewsi.model.selection import Selection
+from sparsewsi.report.answer import Answer, format_effect, name_llm, word_notice
+from sparsewsi.report.record import digest_patches, list_versions
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8886; --soft: #8882; }
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 0 auto; padding: 16px; }
+h1 { margin: 0; } h2 { margin: 1.6em 0 .4em; border-bottom: 1px solid var(--line); }
+.notice, .warnings { border-left: 5px solid #e69f00; background: var(--soft); padding: 8px 12px; margin: 12px 0; }
+.notice { font-weight: 600; } .warnings ul { margin: 0; padding-left: 1.2em; }
+img { max-width: 100%; height: auto; } .overview { width: 100%; background: #fff; }
+.patches { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 12px; }
+figure { margin: 0; } figcaption { font-size: 12.5px; } .patches img { width: 100%; }
+figure:target { outline: 3px solid #e69f00; outline-offset: 3px; }
+.answer { border: 1px solid var(--line); border-radius: 6px; padding: 4px 14px; margin: 12px 0; break-inside: avoid; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; }
+table { border-collapse: collapse; } th, td { text-align: left; padding: 2px 14px 2px 0; vertical-align: top; }
+td { overflow-wrap: anywhere; } th { font-weight: 600; } .number { font-variant-numeric: tabular-nums; }
+"""
+
+
+def write_report(
+    path: str | Path,
+    bag: Bag,
+    selection: Selection,
+    config: SparseWSIConfig,
+    *,
+    model: str,
+    overview: Image.Image,
+    patches: Sequence[np.ndarray] = (),
+    answers: Sequence[Answer] = (),
+    warnings: Sequence[str] = (),
+    weights_sha256: str | None = None,
+    selector: str = "learned",
+) -> None:
+    """One HTML file to read, print and file away: no script, nothing fetched, every picture inside.
+
+    overview: the slide with its boxes (plots.draw_overlay). patches: uint8 (p, p, 3), best first (plots.cut_patches);
+    none where the slide is not at hand. warnings: sentences that stand under the notice. Words of users and of the
+    model are escaped. The slide is named by Bag.slide and digests only.
+    """
+    assert len(patches) in (0, len(selection.indices)), "one picture per kept patch, or none"
+    facts = {
+        "Slide": f"{bag.slide}, {_size(bag)}",
+        "Scan": f"{bag.slide_mpp:.4g} µm/px ({bag.mpp_source})" if bag.slide_mpp else "resolution unknown",
+        "Model": f"{model}, language model {name_llm(config)}",
+        "Weights (sha256)": weights_sha256 or "not recorded",
+        "Patch encoder": f"{bag.encoder}, patches read at "
+        + (f"{bag.mpp:.4g} µm/px" if bag.mpp else "an unknown resolution"),
+        "Patches": f"{len(selection.indices):,} of {selection.num_patches:,} "
+        f"({100 * len(selection.indices) / max(selection.num_patches, 1):.2g} % of the tissue), selector: {selector}",
+        "All patches (sha256)": digest_patches(bag),
+        "Versions": ", ".join(f"{name} {number}" for name, number in list_versions().items()),
+        "Written": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+    }
+    doubts = "".join(f"<li>{escape(text)}</li>" for text in (*warnings, *filter(None, [bag.note])))
+    parts = [
+        f'<p class="notice">{escape(word_notice(config))}</p>',
+        f'<div class="warnings"><ul>{doubts}</ul></div>' if doubts else "",
+        f'<img class="overview" alt="The slide with the kept patches" src="{_picture(overview)}">',
+        "<h2>Questions and answers</h2>" if answers else "",
+        *(_answer_html(number, answer, selection) for number, answer in enumerate(answers, 1)),
+        "<h2>Kept patches, best score first</h2>",
+        f'<div class="patches">{"".join(_figures(bag, selection, patches, answers))}</div>',
+        "<h2>How this was made</h2><table>",
+        *(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts.items()),
+        f'</table><p class="notice">{escape(word_notice(config))}</p>',
+    ]
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        "style-src 'unsafe-inline'\">"
+        f"<title>SparseWSI: {escape(bag.slide)}</title><style>{_STYLE}</style></head><body>"
+        f"<h1>{escape(bag.slide)}</h1>{chr(10).join(filter(None, parts))}</body></html>"
+    )
+    write_text(path, page)
+
+
+def _size(bag: Bag) -> str:
+    if bag.slide_size is None:
+        return "size unknown"
+    width, height = bag.slide_size
+    in_mm = f" ({width * bag.slide_mpp / 1000:.3g} x {height * bag.slide_mpp / 1000:.3g} mm)" if bag.slide_mpp else ""
+    return f"{width:,} x {height:,} px{in_mm}"
+
+
+def _answer_html(number: int, answer: Answer, selection: Selection) -> str:
+    """A question, its answer, its options, and the patches in the order of their evidence."""
+    rows = "".join(
+        f'<tr><td>{escape(option)}</td><td class="number">{prob:.1%}</td></tr>'
+        for option, prob in zip(answer.options, answer.probs)
+    )
+    out = [
+        f'<section class="answer"><p class="text"><b>Q{number}. {escape(answer.question)}</b></p>',
+        f'<p class="text">{escape(answer.text) or "(no answer)"}</p>',
+        f"<table><tr><th>Option</th><th>Probability</th></tr>{rows}</table>" if rows else "",
+        f"<p>{escape(answer.evidence)}</p>" if answer.evidence else "",
+    ]
+    if answer.effects:
+        # The sort is stable: ties go to the better score.
+        most_first = sorted(selection.best_first.tolist(), key=lambda place: -answer.effects[place])
+        links = " · ".join(
+            f'<a href="#patch-{selection.ranks[place]}">#{selection.ranks[place]}</a> '
+            f"{format_effect(answer.effects[place])}"
+            for place in most_first
+        )
+        out.append(
+            "<p>Patches by evidence (how many times less likely the answer gets without the patch; below 1: likelier): "
+            f'<span class="number">{links}</span></p>'
+        )
+    return "".join([*out, "</section>"])
+
+
+def _figures(bag: Bag, selection: Selection, patches: Sequence[np.ndarray], answers: Sequence[Answer]) -> Iterator[str]:
+    """A figure per kept patch, best first: picture, rank, score, place and its evidence for every answer."""
+    for number, place in enumerate(selection.best_first.tolist()):
+        rank, index = int(selection.ranks[place]), int(selection.indices[place])
+        x, y = (int(v) + bag.patch_size / 2 for v in bag.coords[index])
+        at = f"x {x * bag.slide_mpp:,.0f}, y {y * bag.slide_mpp:,.0f} µm" if bag.slide_mpp else f"x {x:g}, y {y:g} px"
+        shares = []
+        for i, answer in enumerate(answers, 1):
+            if answer.effects:
+                above = sum(effect > answer.effects[place] for effect in answer.effects)
+                shares.append(f"Q{i}: {format_effect(answer.effects[place])}, evidence rank {above + 1}")
+        picture = ""
+        if len(patches):
+            picture = f'<img alt="Patch {rank}" src="{_picture(Image.fromarray(patches[number]))}">'
+        lines = [f"<b>#{rank}</b> score {float(selection.scores[index]):.3g}", at, *shares]
+        yield f'<figure id="patch-{rank}">{picture}<figcaption>{"<br>".join(lines)}</figcaption></figure>'
+
+
+def _picture(image: Image.Image) -> str:
+    """A data URI; JPEG, which is a fifth of PNG for tissue."""
+    data = io.BytesIO()
+    image.convert("RGB").save(data, "JPEG", quality=88)
+    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"

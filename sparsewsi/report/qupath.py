@@ -1,0 +1,142 @@
+"""To QuPath and back: the kept patches as GeoJSON, and the patches in regions that were drawn there.
+
+N patches, V corners of a region. Positions are in the level-0 frame, px.
+"""
+
+import json
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsewsi.bags.bag import Bag
+from sparsewsi.files import read_json, write_text
+from sparsewsi.model.selection import Selection
+
+CLASS_NAME = "SparseWSI selected"
+CLASS_COLOUR = (230, 159, 0)  # Okabe and Ito's orange: told from blue by every kind of colour vision
+MOST_CORNERS = 200_000  # of all regions of a GeoJSON together: a second or two on a slide of 100,000 patches
+
+
+def write_geojson(path: str | Path, bag: Bag, selection: Selection) -> None:
+    """The kept patches as annotations QuPath reads (File > Import objects from file): squares in level-0 px.
+
+    Each has the classification CLASS_NAME, its rank as its name, and the measurements "Rank" and "Score".
+    """
+    features = [_square(bag, selection, place) for place in selection.best_first.tolist()]
+    write_text(path, json.dumps({"type": "FeatureCollection", "features": features}, indent=1))
+
+
+def _square(bag: Bag, selection: Selection, place: int) -> dict[str, Any]:
+    rank, index = int(selection.ranks[place]), int(selection.indices[place])
+    x, y = bag.coords[index].tolist()
+    right, bottom = x + bag.patch_size, y + bag.patch_size
+    return {
+        "type": "Feature",
+        # The same patch of the same slide keeps its id, so that a second import replaces the first.
+        "id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{bag.slide}/{x}/{y}/{bag.patch_size}")),
+        "geometry": {"type": "Polygon", "coordinates": [[[x, y], [right, y], [right, bottom], [x, bottom], [x, y]]]},
+        "properties": {
+            "objectType": "annotation",
+            "name": f"#{rank}",
+            "classification": {"name": CLASS_NAME, "color": list(CLASS_COLOUR)},
+            "isLocked": True,
+            "measurements": {"Rank": rank, "Score": float(selection.scores[index])},
+        },
+    }
+
+
+# ---- regions ----
+
+
+def read_regions(path: str | Path, bag: Bag) -> Tensor:
+    """Patches of a bag in the regions of a GeoJSON file (QuPath: File > Export objects as GeoJSON).
+
+    Polygon and MultiPolygon: the patches whose centre is inside, holes excluded; a region too small to hold a centre
+    takes the patch at its own middle. Point and MultiPoint: the patch around it. Other geometries are passed over.
+    Coordinates are level-0 px. Returns (M,) int64, ascending.
+    Raises ValueError, in words, for a file that is too big, that is no GeoJSON, or whose regions meet no patch.
+    """
+    name = Path(path).name
+    polygons, points = _geometries(read_json(path), name)
+    if not polygons and not points:
+        raise ValueError(f"{name} holds no polygon and no point. Draw a region in QuPath and export it as GeoJSON.")
+    if sum(len(ring) for rings in polygons for ring in rings) > MOST_CORNERS:
+        raise ValueError(f"the regions of {name} have more than {MOST_CORNERS:,} corners. Simplify their shapes.")
+    corners = bag.coords.numpy().astype(np.float64)  # (N, 2)
+    chosen = np.zeros(len(corners), bool)
+    for rings in polygons:
+        found = _inside(rings, corners + bag.patch_size / 2)
+        if not found.any():
+            points.append((rings[0].min(0) + rings[0].max(0)) / 2)
+        chosen |= found
+    for point in points:
+        chosen |= ((corners <= point) & (point < corners + bag.patch_size)).all(1)
+    if not chosen.any():
+        raise ValueError(
+            f"no patch of {bag.slide} lies in the {len(polygons) + len(points)} regions of {name}. Draw them on tissue "
+            "of this very slide; coordinates must be full-resolution pixels, as QuPath exports them."
+        )
+    return torch.from_numpy(np.flatnonzero(chosen))
+
+
+def _geometries(content: Any, name: str) -> tuple[list[list[np.ndarray]], list[np.ndarray]]:
+    """Polygons, each a list of rings (V, 2), and points (2,) of parsed GeoJSON."""
+    polygons: list[list[np.ndarray]] = []
+    points: list[np.ndarray] = []
+    waiting = [content]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, list):  # QuPath writes a bare list of features if it is asked to
+            waiting += item
+            continue
+        kind = item.get("type") if isinstance(item, dict) else None
+        if kind in ("FeatureCollection", "Feature", "GeometryCollection"):
+            waiting.append(item.get({"FeatureCollection": "features", "Feature": "geometry"}.get(kind, "geometries")))
+        elif kind in ("Polygon", "MultiPolygon"):
+            parts = item.get("coordinates")
+            for part in parts if kind == "MultiPolygon" and isinstance(parts, list) else [parts]:
+                rings = [_positions(ring, name) for ring in part] if isinstance(part, list) else []
+                if not rings or min(map(len, rings)) < 3:
+                    raise ValueError(f"a {kind} of {name} has a ring of fewer than three corners. Export it again.")
+                polygons.append(rings)
+        elif kind in ("Point", "MultiPoint"):
+            given = item.get("coordinates")
+            points += list(_positions([given] if kind == "Point" else given, name))
+        elif item is not None and kind not in ("LineString", "MultiLineString"):
+            raise ValueError(f"{name} is JSON, but no GeoJSON. In QuPath: File > Export objects as GeoJSON.")
+    return polygons, points
+
+
+def _positions(values: Any, name: str) -> np.ndarray:
+    """(V, 2) float64 of GeoJSON positions; a third number, the height, is dropped."""
+    try:
+        out = np.array([[float(value[0]), float(value[1])] for value in values], np.float64).reshape(-1, 2)
+    except (TypeError, ValueError, LookupError, OverflowError):
+        out = np.array([[np.nan, np.nan]])
+    if not (np.abs(out) < 2**31).all():
+        raise ValueError(f"{name} has coordinates that are no pixel positions. Export it again from QuPath.")
+    return out
+
+
+def _inside(rings: Sequence[np.ndarray], points: np.ndarray) -> np.ndarray:
+    """(M,) bool: which points (M, 2) lie inside rings (V, 2), by the even-odd rule, so that inner rings are holes.
+
+    Patches lie on few rows: edges are cut once per row, and a point is inside if an odd number of cuts is left of it.
+    """
+    out = np.zeros(len(points), bool)
+    low, high = rings[0].min(0), rings[0].max(0)
+    near = np.flatnonzero(((low <= points) & (points <= high)).all(1))
+    starts, ends = np.concatenate(rings), np.concatenate([np.roll(ring, -1, 0) for ring in rings])
+    rows, row = np.unique(points[near, 1], return_inverse=True)
+    groups = np.split(near[np.argsort(row, kind="stable")], np.cumsum(np.bincount(row))[:-1]) if len(near) else []
+    for y, group in zip(rows, groups):
+        cut = (starts[:, 1] <= y) != (ends[:, 1] <= y)
+        (x0, y0), (x1, y1) = starts[cut].T, ends[cut].T
+        cuts = np.sort(x0 + (y - y0) * (x1 - x0) / (y1 - y0))
+        out[group] = np.searchsorted(cuts, points[group, 0]) % 2 == 1
+    return out

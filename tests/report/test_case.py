@@ -1,0 +1,108 @@
+"""One road: whatever the selector, the files of a case call a patch by one number; a what-if is what was asked for."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsewsi.bags.bag import Bag, extract_bag
+from sparsewsi.model.sparse_wsi import SparseWSI
+from sparsewsi.phantom import write_phantom
+from sparsewsi.report.case import FILES, Case, open_case
+
+ASKED = [{"role": "user", "content": "Which tissue is this?"}]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> SparseWSI:
+    return SparseWSI.from_pretrained(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("slides") / "tiny.tiff"
+    write_phantom(path, seed=3, size=1024)
+    return path
+
+
+@pytest.fixture(scope="module")
+def bag(slide: Path) -> Bag:
+    return extract_bag(slide, "efficientnet-lite0")
+
+
+@pytest.fixture(scope="module")
+def case(model: SparseWSI, bag: Bag, slide: Path) -> Case:
+    return open_case(model, bag, slide)
+
+
+def test_the_files_of_a_case_call_a_patch_by_one_number(model, bag, slide, tmp_path):
+    """Its rank by score among all patches of the slide: not 1 to K, as `farthest` does not take the highest scores."""
+    case = open_case(model, bag, slide, k=5, selector="farthest")
+    answer = case.measure(model, ASKED, "fat")
+    case.write(tmp_path, [answer])
+    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+    order = case.selection.scores.argsort(descending=True, stable=True).tolist()
+    number = {index: order.index(index) + 1 for index in case.selection.indices.tolist()}
+    assert sorted(number.values()) != [1, 2, 3, 4, 5], "else the test would show nothing"
+
+    rows = list(csv.DictReader((tmp_path / "patches.csv").open()))
+    assert {int(row["index"]): int(row["rank"]) for row in rows} == number
+    corner = {tuple(bag.coords[index].tolist()): rank for index, rank in number.items()}
+    squares = json.loads((tmp_path / "patches.geojson").read_text())["features"]
+    for square in squares:
+        facts, where = square["properties"], tuple(square["geometry"]["coordinates"][0][0])
+        assert corner[where] == facts["measurements"]["Rank"] == int(facts["name"].removeprefix("#"))
+    chosen = json.loads((tmp_path / "selection.json").read_text())["selection"]
+    assert dict(zip(chosen["indices"], chosen["ranks"])) == number
+    page = (tmp_path / "report.html").read_text()
+    shown = re.findall(r'<figure id="patch-(\d+)">.*?alt="Patch (\d+)".*?<b>#(\d+)</b> score (\S+)<br>', page)
+    assert shown == [
+        (f"{rank}",) * 3 + (f"{case.selection.scores[order[rank - 1]]:.3g}",) for rank in sorted(number.values())
+    ]
+    assert set(map(int, re.findall(r'href="#patch-(\d+)"', page))) == set(number.values())
+    assert {int(rank) for rank in re.findall(r"patch #(\d+)", answer.evidence)} <= set(number.values())
+
+
+def test_only_the_files_that_were_asked_for_are_written(case, tmp_path):
+    case.write(tmp_path / "out", names=["patches.csv", "selection.json"])
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"patches.csv", "selection.json"}
+
+
+def test_an_answer_comes_with_what_is_measured(model, case):
+    text = "".join(case.answer(model, ASKED, ["fat", "liver"]))
+    answer = case.measure(model, ASKED, text, ["fat", "liver"])
+    assert (answer.question, answer.text) == ("Which tissue is this?", text.strip())
+    assert sum(answer.probs) == pytest.approx(1)
+    assert len(answer.effects) == len(case.selection.indices)
+    assert case.measure(model, ASKED, text, evidence=False).effects == ()
+    silent = case.measure(model, ASKED, " \n", ["fat", "liver"])
+    assert (silent.text, silent.effects, len(silent.probs)) == ("", (), 2)
+
+
+def test_a_what_if_keeps_pinned_patches_drops_others_and_fills_up(model, case):
+    total = case.selection.num_patches
+    own = case.selection.indices.tolist()
+    left_out = [index for index in range(total) if index not in own]
+    for selector in ("learned", "random", "farthest"):
+        other = case.choose(model, 6, selector, pinned=left_out[:2], dropped=own[:3])
+        chosen = other.selection.indices.tolist()
+        assert len(chosen) == 6
+        assert chosen == sorted(chosen)
+        assert set(left_out[:2]) <= set(chosen)
+        assert not set(own[:3]) & set(chosen)
+        assert other.selector == selector
+    same = case.choose(model, len(own))
+    assert torch.equal(same.selection.tokens, case.selection.tokens)
+    assert len(case.choose(model, 1, pinned=left_out[:2]).selection.indices) == 2, "what is pinned stays"
+    assert len(case.choose(model, 3, pinned=left_out[:1] * 2).selection.indices.unique()) == 3
+    with pytest.raises(ValueError, match="Every patch was dropped"):
+        case.choose(model, 4, dropped=range(total))
+
+
+def test_a_patch_keeps_its_number_in_a_what_if(model, case):
+    other = case.choose(model, 10, "random")
+    order = case.selection.scores.argsort(descending=True, stable=True)
+    assert order[other.selection.ranks - 1].tolist() == other.selection.indices.tolist()

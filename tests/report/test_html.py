@@ -1,0 +1,71 @@
+"""report.html holds all that it shows, and shows words as words."""
+
+import dataclasses
+import re
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sparsewsi.bags.bag import Bag
+from sparsewsi.model.config import SparseWSIConfig
+from sparsewsi.report import html
+from sparsewsi.report.answer import Answer
+from sparsewsi.report.record import digest_patches
+
+HOSTILE = '<script>alert(1)</script> ![x](http://evil.example/x.png) "quoted" & <img src=x onerror=alert(2)>'
+
+
+def report(folder, bag, selection, **changes) -> str:
+    given = {
+        "model": "demo-model",
+        "overview": Image.new("RGB", (40, 30)),
+        "patches": [np.full((8, 8, 3), 40 * i, np.uint8) for i in range(1, 4)],
+        "weights_sha256": "ab" * 32,
+    }
+    html.write_report(folder / "r.html", bag, selection, SparseWSIConfig(demo=True), **given | changes)
+    return (folder / "r.html").read_text()
+
+
+def test_the_report_holds_all_that_it_shows_and_says_what_it_is(tmp_path, bag, selection):
+    answer = Answer("Which?", "fat", ("fat", "mucin"), (0.75, 0.25), (0.0, 2.0, -1.0), "Without patch #2 less.")
+    text = report(tmp_path, bag, selection, answers=[answer], warnings=["Rank 4 is as good as rank 3."])
+    pictures = re.findall(r'src="(.{30})', text)
+    assert len(pictures) == 4
+    assert all(source.startswith("data:image/jpeg;base64,") for source in pictures)
+    assert "default-src 'none'" in text
+    for part in (
+        *("Demo model, research use only, not for diagnosis.", "slide 0a1b2c3d", "demo-model", "ab" * 32),
+        *(
+            "efficientnet-lite0",
+            "3 of 5",
+            "0.25 µm/px (openslide)",
+            "400 x 300 px (0.1 x 0.075 mm)",
+            "Rank 4 is as good",
+        ),
+        *(digest_patches(bag), "Which?", "75.0%", "Without patch #2 less.", f"torch {torch.__version__}"),
+        "x 62, y 38 µm",  # the centre of the third patch
+    ):
+        assert part in text, part
+    assert text.count("not for diagnosis") == 2
+    assert re.findall(r'<figure id="patch-(\d)">', text) == ["1", "2", "3"], "by score"
+    assert re.findall(r'<a href="#patch-(\d)">', text) == ["2", "1", "3"], "by evidence"
+    assert "Q1: 7.39, evidence rank 1" in text
+
+
+def test_words_in_the_report_are_inert(tmp_path, bag, selection):
+    answer = Answer(HOSTILE, HOSTILE, (HOSTILE,), (1.0,), (), HOSTILE)
+    odd = dataclasses.replace(bag, note=HOSTILE, slide=HOSTILE)
+    text = report(tmp_path, odd, selection, answers=[answer], warnings=[HOSTILE], model=HOSTILE)
+    assert "<script" not in text
+    assert "<img src=x" not in text
+    assert not re.findall(r'(?:src|href)="(?!data:image/jpeg|#patch-)', text)
+    assert text.count("&lt;script&gt;") >= 7
+
+
+def test_a_report_without_the_slide_has_no_patch_pictures(tmp_path, bag, selection):
+    unknown = Bag(bag.features, bag.coords, 100, None, bag.encoder, bag.slide)
+    text = report(tmp_path, unknown, selection, patches=())
+    assert text.count("<img") == 1
+    assert "x 250, y 150 px" in text
+    assert "resolution unknown" in text

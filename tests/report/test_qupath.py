@@ -1,0 +1,120 @@
+"""QuPath reads what is written, and what is drawn in it is read back."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from sparsewsi.bags.bag import Bag
+from sparsewsi.report import qupath
+
+
+def test_geojson_squares_close_in_level_0_px_and_carry_rank_and_score(tmp_path, bag, selection):
+    for name in ("a", "b"):
+        qupath.write_geojson(tmp_path / name, bag, selection)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    features = json.loads((tmp_path / "a").read_text())["features"]
+    assert len({feature["id"] for feature in features}) == 3
+    third = features[2]
+    (ring,) = third["geometry"]["coordinates"]
+    assert ring == [[200, 100], [300, 100], [300, 200], [200, 200], [200, 100]]
+    assert third["properties"]["measurements"] == {"Rank": 3, "Score": 0.5}
+    assert third["properties"]["classification"]["name"] == qupath.CLASS_NAME
+    assert third["properties"]["objectType"] == "annotation"
+
+
+# ---- regions
+
+
+def regions(folder, bag, *geometries, wrap: bool = True) -> list[int]:
+    features = [{"type": "Feature", "properties": {}, "geometry": geometry} for geometry in geometries]
+    content = {"type": "FeatureCollection", "features": features} if wrap else features
+    (folder / "roi.geojson").write_text(json.dumps(content))
+    return qupath.read_regions(folder / "roi.geojson", bag).tolist()
+
+
+def square(left: float, top: float, right: float, bottom: float) -> list:
+    return [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
+
+
+@pytest.fixture
+def grid() -> Bag:
+    """10 x 10 patches of 100 px; index = 10 row + column."""
+    place = torch.arange(100)
+    coords = torch.stack([place % 10, place // 10], 1) * 100
+    return Bag(torch.zeros(100, 4), coords, 100, 0.5, "efficientnet-lite0", "slide 0a1b2c3d")
+
+
+def test_patches_whose_centre_is_inside_are_found_and_holes_are_left_out(tmp_path, grid):
+    hole = {"type": "Polygon", "coordinates": [square(0, 0, 300, 300), square(110, 110, 190, 190)]}
+    assert regions(tmp_path, grid, hole) == [0, 1, 2, 10, 12, 20, 21, 22]
+    far = {"type": "MultiPolygon", "coordinates": [[square(0, 0, 120, 60)], [square(840, 940, 1000, 1000)]]}
+    assert regions(tmp_path, grid, far, wrap=False) == [0, 98, 99]
+    triangle = {"type": "Polygon", "coordinates": [[[0, 0], [390, 0], [0, 390]]]}  # not closed
+    assert regions(tmp_path, grid, triangle) == [0, 1, 2, 10, 11, 20]
+
+
+def test_points_and_small_regions_take_the_patch_around_them(tmp_path, grid):
+    assert regions(tmp_path, grid, {"type": "Point", "coordinates": [250, 130, 0]}) == [12]
+    assert regions(tmp_path, grid, {"type": "MultiPoint", "coordinates": [[0, 0], [100, 0], [5000, 5000]]}) == [0, 1]
+    assert regions(tmp_path, grid, {"type": "Polygon", "coordinates": [square(561, 802, 569, 809)]}) == [85]
+    line = {"type": "LineString", "coordinates": [[0, 0], [9, 9]]}
+    both = {"type": "GeometryCollection", "geometries": [line, {"type": "Point", "coordinates": [950, 950]}]}
+    assert regions(tmp_path, grid, both) == [99]
+
+
+def test_a_shape_of_many_corners_agrees_with_its_formula(tmp_path, grid):
+    angle = np.linspace(0, 2 * np.pi, 50_000)
+    ring = np.stack([500 + 333 * np.cos(angle), 500 + 333 * np.sin(angle)], 1).tolist()
+    centres = grid.coords.numpy() + 50
+    wanted = np.flatnonzero(np.hypot(*(centres - 500).T) < 333).tolist()
+    assert regions(tmp_path, grid, {"type": "Polygon", "coordinates": [ring]}) == wanted
+
+
+def test_what_was_exported_is_read_back(tmp_path, bag, selection):
+    qupath.write_geojson(tmp_path / "p.geojson", bag, selection)
+    assert qupath.read_regions(tmp_path / "p.geojson", bag).tolist() == selection.indices.tolist()
+
+
+POLYGON = '{"type": "Polygon", "coordinates": %s}'
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "JSON"),
+        ("not json", "JSON"),
+        ("\x00\xff", "JSON"),
+        ("[" * 100_000, "JSON"),
+        ("42", "GeoJSON"),
+        ('{"type": "Topology"}', "GeoJSON"),
+        ("[]", "no polygon"),
+        ('{"type": "FeatureCollection", "features": null}', "no polygon"),
+        ('{"type": "LineString", "coordinates": [[0, 0], [1, 1]]}', "no polygon"),
+        (POLYGON % "null", "three corners"),
+        (POLYGON % "[]", "three corners"),
+        (POLYGON % "[[[0, 0], [1, 1]]]", "three corners"),
+        (POLYGON % '[[[0, 0], [1, "a"], [2, 2]]]', "pixel positions"),
+        (POLYGON % "[[[0, 0], [1, NaN], [2, 2]]]", "pixel positions"),
+        (POLYGON % "[[[0, 0], [1, 1e300], [2, 2]]]", "pixel positions"),
+        (POLYGON % "[[[0], [1], [2]]]", "pixel positions"),
+        (POLYGON % "[[[9000, 0], [9001, 0], [9000, 1]]]", "no patch of slide 0a1b2c3d"),
+        (POLYGON % f"[{[[0, 0]] * 200_001}]", "200,000 corners"),
+    ],
+)
+def test_a_bad_region_file_is_one_sentence(tmp_path, grid, content, said):
+    (tmp_path / "roi.geojson").write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=said) as raised:
+        qupath.read_regions(tmp_path / "roi.geojson", grid)
+    assert str(raised.value).endswith(".")
+    assert str(tmp_path) not in str(raised.value)
+
+
+def test_a_region_file_that_is_too_big_is_not_read(tmp_path, grid):
+    with (tmp_path / "big.geojson").open("wb") as file:
+        file.truncate((64 << 20) + 1)
+    with pytest.raises(ValueError, match="larger than 64 MB"):
+        qupath.read_regions(tmp_path / "big.geojson", grid)
+    with pytest.raises(ValueError, match="no file"):
+        qupath.read_regions(tmp_path / "missing.geojson", grid)
