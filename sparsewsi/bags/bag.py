@@ -32,7 +32,7 @@ from torch import Tensor
 
 from sparsewsi.bags.encoders import PatchEncoder, load_encoder
 from sparsewsi.slides.slide import Slide, SlideError, open_slide
-from sparsewsi.slides.tissue import patch_coords, patch_side, why_empty
+from sparsewsi.slides.tissue import find_tissue, patch_coords, patch_side, why_empty
 
 UNKNOWN_ENCODER = "unknown"
 READERS = max(1, min(4, os.cpu_count() or 1))  # threads that read patches; decoders drop the GIL
@@ -256,7 +256,7 @@ def bag_of(
     notes = [
         *slide.warnings,
         slide.check_mpp(mpp),
-        None if len(coords) else why_empty(slide, mpp, patch_size),
+        find_tissue(slide).note if len(coords) else why_empty(slide, mpp, patch_size),
         f"{lost} of {len(coords)} patches lie in damaged parts of the file and are left out." if lost else None,
     ]
     return Bag(

@@ -8,10 +8,9 @@ import tifffile
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from sparsewsi.slides import tissue as tissue_module
 from sparsewsi.slides.refusals import SlideError
 from sparsewsi.slides.slide import open_slide
-from sparsewsi.slides.tissue import patch_coords, patch_side, tissue_mask, why_empty
+from sparsewsi.slides.tissue import LOST, coverage, patch_coords, patch_side, tissue_mask, why_empty
 
 MPP = 2.0  # um per px of the painted slides
 PATCH = 56  # px at MPP: 112 um
@@ -234,7 +233,7 @@ def test_damage_is_kept_for_whoever_reads_the_patches_there(painted, tmp_path):
         mask, scale = tissue_mask(slide)
     hole = np.zeros_like(mask)
     hole[round(256 / scale) : round(512 / scale), round(512 / scale) : round(1024 / scale)] = True
-    near = ndimage.binary_dilation(hole, iterations=tissue_module.LOST)
+    near = ndimage.binary_dilation(hole, iterations=LOST)
     assert mask[hole].all()
     assert (mask & ~near == intact & ~near).mean() > 0.99
     with open_slide(damaged(path, range(4, 50))) as slide, pytest.raises(SlideError, match="damaged or cut short"):
@@ -248,14 +247,14 @@ def test_coverage_is_exact_for_squares_that_cut_mask_px():
     rng = np.random.default_rng(0)
     mask = rng.random((37, 53)) < 0.5
     left, top, side = rng.uniform(-3, 56, 40), rng.uniform(-3, 40, 30), 4.37
-    got = tissue_module._coverage(mask, left, top, side)
+    got = coverage(mask, left, top, side)
 
     def overlap(start: float, n: int) -> np.ndarray:
         return np.clip(np.minimum(start + side, np.arange(n) + 1) - np.maximum(start, np.arange(n)), 0, None)
 
     expected = [[overlap(y, 37) @ mask @ overlap(x, 53) / side**2 for x in left] for y in top]
     np.testing.assert_allclose(got, expected, atol=1e-12)
-    whole = tissue_module._coverage(np.ones((10, 10), bool), np.array([0.0, 2.5, 8.0, 20.0]), np.array([0.0]), 4.0)
+    whole = coverage(np.ones((10, 10), bool), np.array([0.0, 2.5, 8.0, 20.0]), np.array([0.0]), 4.0)
     np.testing.assert_allclose(whole, [[1, 1, 0.5, 0]])
 
 
@@ -266,7 +265,7 @@ def test_exactly_the_patches_at_or_above_the_threshold_are_kept(painted_slide, m
         coords = patch_coords(slide, 1.7, 50, min_tissue)
         side = patch_side(slide, 1.7, 50)
     x, y = np.arange(0, 2304, side), np.arange(0, 1792, side)
-    share = tissue_module._coverage(mask, x / scale, y / scale, side / scale)
+    share = coverage(mask, x / scale, y / scale, side / scale)
     expected = [(x[j], y[i]) for i in range(len(y)) for j in range(len(x)) if share[i, j] >= min_tissue - 1e-9]
     assert [tuple(c) for c in coords.tolist()] == expected
 
@@ -350,17 +349,3 @@ def test_a_slide_far_too_coarse_is_refused_with_both_numbers(shared_data):
         pytest.raises(SlideError, match=r"28\.97 um/px.*0\.5 um/px"),
     ):
         patch_coords(slide, 0.5, 224)
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (50, 61)])
-def test_windows_are_those_of_scipy(shape: tuple[int, int]) -> None:
-    cells = np.random.default_rng(0).random(shape) < 0.3
-    for width in (2, 3, 4, 9):
-        eroded = ndimage.minimum_filter(cells, width, mode="constant", cval=1)
-        opened = ndimage.maximum_filter(eroded, width, mode="constant", origin=width % 2 - 1) & cells
-        assert np.array_equal(tissue_module._opened(cells, width), opened)
-        dilated = ndimage.maximum_filter(cells, 2 * width + 1, mode="constant")
-        assert np.array_equal(tissue_module._dilated(cells, width), dilated)
-        padded = np.pad(cells, 2 * width, mode="symmetric")
-        closed = ndimage.binary_closing(padded, iterations=width)[2 * width : -2 * width, 2 * width : -2 * width]
-        assert np.array_equal(tissue_module._close(cells, 2 * width), closed)
