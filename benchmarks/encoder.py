@@ -1,6 +1,6 @@
 """Patches per second of EfficientNet-Lite0 in the variants that load_efficientnet_lite0 chose from, as ratios.
 
-Run: python benchmarks/encoder.py [--threads 2] [--batch 16] [--seconds 5]
+python -m benchmarks.encoder [--threads 2] [--batch 16] [--seconds 5]
 """
 
 import argparse

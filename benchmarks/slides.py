@@ -1,6 +1,6 @@
 """What the command line says of every slide in some folders: N, seconds, peak memory, outcome, as a Markdown table.
 
-    python -m benchmarks.slides ../shared/data/slides ../shared/data/wsi [--model DIR] [--out runs/slides]
+    python -m benchmarks.slides SLIDES [SLIDES ...] [--model DIR] [--out runs/slides]
 
 Each slide is one process, `python -m sparsewsi SLIDE`, as a user would run it; peak memory is that process's resident
 set (the wait4 system call). A slide that is refused for want of a resolution is tried again with --slide-mpp 0.5, on a
@@ -49,7 +49,8 @@ def run(command: list[str]) -> Run:
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.perf_counter() - start
-        out.seek(0), err.seek(0)
+        out.seek(0)
+        err.seek(0)
         return Run(process.returncode, seconds, usage.ru_maxrss / 1024, out.read(), err.read())
 
 

@@ -1,4 +1,4 @@
-"""Results as Markdown: every script here leaves OUT/<name>.json, and README's tables are printed from these.
+"""Results as Markdown: every script here leaves OUT/<name>.json, and docs/benchmarks.md is made of these.
 
 python -m benchmarks.tables [--out runs/benchmarks]
 """
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 OUT = Path("runs/benchmarks")
-# In README's order.
+# In the order of docs/benchmarks.md.
 NAMES = ("reading", "tissue", "end_to_end", "soft_topk", "selection", "chat", "feature_map")
 
 
