@@ -6,25 +6,29 @@ A wrong scale moves patches by more the farther they lie from the origin, so lev
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 
+from sparsewsi.slides.refusals import SlideError
 from sparsewsi.slides.resize import resize
 
-PLACES = 5  # across and down
+PLACES = 4  # across and down
 LARGEST = 1024  # px of the finer level decoded for one place
-ALIKE = 0.4  # correlation of a level of the right scale with the finer one, at the least
+ALIKE = 0.2  # correlation of a level of the right scale with the finer one, at the least; of other images 0.1
+CLEAR = 0.8  # from here on no further scales are tried
 FLAT = 2.0  # standard deviation, grey values: what shows nothing cannot be compared
 
 Size = tuple[int, int]
 Read = Callable[[int, Size, Size], np.ndarray]  # (level, (x, y), (w, h)), level px -> uint8 (h, w, 3)
 
 
-def measure_downsamples(sizes: Sequence[Size], read: Read) -> tuple[list[float | None], list[str]]:
+def measure_downsamples(
+    sizes: Sequence[Size], read: Read, doubted: Collection[int] = ()
+) -> tuple[list[float | None], list[str]]:
     """(level-0 px per px of every level, None for one that is not of this slide; sentences on what is doubtful).
 
-    sizes: (w, h) as the file states them, finest first
+    sizes: (w, h) as the file states them, finest first; doubted: levels to be compared whatever their size
     """
     found: list[float | None] = [1.0]
     notes = []
@@ -34,7 +38,7 @@ def measure_downsamples(sizes: Sequence[Size], read: Read) -> tuple[list[float |
             found.append(None)
             notes.append(f"The slide holds two images of {_text(size)} px; one of them is read.")
             continue
-        if whole is not None and not twins:
+        if whole is not None and not twins and level not in doubted:
             found.append(whole)
             continue
         fitting = [whole] if whole is not None else _candidates(sizes[0], size, found)
@@ -43,7 +47,7 @@ def measure_downsamples(sizes: Sequence[Size], read: Read) -> tuple[list[float |
         found.append(scale)
         if scale is None:
             notes.append(f"The image of {_text(size)} px is not this slide reduced and is left out.")
-        elif not sure:
+        elif not sure and whole is None:
             notes.append(
                 f"The level of {_text(size)} px states no clear scale and shows too little to measure it; it is taken "
                 f"to be reduced {scale:.4g} times."
@@ -89,18 +93,19 @@ def _compare(
     if not scales:
         return None, True
     side = max(8, min(32, int(LARGEST * finer_scale / scales[0])))
-    scores = []
+    scores: dict[float, float] = {}
     for scale in scales:
         pairs = list(_pairs(sizes, level, scale, side, finer, finer_scale, read))
-        scores.append(_similarity(pairs) if pairs else None)
-    known = [score for score in scores if score is not None]
-    if not known:
+        score = _similarity(pairs) if pairs else None
+        if score is not None:
+            scores[scale] = score
+            if score > CLEAR:
+                break
+    if not scores:
         return scales[0], False
-    best = max(known)
-    if best < ALIKE:
-        return None, True
+    best = max(scores.values())
     # Of scales that do as well, the likeliest: they come first.
-    return next(scale for scale, score in zip(scales, scores) if score is not None and score > best - 0.01), True
+    return (next(scale for scale in scores if scores[scale] > best - 0.01) if best >= ALIKE else None), True
 
 
 def _pairs(
@@ -114,11 +119,13 @@ def _pairs(
         return
     for row, column in itertools.product(range(PLACES), repeat=2):
         x, y = (round(n * (2 * i + 1) / (2 * PLACES)) for n, i in zip(inside, (column, row)))
-        coarse = read(level, (x, y), (side, side))
         left, top = x * ratio, y * ratio
         x0, y0 = math.floor(left), math.floor(top)
         extent = math.ceil(side * ratio) + 2
-        fine = read(finer, (x0, y0), (extent, extent))
+        try:
+            coarse, fine = read(level, (x, y), (side, side)), read(finer, (x0, y0), (extent, extent))
+        except SlideError:  # other places tell as well
+            continue
         box = (left - x0, top - y0, left - x0 + side * ratio, top - y0 + side * ratio)
         yield coarse.mean(2), resize(fine, box, (side, side)).astype(float).mean(2)
 

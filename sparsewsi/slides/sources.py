@@ -100,7 +100,7 @@ class OpenSlideSource:
             raise
         self._tiles: TiffTiles | None = None
         self._agrees: dict[int, bool] = {}  # level -> TiffTiles gives OpenSlide's px
-        self._whole: set[tuple[int, int]] = set()  # (level, tile) that only looked as if they ended early
+        self._verdicts: dict[tuple[int, int], SlideError | None] = {}  # (level, tile) without an end: what is wrong
         self._lock = threading.Lock()
 
     def _look_around(self) -> None:
@@ -109,10 +109,10 @@ class OpenSlideSource:
         self.vendor = self.properties.get("openslide.vendor", "unknown")
         sizes, own = self._slide.level_dimensions, self._slide.level_downsamples
         self._levels, self._stated, self._own_downsamples = tuple(range(len(sizes))), sizes, own
-        doubts: list[str] = []
+        doubts, suspects = (), set()
         if self.vendor in TIFF_VENDORS:
-            doubts += self._look_at_pages()
-        found, more = measure_downsamples(sizes, self._read_openslide)
+            doubts, suspects = self._look_at_pages()
+        found, more = measure_downsamples(sizes, self._read_openslide, suspects)
         kept = [level for level, scale in enumerate(found) if scale is not None]
         self._levels = tuple(kept)
         self._stated, self._own_downsamples = tuple(sizes[i] for i in kept), tuple(own[i] for i in kept)
@@ -120,17 +120,23 @@ class OpenSlideSource:
         self.level_sizes = tuple(true_size(sizes[0], sizes[i], found[i] or 1.0) for i in kept)
         self.doubts = (*doubts, *more)
 
-    def _look_at_pages(self) -> tuple[str, ...]:
+    def _look_at_pages(self) -> tuple[tuple[str, ...], set[int]]:
+        """(doubts, levels that may show another image)."""
+        # A label or macro image stands behind the levels, or among them.
+        suspects = {len(self._stated) - 1} - {0}
         try:
             pages = read_pages(self._file)
         except Exception:  # tifffile raises many types; what OpenSlide opened is then read as it is
-            return ()
+            return (), suspects
         size = self._stated[0]
+        areas = [page.area for page in pages if page.size in self._stated]
+        if areas != sorted(areas, reverse=True):
+            suspects = set(range(1, len(self._stated)))
         taken = next((page for page in pages if page.size == size), None)
         if taken is not None:
             self._check_px(taken)
         if self.vendor != "generic-tiff":
-            return _say_rotated(taken)
+            return _say_rotated(taken), suspects
         description = self.properties.get("tiff.ImageDescription", "")
         doubts = check_pages(self._file, pages, size, description, lambda xy, part: self._read_openslide(0, xy, part))
         level0 = find_level0(pages, size)
@@ -138,7 +144,7 @@ class OpenSlideSource:
             for key in ("openslide.mpp-x", "openslide.mpp-y", "tiff.XResolution", "tiff.YResolution"):
                 self.properties.pop(key, None)
             self.properties |= level0.resolution
-        return (*doubts, *_say_rotated(taken))
+        return (*doubts, *_say_rotated(taken)), suspects
 
     def _check_px(self, page: Page) -> None:
         """Raise SlideError if OpenSlide would show other colours than the page holds."""
@@ -192,16 +198,23 @@ class OpenSlideSource:
 
     def _ask_openslide(self, level: int, damage: EndsEarly) -> None:
         """Raise SlideError if OpenSlide does not read a tile either that has no end, or fills up its end."""
-        if (level, damage.tile) in self._whole:
-            return
+        key = (level, damage.tile)
+        if key not in self._verdicts:
+            try:
+                self._verdicts[key] = self._judge(level, damage)
+            except SlideError as error:
+                self._verdicts[key] = error
+        verdict = self._verdicts[key]
+        if verdict is not None:
+            raise SlideError(*verdict.args)
+
+    def _judge(self, level: int, damage: EndsEarly) -> SlideError | None:
         x0, y0, x1, y1 = damage.box
         px = self._read_openslide(level, (x0, y0), (x1 - x0, y1 - y0)).astype(np.int16)
         # A decoder takes filler for data and repeats one block to the end without a word.
         last, before = px[-16:, -16:], px[-16:, -32:-16]
         repeats = last.shape == before.shape and (last - before).std() < 1.5
-        if damage.filled and repeats and px.std() > 1.5:
-            raise SlideError(DAMAGED.format(""))
-        self._whole.add((level, damage.tile))
+        return SlideError(DAMAGED.format("")) if damage.filled and repeats and px.std() > 1.5 else None
 
     def close(self) -> None:
         self._slide.close()
