@@ -221,14 +221,7 @@ def read_patches(
     """
 
     def read(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        pixels = np.empty((len(part), patch_size, patch_size, 3), np.uint8)
-        fine = np.zeros(len(part), bool)
-        for i, (x, y) in enumerate(part.tolist()):
-            try:
-                pixels[i] = slide.read((x, y), (patch_size, patch_size), mpp)
-                fine[i] = True
-            except SlideError:
-                continue  # listed as unreadable through `fine`
+        pixels, fine = slide.read_batch(part, (patch_size, patch_size), mpp)
         return (pixels if fine.all() else pixels[fine]), fine
 
     parts = [coords[i : i + batch_size] for i in range(0, len(coords), batch_size)]

@@ -14,9 +14,10 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from sparsewsi.files import as_path
 from sparsewsi.slides.find import find_dicom_file
@@ -62,7 +63,7 @@ class Slide:
         self.warnings = (*source.doubts, *self._resolution.notes)
         self.cache: dict[str, Any] = {}
 
-    def __enter__(self) -> "Slide":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info) -> None:
@@ -129,6 +130,26 @@ class Slide:
         for (left, top), part, here in split(size, block):
             out[here] = self._read_block(level, (x0 + left * ratio, y0 + top * ratio), part, ratio)
         return out
+
+    def read_batch(
+        self, corners: ArrayLike, size: tuple[int, int], mpp: float, out: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """read() at every corner of (B, 2), level-0 px: (uint8 (B, h, w, 3), which could be read: bool (B,)).
+
+        out: where the pixels go. A patch in a damaged part of the file is never shown as something else.
+        Raises SlideError if the slide states no resolution.
+        """
+        self.require_mpp()
+        places = np.asarray(corners).tolist()
+        pixels = np.empty((len(places), size[1], size[0], 3), np.uint8) if out is None else out
+        fine = np.zeros(len(places), bool)
+        for i, (x, y) in enumerate(places):
+            try:
+                pixels[i] = self.read((x, y), size, mpp)
+                fine[i] = True
+            except SlideError:
+                continue  # listed as unreadable through `fine`
+        return pixels, fine
 
     def level_for(self, downsample: float) -> int:
         """The coarsest level that is no coarser than downsample (level-0 px per px); 0 if none is."""
