@@ -33,8 +33,11 @@ import torch
 from gradio.events import api
 
 from sparsewsi import phantom
-from sparsewsi.bags.bag import Bag, extract_bag, load_bag, save_bag
-from sparsewsi.bags.encoders import PatchEncoder, load_encoder
+from sparsewsi.bags.bag import Bag, save_bag
+from sparsewsi.bags.encoders import load_encoder
+from sparsewsi.bags.extract import extract_bag
+from sparsewsi.bags.foreign import load_bag
+from sparsewsi.bags.patch_encoder import PatchEncoder
 from sparsewsi.model.config import DEFAULT_MODEL, SparseWSIConfig, name_model
 from sparsewsi.model.prompt import format_question
 from sparsewsi.model.selection import Selection

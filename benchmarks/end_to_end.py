@@ -22,8 +22,8 @@ BATCH = 32
 
 def measure(slide: str, encoder: str, patches: int | None, alone: bool) -> None:
     from sparsewsi import extract_bag
-    from sparsewsi.bags.bag import choose_coords, read_patches
     from sparsewsi.bags.encoders import load_encoder
+    from sparsewsi.bags.extract import choose_coords, read_patches
     from sparsewsi.slides.slide import open_slide
 
     loaded = load_encoder(encoder)

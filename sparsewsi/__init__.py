@@ -13,8 +13,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparsewsi.bags.bag import Bag, extract_bag, load_bag, save_bag
+    from sparsewsi.bags.bag import Bag, save_bag
     from sparsewsi.bags.encoders import ENCODERS, load_encoder
+    from sparsewsi.bags.extract import extract_bag
+    from sparsewsi.bags.foreign import load_bag
     from sparsewsi.model.config import SparseWSIConfig
     from sparsewsi.model.llm import load_llm
     from sparsewsi.model.selection import Selection
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Bag": "bags.bag",
-    "extract_bag": "bags.bag",
-    "load_bag": "bags.bag",
+    "extract_bag": "bags.extract",
+    "load_bag": "bags.foreign",
     "save_bag": "bags.bag",
     "SparseWSIConfig": "model.config",
     "ENCODERS": "bags.encoders",

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from sparsewsi.__main__ import main
-from sparsewsi.bags.bag import extract_bag, save_bag
+from sparsewsi.bags.bag import save_bag
+from sparsewsi.bags.extract import extract_bag
 from sparsewsi.model.sparse_wsi import SparseWSI
 from sparsewsi.phantom import write_phantom
 

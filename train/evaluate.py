@@ -36,9 +36,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from sparsewsi.bags.bag import Bag, check_bag, extract_bag, load_bag, save_bag
+from sparsewsi.bags.bag import Bag, check_bag, save_bag
+from sparsewsi.bags.extract import extract_bag
+from sparsewsi.bags.foreign import load_bag
 from sparsewsi.model.config import SparseWSIConfig
-from sparsewsi.model.prompt import text_ids
+from sparsewsi.model.prompt import format_question, text_ids
 from sparsewsi.model.selection import Selection
 from sparsewsi.model.selector import SELECTORS
 from sparsewsi.model.sparse_wsi import SparseWSI
@@ -80,8 +82,7 @@ def worded(question: Question, preset: str) -> Question:
     """
     if preset == "slidechat" or not question.options:
         return question
-    lines = [question.question, *(option for option in question.options if option.strip())]
-    return replace(question, question="\n".join(lines), options=())
+    return replace(question, question=format_question(question.question, question.options, letters=False), options=())
 
 
 class Prefix:

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from sparsewsi.bags.bag import UNKNOWN_ENCODER, read_ahead
+from sparsewsi.bags.bag import UNKNOWN_ENCODER
+from sparsewsi.bags.extract import read_ahead
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.llm import default_device, default_dtype, load_llm
 from sparsewsi.model.selector import hard_topk

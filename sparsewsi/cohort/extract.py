@@ -48,8 +48,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from sparsewsi.bags.bag import bag_of, choose_coords, encode_patches, read_patches, replacing, save_bag
-from sparsewsi.bags.encoders import PatchEncoder, load_encoder, stated_name
+from sparsewsi.bags.bag import save_bag
+from sparsewsi.bags.encoders import load_encoder
+from sparsewsi.bags.extract import bag_of, choose_coords, encode_patches, read_patches
+from sparsewsi.bags.patch_encoder import PatchEncoder
+from sparsewsi.bags.vit import stated_name
+from sparsewsi.files import replacing
 from sparsewsi.slides.slide import Slide, open_slide
 from train.command import IMAGE_SUFFIXES, SLIDE_SUFFIXES, walk
 

@@ -1,9 +1,7 @@
 """Loading a base LLM: a hub id, a folder, or the embedded default."""
 
-import hashlib
 import importlib.util
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from sparsewsi.files import cache_folder, digest
 from sparsewsi.model.config import Unavailable
 
 EMBEDDED = "smollm2-135m"
@@ -89,11 +88,6 @@ def default_dtype(device: torch.device) -> torch.dtype:
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # public names came after torch 2.6
     )
     return torch.bfloat16 if has_bf16 else torch.float32
-
-
-def cache_folder() -> Path:
-    """Where fetched weights are kept: SPARSEWSI_CACHE, default ~/.cache/sparsewsi."""
-    return Path(os.environ.get("SPARSEWSI_CACHE") or Path.home() / ".cache" / "sparsewsi").expanduser()
 
 
 def embedded_folder() -> Path:
@@ -205,8 +199,7 @@ def _four_bit(device: torch.device, dtype: torch.dtype) -> dict:
 
 
 def _check_sha256(path: Path, expected: str) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = digest(path)
     if found != expected:
         raise Unavailable(
             f"{path.name} is damaged or not what it should be (sha256 {found[:12]}...). Delete it, retry."

@@ -24,13 +24,22 @@ class Prompt:
     at: int
 
 
-def format_question(question: str, options: Sequence[str] | None = None) -> str:
-    """The question, then one line per option: "A. ...". Empty options are skipped, the others keep their letters."""
+def format_question(question: str, options: Sequence[str] | None = None, letters: bool = True) -> str:
+    """The question as the LLM reads it, then one line per option: "A. ...", or without its letter.
+
+    Empty options are skipped, the others keep their letters. Raises ValueError for an empty question and for more
+    options than letters.
+    """
     options = options or ()
+    if not question.strip():
+        raise ValueError("the question is empty. Write one.")
     if len(options) > len(ascii_uppercase):
         raise ValueError(f"a question may have at most {len(ascii_uppercase)} options, got {len(options)}.")
-    lines = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options) if option.strip()]
-    return "\n".join([question, *lines])
+    lines = [question]
+    for letter, option in zip(ascii_uppercase, options):
+        if option.strip():
+            lines.append(f"{letter}. {option}" if letters else option)
+    return "\n".join(lines)
 
 
 def build_prompt(
@@ -127,8 +136,6 @@ def _turns(messages: Sequence[Mapping[str, str]], options: Sequence[str] | None)
         turns.append((role, content))
     if not turns or turns[-1][0] != "user":
         raise ValueError("the last message must be the user's. Add the question to be answered.")
-    if not turns[-1][1].strip():
-        raise ValueError("the question is empty. Write one.")
     turns[-1] = ("user", format_question(turns[-1][1], options))
     return turns
 

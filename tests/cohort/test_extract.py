@@ -23,8 +23,8 @@ import pytest
 import tifffile
 import torch
 
-from sparsewsi.bags.bag import load_bag
-from sparsewsi.bags.encoders import PatchEncoder
+from sparsewsi.bags.foreign import load_bag
+from sparsewsi.bags.patch_encoder import PatchEncoder
 from sparsewsi.cohort import extract
 from sparsewsi.cohort.extract import (
     Child,

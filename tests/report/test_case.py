@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsewsi.bags.bag import Bag, extract_bag
+from sparsewsi.bags.bag import Bag
+from sparsewsi.bags.extract import extract_bag
 from sparsewsi.model.sparse_wsi import SparseWSI
 from sparsewsi.phantom import write_phantom
 from sparsewsi.report.case import FILES, Case, open_case

