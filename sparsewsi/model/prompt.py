@@ -101,8 +101,7 @@ def visual_positions(
     Raises ValueError if the kept patches and the text do not fit. Past the end go "original", as the paper has it, and
     "compact" where all patches are shown, for comparison.
     """
-    if mode not in ("original", "scaled", "compact"):
-        raise ValueError(f"position is {mode!r}; choose original, scaled or compact.")
+    assert mode in ("original", "scaled", "compact"), mode
     indices = indices.to("cpu", torch.int64)
     room = num_patches if max_position is None else max_position - at - text_len
     if mode == "compact":

@@ -26,10 +26,8 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, heads: int, attention: str = "local", ffn: int = 4):
         super().__init__()
-        if attention not in ("local", "global"):
-            raise ValueError(f"attention is {attention!r}; choose local or global.")
-        if attention == "global" and dim % heads:
-            raise ValueError(f"dim must be a multiple of heads, got dim {dim} and {heads} heads.")
+        assert attention in ("local", "global"), attention
+        assert attention == "local" or dim % heads == 0, (dim, heads)
         self.heads = heads
         self.norm1 = nn.LayerNorm(dim)
         self.query_key = nn.Linear(dim, 2 * dim) if attention == "global" else None
@@ -65,6 +63,10 @@ class Scorer(nn.Module):
     def __init__(self, dim: int, layers: int = 2, hidden: int | None = None, heads: int = 8, attention: str = "local"):
         super().__init__()
         hidden = hidden or min(dim, 512)
+        if attention not in ("local", "global"):
+            raise ValueError(f"attention is {attention!r}; choose local or global.")
+        if attention == "global" and hidden % heads:
+            raise ValueError(f"the width must be a multiple of heads, got width {hidden} and {heads} heads.")
         self.attention = attention
         self.inlet = nn.Identity() if hidden == dim else nn.Linear(dim, hidden)
         self.blocks = nn.Sequential(*(Block(hidden, heads, attention) for _ in range(layers)))

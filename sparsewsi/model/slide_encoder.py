@@ -21,15 +21,16 @@ class SlideEncoder(nn.Module):
 
     def __init__(self, feature_dim: int, dim: int, layers: int = 2, kind: str = "pointwise", heads: int = 8):
         super().__init__()
-        if kind not in ("pointwise", "longnet", "none"):
-            raise ValueError(f"the slide encoder is {kind!r}; choose pointwise, longnet or none.")
+        assert kind in ("pointwise", "longnet", "none"), kind
         self.kind = kind
         self.inlet = nn.Linear(feature_dim, dim)
-        blocks = {
-            "pointwise": lambda: ResidualMLP(dim),
-            "longnet": lambda: LongNetBlock(dim, heads),
-        }
-        self.blocks = nn.Sequential(*(blocks[kind]() for _ in range(layers if kind != "none" else 0)))
+        if kind == "pointwise":
+            blocks = [ResidualMLP(dim) for _ in range(layers)]
+        elif kind == "longnet":
+            blocks = [LongNetBlock(dim, heads) for _ in range(layers)]
+        else:
+            blocks = []
+        self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(dim)
 
     @property
@@ -58,8 +59,7 @@ class LongNetBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"dim {dim} must be a multiple of heads, got {heads}.")
+        assert dim % heads == 0, (dim, heads)
         self.heads = heads
         self.norm1 = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)

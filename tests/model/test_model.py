@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -625,6 +626,71 @@ def test_a_save_that_fails_leaves_the_old_model(tiny_llm: Path, tmp_path: Path) 
         model.save_pretrained(tmp_path / "model", card=3)  # type: ignore[arg-type]
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+# ---- the hub
+
+
+class StandInHub:
+    """Stands in for the Hugging Face Hub: keeps repositories as folders, and does what HfApi would be asked to do."""
+
+    root: Path
+    private: dict[str, bool]
+
+    def __init__(self, token: str | None = None):
+        assert token == "a token"
+
+    def create_repo(self, repo_id: str, private: bool, exist_ok: bool) -> None:
+        (self.root / repo_id).mkdir(parents=True, exist_ok=exist_ok)
+        self.private.setdefault(repo_id, private)
+
+    def file_exists(self, repo_id: str, name: str) -> bool:
+        return (self.root / repo_id / name).is_file()
+
+    def upload_folder(self, repo_id, folder_path, commit_message, delete_patterns, ignore_patterns):
+        repo = self.root / repo_id
+        for old in repo.glob(delete_patterns):
+            old.unlink()
+        for file in (file for file in Path(folder_path).rglob("*") if file.is_file()):
+            if file.name not in (ignore_patterns or ()):
+                (repo / file.relative_to(folder_path)).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, repo / file.relative_to(folder_path))
+        return SimpleNamespace(commit_url=f"https://huggingface.co/{repo_id}/commit/1")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(StandInHub, "root", tmp_path / "hub", raising=False)
+    monkeypatch.setattr(StandInHub, "private", {}, raising=False)
+    monkeypatch.setattr("huggingface_hub.HfApi", StandInHub)
+    return tmp_path / "hub"
+
+
+def test_what_is_pushed_is_what_is_loaded(tiny_llm: Path, hub: Path) -> None:
+    model = make_model(tiny_llm, lora=True)
+    with pytest.raises(ValueError, match="a folder of this machine"):
+        model.push_to_hub("owner/name", token="a token")
+    model.config = dataclasses.replace(model.config, llm="owner/llm")
+    assert model.push_to_hub("owner/name", token="a token") == "https://huggingface.co/owner/name/commit/1"
+    assert StandInHub.private == {"owner/name": True}
+    assert "not for diagnosis" in (hub / "owner" / "name" / "README.md").read_text()
+    loaded = SparseWSI.from_pretrained(hub / "owner" / "name", llm=load_llm(str(tiny_llm), device="cpu"))
+    assert loaded.name == "name"
+    assert torch.allclose(loaded.select(make_bag()).scores, model.select(make_bag()).scores, atol=1e-2), "fp16"
+
+
+def test_a_card_written_at_the_hub_stays_and_an_old_adapter_goes(tiny_llm: Path, hub: Path) -> None:
+    repo = hub / "owner" / "name"
+    (repo / "adapter").mkdir(parents=True)
+    (repo / "adapter" / "adapter_model.safetensors").touch()
+    (repo / "README.md").write_text("by hand")
+    model = make_model(tiny_llm)
+    model.config = dataclasses.replace(model.config, llm="owner/llm")
+    model.push_to_hub("owner/name", token="a token")
+    assert (repo / "README.md").read_text() == "by hand"
+    assert list((repo / "adapter").iterdir()) == []
+    model.push_to_hub("owner/name", token="a token", card="given")
+    assert (repo / "README.md").read_text() == "given"
 
 
 # ---- the package

@@ -196,8 +196,3 @@ def test_compact_positions_are_consecutive() -> None:
 def test_chats_that_cannot_be_asked_are_refused(tokenizer, messages, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         build_prompt(tokenizer, messages)
-
-
-def test_an_unknown_mode_is_refused() -> None:
-    with pytest.raises(ValueError, match="original, scaled or compact"):
-        visual_positions(INDICES, 1000, 3, 110, "absolute", None)

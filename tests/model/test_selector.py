@@ -95,12 +95,12 @@ def test_global_attention_is_softmax_attention() -> None:
     assert torch.allclose(block.attend(x), torch.cat(plain, -1))
 
 
-def test_blocks_that_cannot_be_built_are_refused() -> None:
+def test_scorers_that_cannot_be_built_are_refused() -> None:
     with pytest.raises(ValueError, match="multiple of heads"):
-        Block(16, 5, "global")
+        Scorer(16, heads=5, attention="global")
     assert Block(12, 8)(torch.zeros(3, 12)).shape == (3, 12), "a token that sees itself alone has no heads"
     with pytest.raises(ValueError, match="local or global"):
-        Block(16, 4, "sparse")
+        Scorer(16, attention="sparse")
 
 
 @pytest.mark.parametrize("attention", ["local", "global"])

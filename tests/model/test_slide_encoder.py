@@ -84,8 +84,3 @@ def test_longnet_takes_a_slide_longer_than_its_longest_segment() -> None:
         x = encoder(torch.randn(17_000, 8))
     assert x.shape == (17_000, 16)
     assert x.isfinite().all()
-
-
-def test_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(ValueError, match="pointwise, longnet or none"):
-        SlideEncoder(8, 8, 1, "mamba")

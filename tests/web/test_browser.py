@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 
 from sparsewsi import phantom
-from sparsewsi.model.llm import embedded_folder
+from sparsewsi.model.embedded import embedded_folder
 from sparsewsi.report.phantom import PRESENT_QUESTION, QUESTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
