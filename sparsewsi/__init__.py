@@ -1,10 +1,11 @@
 """Answer questions about a gigapixel whole-slide image from the 32 patches that matter.
 
-    bag = extract_bag("slide.svs", "efficientnet-lite0")
     model = SparseWSI.from_pretrained("assets/demo-model")
-    selection = model.select(bag)
-    for piece in model.answer(selection, [{"role": "user", "content": "Which tissue is this?"}]):
-        print(piece, end="")
+    bag = extract_bag("slide.svs", model.config.encoder)
+    case = open_case(model, bag, "slide.svs")
+    messages = [{"role": "user", "content": "Which tissue is this?"}]
+    text = "".join(case.answer(model, messages))
+    case.write("out", [case.measure(model, messages, text)])
 
 Names are imported when they are first used, so `import sparsewsi` costs nothing.
 """
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from sparsewsi.model.selection import Selection
     from sparsewsi.model.selector import SELECTORS, Scorer, hard_topk
     from sparsewsi.model.sparse_wsi import SparseWSI
+    from sparsewsi.report.answer import Answer
+    from sparsewsi.report.case import Case, open_case
     from sparsewsi.slides.slide import Slide, SlideError, open_slide
 
 _HOME = {
@@ -38,6 +41,9 @@ _HOME = {
     "SELECTORS": "model.selector",
     "Scorer": "model.selector",
     "hard_topk": "model.selector",
+    "Answer": "report.answer",
+    "Case": "report.case",
+    "open_case": "report.case",
     "Slide": "slides.slide",
     "SlideError": "slides.slide",
     "open_slide": "slides.slide",
@@ -47,7 +53,9 @@ __version__ = "0.1.0"
 __all__ = [
     "ENCODERS",
     "SELECTORS",
+    "Answer",
     "Bag",
+    "Case",
     "Scorer",
     "Selection",
     "Slide",
@@ -59,6 +67,7 @@ __all__ = [
     "load_bag",
     "load_encoder",
     "load_llm",
+    "open_case",
     "open_slide",
     "save_bag",
 ]

@@ -216,3 +216,9 @@ SELECTORS: dict[str, Callable[[Tensor, Tensor, int, int], Tensor]] = {
     "kmeans": kmeans,
     "redundancy": redundancy,
 }
+
+
+def check_selector(name: str) -> None:
+    """Raise ValueError unless the name is "learned" or a key of SELECTORS."""
+    if name != "learned" and name not in SELECTORS:
+        raise ValueError(f"the selector is {name!r}; choose one of learned, {', '.join(SELECTORS)}.")

@@ -30,7 +30,7 @@ from sparsewsi.model.evidence import Evidence
 from sparsewsi.model.llm import load_llm
 from sparsewsi.model.prompt import Prompt, build_prompt, end_of_turn, text_ids, visual_positions
 from sparsewsi.model.selection import Selection
-from sparsewsi.model.selector import ROWS, SELECTORS, Scorer, hard_topk
+from sparsewsi.model.selector import ROWS, SELECTORS, Scorer, check_selector, hard_topk
 from sparsewsi.model.slide_encoder import SlideEncoder
 
 PARTS = ("slide_encoder", "scorer", "projector")  # what model.safetensors holds
@@ -94,8 +94,7 @@ class SparseWSI(nn.Module):
         n = len(bag.features)
         if n == 0:
             raise ValueError(f"{bag.slide} has no patch to select from (no tissue was found). Choose another slide.")
-        if selector != "learned" and selector not in SELECTORS:
-            raise ValueError(f"the selector is {selector!r}; choose one of learned, {', '.join(SELECTORS)}.")
+        check_selector(selector)
         k = self.config.num_tokens if k is None else k
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}.")

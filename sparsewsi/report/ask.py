@@ -12,7 +12,7 @@ from sparsewsi.bags.extract import extract_bag
 from sparsewsi.bags.foreign import load_bag
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.prompt import format_question
-from sparsewsi.model.selector import SELECTORS
+from sparsewsi.model.selector import check_selector
 from sparsewsi.phantom import example_slide
 from sparsewsi.report.answer import Answer
 from sparsewsi.report.case import FILES, Case, Model, Reader, open_case, replay_case
@@ -46,8 +46,7 @@ def ask(
     out:       folder, default out/<name of the slide>
     Raises ValueError or OSError, in words, for input at fault; before anything slow is loaded where that can be known.
     """
-    if selector not in ("learned", *SELECTORS):
-        raise ValueError(f"--selector is learned, {' or '.join(SELECTORS)}, got {selector}.")
+    check_selector(selector)
     record = None if replay is None else read_selection(replay)
     if record is not None:
         selector, max_patches = record.selector, record.max_patches

@@ -25,7 +25,7 @@ from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.evidence import Evidence
 from sparsewsi.model.novelty import Summary
 from sparsewsi.model.selection import Selection
-from sparsewsi.model.selector import SELECTORS, hard_topk
+from sparsewsi.model.selector import SELECTORS, check_selector, hard_topk
 from sparsewsi.report import html, plots, qupath, record, table, umap
 from sparsewsi.report.answer import Answer, summarise, word_notice
 from sparsewsi.report.doubts import find_doubts
@@ -142,9 +142,13 @@ class Case:
     ) -> "Case":
         """What if: the same slide with other patches. Pinned ones stay, dropped ones go, the selector fills up to k.
 
-        pinned, dropped: indices of patches, in 0..N-1. Raises ValueError if nothing is left to answer from.
+        pinned, dropped: indices of patches, in 0..N-1. Raises ValueError for others, for an unknown selector, and if
+        nothing is left to answer from.
         """
         bag, scores = self.bag, self.selection.scores
+        check_selector(selector)
+        if not all(0 <= index < len(scores) for index in (*pinned, *dropped)):
+            raise ValueError(f"{bag.slide} has patches 0 to {len(scores) - 1:,}; another was pinned or dropped.")
         free = torch.ones(len(scores), dtype=torch.bool)
         free[[*pinned, *dropped]] = False
         stay, rest = torch.tensor(sorted(set(pinned)), dtype=torch.int64), free.nonzero()[:, 0]
@@ -167,7 +171,8 @@ class Case:
         Without the slide the report holds no patches, and boxes are drawn on a plain canvas.
         Raises SlideError if the slide cannot be read any more.
         """
-        assert set(names) <= set(FILES), names
+        if not set(names) <= set(FILES):
+            raise ValueError(f"the files of a case are {', '.join(FILES)}; got {', '.join(names)}.")
         folder, bag, selection = Path(folder), self.bag, self.selection
         made = {"model": self.model, "weights_sha256": self.weights_sha256, "selector": self.selector}
         if "patches.csv" in names:
@@ -197,7 +202,7 @@ class Case:
                     overview=overview,
                     patches=patches,
                     answers=answers,
-                    warnings=self.doubts,
+                    doubts=self.doubts,
                     **made,
                 )
         if "umap.png" in names:

@@ -47,14 +47,14 @@ def write_report(
     overview: Image.Image,
     patches: Sequence[np.ndarray] = (),
     answers: Sequence[Answer] = (),
-    warnings: Sequence[str] = (),
+    doubts: Sequence[str] = (),
     weights_sha256: str | None = None,
     selector: str = "learned",
 ) -> None:
     """One HTML file to read, print and file away: no script, nothing fetched, every picture inside.
 
     overview: the slide with its boxes (plots.draw_overlay). patches: uint8 (p, p, 3), best first (plots.cut_patches);
-    none where the slide is not at hand. warnings: sentences that stand under the notice. Words of users and of the
+    none where the slide is not at hand. doubts: sentences that stand under the notice. Words of users and of the
     model are escaped. The slide is named by Bag.slide and digests only.
     """
     assert len(patches) in (0, len(selection.indices)), "one picture per kept patch, or none"
@@ -71,10 +71,10 @@ def write_report(
         "Versions": ", ".join(f"{name} {number}" for name, number in list_versions().items()),
         "Written": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     }
-    doubts = "".join(f"<li>{escape(text)}</li>" for text in (*warnings, *filter(None, [bag.note])))
+    below = "".join(f"<li>{escape(text)}</li>" for text in (*doubts, *filter(None, [bag.note])))
     parts = [
         f'<p class="notice">{escape(word_notice(config))}</p>',
-        f'<div class="warnings"><ul>{doubts}</ul></div>' if doubts else "",
+        f'<div class="warnings"><ul>{below}</ul></div>' if below else "",
         f'<img class="overview" alt="The slide with the kept patches" src="{_picture(overview)}">',
         "<h2>Questions and answers</h2>" if answers else "",
         *(_answer_html(number, answer, selection) for number, answer in enumerate(answers, 1)),

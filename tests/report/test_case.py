@@ -101,6 +101,10 @@ def test_a_what_if_keeps_pinned_patches_drops_others_and_fills_up(model, case):
     assert len(case.choose(model, 3, pinned=left_out[:1] * 2).selection.indices.unique()) == 3
     with pytest.raises(ValueError, match="Every patch was dropped"):
         case.choose(model, 4, dropped=range(total))
+    with pytest.raises(ValueError, match="another was pinned"):
+        case.choose(model, 4, pinned=[total])
+    with pytest.raises(ValueError, match="choose one of learned"):
+        case.choose(model, 4, "best")
 
 
 def test_a_patch_keeps_its_number_in_a_what_if(model, case):

@@ -29,7 +29,7 @@ def report(folder, bag, selection, **changes) -> str:
 
 def test_the_report_holds_all_that_it_shows_and_says_what_it_is(tmp_path, bag, selection):
     answer = Answer("Which?", "fat", ("fat", "mucin"), (0.75, 0.25), (0.0, 2.0, -1.0), "Without patch #2 less.")
-    text = report(tmp_path, bag, selection, answers=[answer], warnings=["Rank 4 is as good as rank 3."])
+    text = report(tmp_path, bag, selection, answers=[answer], doubts=["Rank 4 is as good as rank 3."])
     pictures = re.findall(r'src="(.{30})', text)
     assert len(pictures) == 4
     assert all(source.startswith("data:image/jpeg;base64,") for source in pictures)
@@ -56,7 +56,7 @@ def test_the_report_holds_all_that_it_shows_and_says_what_it_is(tmp_path, bag, s
 def test_words_in_the_report_are_inert(tmp_path, bag, selection):
     answer = Answer(HOSTILE, HOSTILE, (HOSTILE,), (1.0,), (), HOSTILE)
     odd = dataclasses.replace(bag, note=HOSTILE, slide=HOSTILE)
-    text = report(tmp_path, odd, selection, answers=[answer], warnings=[HOSTILE], model=HOSTILE)
+    text = report(tmp_path, odd, selection, answers=[answer], doubts=[HOSTILE], model=HOSTILE)
     assert "<script" not in text
     assert "<img src=x" not in text
     assert not re.findall(r'(?:src|href)="(?!data:image/jpeg|#patch-)', text)
