@@ -171,3 +171,36 @@ def test_from_a_shell_there_is_no_traceback(tmp_path):
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_three_commands_are_named_and_each_says_what_it_takes(capsys):
+    assert main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    for command in ("ask", "extract", "app"):
+        assert f"sparsewsi {command}" in overview
+    for command, flag in (("ask", "--replay"), ("extract", "--encoder")):
+        with pytest.raises(SystemExit) as ended:
+            main([command, "--help"])
+        assert ended.value.code == 0
+        assert flag in capsys.readouterr().out
+
+
+def test_a_command_may_be_left_out_and_is_then_ask(capsys):
+    for words in (["missing.svs"], ["ask", "missing.svs"]):
+        assert main(words) == 2
+        assert "no file" in capsys.readouterr().err
+
+
+def test_extract_passes_its_words_on(tmp_path, capsys):
+    assert main(["extract", str(tmp_path / "nowhere"), "--out", str(tmp_path)]) == 2
+    capsys.readouterr()
+
+
+def test_a_question_that_cannot_be_put_is_refused_before_anything_is_loaded(tiny_slide, tmp_path, capsys):
+    """The folder is a model's for the command line, but loading it would fail in other words."""
+    for words, part in (
+        (["--question", " "], "The question is empty"),
+        (["--question", "Which?", *["--option", "fat"] * 27], "at most 26 options"),
+    ):
+        assert main([str(tiny_slide), "--model", str(tmp_path), *words]) == 2
+        assert part in capsys.readouterr().err
