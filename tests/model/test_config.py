@@ -1,6 +1,7 @@
 """config.json says everything a model needs, and nothing that the code does not know."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -55,7 +56,7 @@ def test_a_broken_file_is_an_error_in_words(tmp_path, text: str) -> None:
         ("demo", "yes"),
     ],
 )
-def test_values_no_model_can_have_are_refused(name: str, value: object) -> None:
+def test_values_no_model_can_have_are_refused(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=name):
         SparseWSIConfig(**{name: value})
 

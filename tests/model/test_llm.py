@@ -66,5 +66,5 @@ def test_the_embedded_llm_loads_and_answers() -> None:
     assert llm.config.max_position_embeddings == 8192
     text = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer(text, return_tensors="pt")
-    out = llm.generate(**ids, max_new_tokens=12, do_sample=False)
+    out = llm.generate(**ids, max_new_tokens=12, do_sample=False)  # type: ignore[operator]
     assert "Paris" in tokenizer.decode(out[0, ids["input_ids"].shape[1] :])

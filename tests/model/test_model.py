@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from sparsewsi.bags.bag import Bag
@@ -66,14 +67,19 @@ def text_of(model: SparseWSI, selection: Selection, chat: list = CHAT, **setting
     return "".join(model.answer(selection, chat, **{"max_new_tokens": 12, **settings}))
 
 
-def plain_llama(llm: nn.Module, embeds: Tensor, positions: Tensor) -> Tensor:
+def words_of(llm: Any) -> Tensor:
+    """The LLM's input vectors (V, H)."""
+    return llm.get_input_embeddings().weight
+
+
+def plain_llama(llm: Any, embeds: Tensor, positions: Tensor) -> Tensor:
     """Logits (L, V) of a Llama written out: causal attention over everything before, RoPE at the positions given."""
     config, core = llm.config, llm.model
     width, rate = config.head_dim, config.rope_parameters["rope_theta"]
     angles = positions[:, None].double() * rate ** (-torch.arange(0, width, 2).double() / width)  # (L, width / 2)
     cos, sin = angles.cos().float(), angles.sin().float()
 
-    def normed(x: Tensor, norm: nn.Module) -> Tensor:
+    def normed(x: Tensor, norm: Any) -> Tensor:
         return x * (x.square().mean(-1, keepdim=True) + config.rms_norm_eps).rsqrt() * norm.weight
 
     def turned(x: Tensor) -> Tensor:  # (heads, L, width)
@@ -104,7 +110,7 @@ def greedy_loop(model: SparseWSI, embeds: Tensor, positions: Tensor, steps: int)
         ids.append(int(plain_llama(model.llm, embeds, positions)[-1].argmax()))
         if ids[-1] == end_of_turn(model.tokenizer):
             break
-        embeds = torch.cat([embeds, model.llm.get_input_embeddings().weight[ids[-1:]]])
+        embeds = torch.cat([embeds, words_of(model.llm)[ids[-1:]]])
         positions = torch.cat([positions, positions.amax()[None] + 1])
     return ids
 
@@ -150,7 +156,7 @@ def test_inputs_hold_text_and_visual_tokens_in_their_places(model: SparseWSI) ->
     assert torch.equal(positions[0, at : at + 8], at + selection.indices)
     assert positions[0, at + 8] == at + 300
     assert (positions.diff() > 0).all()
-    text = model.llm.get_input_embeddings().weight[prompt.ids]
+    text = words_of(model.llm)[prompt.ids]
     assert torch.equal(torch.cat([embeds[0, :at], embeds[0, at + 8 :]]), text)
     assert torch.equal(embeds[0, at : at + 8], model.project(selection.tokens))
 
@@ -167,7 +173,7 @@ def test_visual_tokens_are_spread_like_text_embeddings(tiny_llm: Path) -> None:
     llm, tokenizer = load_llm(str(tiny_llm), device="cpu", dtype=torch.float32)
     model = SparseWSI(CONFIG, llm, tokenizer)
     visual = model.project(torch.randn(50, 32) * 9).detach()
-    assert float(visual.std()) == pytest.approx(float(llm.get_input_embeddings().weight.std()), rel=0.02)
+    assert float(visual.std()) == pytest.approx(float(words_of(llm).std()), rel=0.02)
 
 
 def test_trained_parts_stay_float32_in_front_of_a_bfloat16_llm(tiny_llm: Path) -> None:
@@ -178,7 +184,7 @@ def test_trained_parts_stay_float32_in_front_of_a_bfloat16_llm(tiny_llm: Path) -
     embeds, *_ = model.inputs(selection.tokens, selection.indices, selection.num_patches, prompt)
     assert embeds.dtype == torch.bfloat16
     embeds.float().square().sum().backward()
-    gradient = model.projector[0].weight.grad
+    gradient: Any = model.projector[0].weight.grad
     assert gradient is not None
     assert gradient.dtype == torch.float32
     assert gradient.abs().sum() > 0
@@ -271,7 +277,7 @@ def test_a_left_padded_batch_decodes_as_each_row_alone(model: SparseWSI) -> None
     ]
     longest = max(embeds.shape[1] for embeds, _, _ in rows)
     assert len({embeds.shape[1] for embeds, _, _ in rows}) == 2
-    batch = model.llm.generate(
+    batch = model.llm.generate(  # type: ignore[operator]
         inputs_embeds=torch.cat([F.pad(embeds, (0, 0, longest - embeds.shape[1], 0)) for embeds, _, _ in rows]),
         position_ids=torch.cat([F.pad(positions, (longest - positions.shape[1], 0)) for _, positions, _ in rows]),
         attention_mask=torch.cat([F.pad(mask, (longest - mask.shape[1], 0)) for _, _, mask in rows]),
@@ -389,7 +395,7 @@ def one_by_one(model: SparseWSI, selection: Selection, question: str, options: l
     means = []
     for option in options:
         ids = [*text_ids(model.tokenizer, option), end_of_turn(model.tokenizer)]
-        answer = model.llm.get_input_embeddings().weight[ids]
+        answer = words_of(model.llm)[ids]
         going_on = positions[0, -1] + 1 + torch.arange(len(ids))
         logits = plain_llama(model.llm, torch.cat([embeds[0], answer]), torch.cat([positions[0], going_on]))
         likelihood = logits.log_softmax(-1)[-len(ids) - 1 : -1].gather(-1, torch.tensor(ids)[:, None])
@@ -466,7 +472,7 @@ def test_the_adapter_matters_and_names_no_machine(tiny_llm: Path, tmp_path: Path
     ]
     for path in tmp_path.rglob("*.json"):
         assert str(tiny_llm) not in path.read_text()
-    with model.llm.disable_adapter():
+    with model.llm.disable_adapter():  # type: ignore[operator]
         without = model.option_probs(model.select(make_bag()), "Which?", OPTIONS)
     assert not torch.allclose(without, model.option_probs(model.select(make_bag()), "Which?", OPTIONS), atol=1e-3)
 
@@ -551,7 +557,7 @@ def test_damaged_files_are_named(tiny_llm: Path, tmp_path: Path, name: str) -> N
 
 def test_weights_that_are_no_numbers_are_refused(tiny_llm: Path, tmp_path: Path) -> None:
     model = make_model(tiny_llm)
-    model.projector[0].bias.data[0] = torch.nan
+    model.projector[0].bias.data[0] = torch.nan  # type: ignore[index]
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=r"projector\.0\.bias .* NaN"):
         SparseWSI.from_pretrained(tmp_path / "model")

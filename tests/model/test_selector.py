@@ -1,5 +1,7 @@
 """Hard top-K, the scorer, and the selectors that need no training."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -87,7 +89,8 @@ def test_local_attention_is_global_attention_over_one_token() -> None:
 
 
 def test_global_attention_is_softmax_attention() -> None:
-    block, x = trained(Block(16, 4, "global")).double(), torch.randn(5, 16, dtype=torch.float64)
+    block: Any = trained(Block(16, 4, "global")).double()
+    x = torch.randn(5, 16, dtype=torch.float64)
     query, key = block.query_key(x).chunk(2, -1)
     value = block.value(x)
     heads = [slice(4 * h, 4 * h + 4) for h in range(4)]
@@ -204,7 +207,7 @@ def test_redundancy_keeps_what_is_rare() -> None:
 
 def test_redundancy_is_plain_bipartite_merging_where_one_window_holds_all() -> None:
     features, coords = bag_like(40)
-    tokens = [(i, 1, features[i].double()) for i in range(40)]
+    tokens: list[Any] = [(i, 1, features[i].double()) for i in range(40)]
     while len(tokens) > 7:
         even, odd = tokens[0::2][: len(tokens) // 2], tokens[1::2]
         cosine = torch.stack([torch.stack([torch.cosine_similarity(a[2], b[2], dim=0) for b in odd]) for a in even])
