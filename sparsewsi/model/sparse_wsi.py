@@ -226,7 +226,7 @@ class SparseWSI(nn.Module):
         if self.config.option_scoring == "letter":
             scores = self._letter_logits(selection, prompt, real)
         else:
-            scores = self._mean_log_likelihoods(selection, prompt, [options[number] for number in real])
+            scores = self.mean_log_likelihoods(selection, prompt, [options[number] for number in real])
         probabilities = torch.zeros(len(options))
         probabilities[real] = scores.softmax(0).cpu()
         return probabilities
@@ -240,7 +240,7 @@ class SparseWSI(nn.Module):
         first = [text_ids(self.tokenizer, ascii_uppercase[number])[-1] for number in letters]
         return output.logits[0, -1, first].float()
 
-    def _mean_log_likelihoods(self, selection: Selection, prompt: Prompt, answers: list[str]) -> Tensor:
+    def mean_log_likelihoods(self, selection: Selection, prompt: Prompt, answers: list[str]) -> Tensor:
         """Mean log-likelihood per token (n,) float32 of each answer after the prompt; one right-padded batch."""
         end = end_of_turn(self.tokenizer)
         rows = [[*text_ids(self.tokenizer, answer), end] for answer in answers]
