@@ -50,11 +50,6 @@ class Evidence:
         return by_score[self.effects[by_score].argsort(descending=True, stable=True)]
 
     @property
-    def ranks(self) -> Tensor:
-        """(K,) int64: the rank by evidence of each of selection.indices, 1 = the answer loses most without it."""
-        return self.order.argsort() + 1
-
-    @property
     def sentence(self) -> str:
         """What the numbers mean, for people who do not know what a likelihood is."""
         k, best = len(self.effects), int(self.order[0])

@@ -99,7 +99,6 @@ class Record:
     coords: Tensor
     scores: Tensor
     weights_sha256: str | None
-    patches_sha256: str | None
     questions: tuple[tuple[str, tuple[str, ...]], ...]
 
     def check_names(self, *, slide: str | None = None, encoder: str | None = None) -> None:
@@ -140,7 +139,6 @@ def read_selection(path: str | Path) -> Record:
             coords=torch.tensor(chosen["coords"], dtype=torch.int32),
             scores=torch.tensor(chosen["scores"], dtype=torch.float32),
             weights_sha256=content["model"]["weights_sha256"],
-            patches_sha256=patches.get("sha256"),
             questions=tuple((str(a["question"]), tuple(map(str, a["options"]))) for a in content["answers"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
