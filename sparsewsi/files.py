@@ -1,4 +1,5 @@
-"""Files: written whole or not at all, named by their content, kept in one cache folder; JSON lines that survive a kill.
+"""Files: found by their names, written whole or not at all, named by their content, kept in one cache folder; JSON
+lines that survive a kill.
 
 The lowest room of the house: nothing of ours is imported here.
 """
@@ -9,7 +10,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,25 @@ def as_path(text: str | Path) -> Path:
         if parts.netloc in ("", "localhost"):
             text = url2pathname(parts.path)
     return Path(text).expanduser() if text.startswith("~") else Path(text)
+
+
+# ---- found by their names
+
+SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+FEATURE_SUFFIXES = (".safetensors", ".h5", ".hdf5", ".pt", ".npy", ".csv")  # best first
+
+
+def walk(folder: Path, onerror: Callable[[OSError], None] | None = None) -> Iterator[tuple[Path, list[str]]]:
+    """Folders under one, itself first, with the names of their files; follows links, passes over hidden folders."""
+    seen: set[str] = set()  # links may lead in a circle
+    for where, folders, names in os.walk(folder, onerror=onerror, followlinks=True):
+        if os.path.realpath(where) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(where))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield Path(where), names
 
 
 # ---- written whole or not at all

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from sparsewsi.model.prompt import text_ids
 from sparsewsi.model.sparse_wsi import SparseWSI
-from train.data.mosaic import WORDS, Bank
+from train.data.bank import Bank
+from train.data.kinds import WORDS
 
 PER_BANK = 128  # patches of each bank in a step
 NOISE = 0.3  # added to the unit-variance tokens between encoder and projector, so that these are not learned by heart
@@ -27,7 +28,7 @@ def align(model: SparseWSI, banks: Sequence[Bank], steps: int, seed: int = 0, lr
 
     Kinds, and within a kind the slides a patch may come from, are drawn with equal chances.
     """
-    words = _words(model)  # kind -> (H,)
+    words = list_words(model)  # kind -> (H,)
     everything = torch.cat([bank.features for bank in banks]).to(model.device, torch.float32)
     mean, spread = everything.mean(0), everything.std(0) + 1e-3  # (D,)
     _standardise(model.slide_encoder.inlet, mean, spread)
@@ -61,7 +62,7 @@ def _standardise(inlet: nn.Linear, mean: Tensor, spread: Tensor) -> None:
 
 
 @torch.no_grad()
-def _words(model: SparseWSI) -> dict[str, Tensor]:
+def list_words(model: SparseWSI) -> dict[str, Tensor]:
     """Of each kind the mean input vector (H,) of the pieces of its word."""
     embed = model.llm.get_input_embeddings()
     pieces = {kind: text_ids(model.tokenizer, f" {word}") for kind, word in WORDS.items()}

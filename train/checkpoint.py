@@ -7,7 +7,6 @@ writes a checkpoint's model as a release: weights in fp16, no SparseLearn, with 
 training features, by which an unusual slide is known (sparsewsi/model/novelty.py).
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -22,10 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sparsewsi.files import replacing_folder
 from sparsewsi.model import novelty
 from sparsewsi.model.sparse_wsi import SparseWSI
-from train.command import run_command
-from train.data.mosaic import load_bank
+from train.data.bank import load_bank
+from train.flags import make_parser, run_command
 from train.sharding import gathered, load_optimizer_state, optimizer_state
 
 
@@ -47,28 +47,23 @@ def save_state(
 
 def _write(final: Path, step: int, model: SparseWSI, sparselearn: nn.Module, moments: dict) -> None:
     """The files of a checkpoint. What a killed process left half written is removed first."""
-    for leftover in final.parent.glob(".*.part"):
+    for leftover in final.parent.glob(".*.partial"):
         leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover)
-    temporary = final.with_name(f".{final.name}.part")
     try:
-        (temporary / "state").mkdir(parents=True)
-        model.save_pretrained(temporary / "model")
-        save_file(
-            {name: value.contiguous() for name, value in sparselearn.state_dict().items()},
-            temporary / "state" / "sparselearn.safetensors",
-        )
-        torch.save(moments, temporary / "state" / "optimizer.pt")
-        (temporary / "state" / "step.json").write_text(json.dumps({"step": step}))
+        with replacing_folder(final) as folder:
+            (folder / "state").mkdir()
+            model.save_pretrained(folder / "model")
+            weights = {name: value.contiguous() for name, value in sparselearn.state_dict().items()}
+            save_file(weights, folder / "state" / "sparselearn.safetensors")
+            torch.save(moments, folder / "state" / "optimizer.pt")
+            (folder / "state" / "step.json").write_text(json.dumps({"step": step}))
     except (SafetensorError, RuntimeError, OSError) as error:  # three ways to say that the disk is full
-        shutil.rmtree(temporary, ignore_errors=True)
         free = shutil.disk_usage(final.parent).free / 1e6
         raise OSError(
             f"the checkpoint of step {step} could not be written to {final.parent} ({free:,.0f} MB are free; "
             f"{str(error).splitlines()[0]}). Make room and run the command again: it goes on from the one before."
         ) from error
-    shutil.rmtree(final, ignore_errors=True)  # one that `last` does not point at yet: the run was killed in between
-    temporary.rename(final)
-    last, link = final.with_name("last"), final.with_name(".last.part")
+    last, link = final.with_name("last"), final.with_name(".last.partial")
     if last.is_dir() and not last.is_symlink():  # the run was copied by something that follows links
         shutil.rmtree(last)
     link.symlink_to(final.name)
@@ -110,7 +105,7 @@ def release(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write a checkpoint's model as a release.")
+    parser = make_parser(__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--demo", action="store_true", help="say wherever answers are shown that this is a demo model")

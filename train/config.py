@@ -1,12 +1,9 @@
 """Training recipes: one dataclass of flags, and functions that return the settings of a stage."""
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from sparsewsi.model.config import SparseWSIConfig
-from train.command import write_whole
 
 # What stage 1 decides, and stage 2 takes over.
 OF_THE_MODEL = ("llm", "dim", "slide_encoder", "scorer_attention", "position", "max_position", "num_tokens")
@@ -27,7 +24,7 @@ class TrainConfig:
 
     stage: int = 1  # 1: captions, LLM frozen; 2: questions, slide encoder frozen, LoRA on the LLM
     out: str = "runs/stage1"
-    banks: list[str] = field(default_factory=list)  # feature banks of labelled patches (train/data/mosaic.py)
+    banks: list[str] = field(default_factory=list)  # feature banks (python -m train.data.mosaic bank)
     data: list[str] = field(default_factory=list)  # or files of questions about slides (train/data/questions.py)
     features: str = ""  # with data: folder of the slides' feature files
     init: str = ""  # stage 2: a stage-1 checkpoint folder or its model folder
@@ -90,11 +87,6 @@ class TrainConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} is a share from 0 to 1, got {getattr(self, name)}.")
 
-    def save(self, path: Path) -> None:
-        """Write as JSON."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
-
     def with_model(self, model: SparseWSIConfig) -> "TrainConfig":
         """These settings of a stage 2, with those of the model that it starts from.
 
@@ -109,16 +101,6 @@ class TrainConfig:
                     f"Leave out --{name}, or train stage 1 with it."
                 )
         return dataclasses.replace(self, **has)
-
-    def check_same(self, path: Path) -> None:
-        """Raise ValueError if the settings saved at path, of the run that is to go on, are others than these."""
-        if not path.is_file():
-            return
-        saved, own = json.loads(path.read_text()), dataclasses.asdict(self)
-        other = [name for name in own if name in saved and saved[name] != own[name] and name not in MAY_CHANGE]
-        if other:
-            was = ", ".join(f"{name} {saved[name]!r} (now {own[name]!r})" for name in other)
-            raise ValueError(f"{path.parent} holds a run of other settings: {was}. Choose another --out.")
 
     def patches_at(self, step: int) -> int:
         """Patches a bag at this step."""

@@ -48,14 +48,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from sparsewsi.bags.bag import save_bag
-from sparsewsi.bags.encoders import load_encoder
-from sparsewsi.bags.extract import bag_of, choose_coords, encode_patches, read_patches
-from sparsewsi.bags.patch_encoder import PatchEncoder
-from sparsewsi.bags.vit import stated_name
-from sparsewsi.files import replacing
+from sparsewsi.bags.bag import bag_of, choose_coords, encode_patches, read_patches, replacing, save_bag
+from sparsewsi.bags.encoders import PatchEncoder, load_encoder, stated_name
+from sparsewsi.files import IMAGE_SUFFIXES, SLIDE_SUFFIXES, walk
 from sparsewsi.slides.slide import Slide, open_slide
-from train.command import IMAGE_SUFFIXES, SLIDE_SUFFIXES, walk
 
 Show = Callable[["Job", int, int], None]  # what to do with news of a slide: patches done, patches in all
 
@@ -135,9 +131,9 @@ def _slides_of_folder(folder: Path, slide_mpp: float | None) -> list[Job]:
     for where, names in walk(folder, closed.append):
         suffixes = {name: Path(name).suffix.lower() for name in names if not name.startswith(".")}
         if ".dcm" in suffixes.values():
-            jobs.append(_job(Path(where), slide_mpp))
-        wanted = SLIDE_SUFFIXES | IMAGE_SUFFIXES
-        jobs += [_job(Path(where, name), slide_mpp) for name, suffix in suffixes.items() if suffix in wanted]
+            jobs.append(_job(where, slide_mpp))
+        wanted = (*SLIDE_SUFFIXES, *IMAGE_SUFFIXES)
+        jobs += [_job(where / name, slide_mpp) for name, suffix in suffixes.items() if suffix in wanted]
     slides = {job.stem for job in jobs if job.path.suffix.lower() not in IMAGE_SUFFIXES}
     jobs = [job for job in jobs if job.path.suffix.lower() not in IMAGE_SUFFIXES or job.stem not in slides]
     for error in closed:

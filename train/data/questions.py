@@ -12,7 +12,6 @@ A row becomes a Record or a BadRow with the reason; no row stops the others. For
   of one of them, "category": str}; without options the question is open
 """
 
-import argparse
 import csv
 import io
 import json
@@ -30,7 +29,9 @@ from tqdm import tqdm
 
 from sparsewsi.bags.bag import UNKNOWN_ENCODER
 from sparsewsi.model.config import SparseWSIConfig
-from train.data.packing import FeatureFolder, Question, Record, SlideVQADataset, slide_name
+from train.data.example import Question, Record
+from train.data.slides import FeatureFolder, SlideVQADataset, slide_name
+from train.flags import make_parser, run_command
 
 YES_NO = ("Yes", "No")
 
@@ -83,7 +84,7 @@ BENCHMARKS = {
 # ---- reading
 
 
-def read(paths: Iterable[str | Path]) -> tuple[list[Record], list[BadRow]]:
+def read_questions(paths: Iterable[str | Path]) -> tuple[list[Record], list[BadRow]]:
     """The records of files of questions, and the rows that are none; a folder stands for the files in it."""
     records: list[Record] = []
     bad: list[BadRow] = []
@@ -110,7 +111,7 @@ def read(paths: Iterable[str | Path]) -> tuple[list[Record], list[BadRow]]:
     return records, bad
 
 
-def repeated(records: Sequence[Record]) -> Iterator[BadRow]:
+def report_repeated(records: Sequence[Record]) -> Iterator[BadRow]:
     """A row of the report for each question that stands in the files again, as it would count again."""
     first: dict[tuple, Record] = {}
     for record in records:
@@ -283,12 +284,12 @@ def same_text(text: str) -> str:
     return " ".join(text.split()).casefold().rstrip(".").rstrip()
 
 
-def closed_questions(benchmark: str, data: Sequence[Path]) -> tuple[list[Record], list[BadRow], list[str]]:
+def read_closed_questions(benchmark: str, data: Sequence[Path]) -> tuple[list[Record], list[BadRow], list[str]]:
     """The questions of a benchmark's files that have options, rows that cannot be asked, and what is to be said."""
-    records, bad = read(data)
+    records, bad = read_questions(data)
     closed = [record for record in records if record.question.options]
     notes = [f"Cannot be asked: {problem}" for problem in bad]
-    twice = len(list(repeated(closed)))
+    twice = len(list(report_repeated(closed)))
     if twice:
         notes.append(f"{twice} questions stand in the files more than once and count as often.")
     if len(closed) < len(records):
@@ -307,7 +308,7 @@ def closed_questions(benchmark: str, data: Sequence[Path]) -> tuple[list[Record]
 # ---- checking
 
 
-def without_features(records: Sequence[Record], features: FeatureFolder) -> Iterator[BadRow]:
+def report_missing_features(records: Sequence[Record], features: FeatureFolder) -> Iterator[BadRow]:
     """A row of the report for each slide whose feature file is missing or cannot be told, at its first question."""
     count = Counter(slide for record in records for slide in dict.fromkeys(record.slides))
     seen: set[str] = set()
@@ -323,7 +324,7 @@ def without_features(records: Sequence[Record], features: FeatureFolder) -> Iter
                     yield BadRow(record.file, record.row, f"{reason} ({count[slide]} questions).", slide)
 
 
-def broken_features(
+def report_broken_features(
     records: Sequence[Record], features: FeatureFolder, encoder: str | None = None, dim: int | None = None
 ) -> Iterator[BadRow]:
     """A row of the report for each feature file that is broken, empty, or of another encoder or dimension.
@@ -336,7 +337,7 @@ def broken_features(
     for slides, record in tqdm(first.items(), desc="feature files", disable=None):
         try:
             if not all(features.find(slide) for slide in slides):
-                continue  # without_features reports it
+                continue  # report_missing_features reports it
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # unknown positions do not matter here
                 bag = features.load(slides)
@@ -357,7 +358,7 @@ def broken_features(
 # ---- training
 
 
-def training_set(
+def open_training_set(
     data: Sequence[str | Path],
     features: str | Path,
     seed: int,
@@ -366,8 +367,8 @@ def training_set(
 ) -> SlideVQADataset:
     """The questions of files about slides that have features, to train on; says what it leaves out."""
     folder = FeatureFolder(features)
-    records, problems = read(data)
-    problems += without_features(records, folder)
+    records, problems = read_questions(data)
+    problems += report_missing_features(records, folder)
     lost = {problem.slide for problem in problems if problem.slide}
     usable = [record for record in records if lost.isdisjoint(record.slides)]
     if problems:
@@ -379,25 +380,22 @@ def training_set(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("command", choices=["check"])
     parser.add_argument("data", nargs="+", type=Path, help="files of questions, or folders of such files")
     parser.add_argument("--features", type=Path, help="folder with the slides' feature files")
     parser.add_argument("--model", type=Path, help="model folder: features must be of its encoder and dimension")
     parser.add_argument("--names-only", action="store_true", help="look for feature files without reading them")
     arguments = parser.parse_args()
-    records, problems = read(arguments.data)
-    problems += repeated(records)
+    records, problems = read_questions(arguments.data)
+    problems += report_repeated(records)
     if arguments.features:
-        try:
-            features = FeatureFolder(arguments.features)
-            config = SparseWSIConfig.load(arguments.model) if arguments.model else None
-        except ValueError as error:
-            parser.exit(2, f"error: {error}\n")
-        problems += without_features(records, features)
+        features = FeatureFolder(arguments.features)
+        config = SparseWSIConfig.load(arguments.model) if arguments.model else None
+        problems += report_missing_features(records, features)
         if not arguments.names_only:
             encoder, dim = (config.encoder, config.feature_dim) if config else (None, None)
-            problems += broken_features(records, features, encoder, dim)
+            problems += report_broken_features(records, features, encoder, dim)
     for problem in problems:
         print(problem)
     closed = sum(bool(record.question.options) for record in records)
@@ -410,4 +408,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -3,32 +3,32 @@
     python -m train.studies.flops --out runs/flops
     python -m train.studies.flops --out runs/flops --latency smollm2-135m --tokens 1024 4096 8192
 
-The formulas are checked against torch's own counter on the meta device (tests/test_flops.py). Conventions: a MAC is one
-multiplication with its addition, 1 MAC = 2 FLOPs. "linear" is all that grows linearly with the tokens; "attention" is
-Q K^T and A V over the full square of queries and keys (a kernel that skips what is masked does half of it in the LLM).
+The formulas are checked against torch's own counter on the meta device (tests/training/studies/test_flops.py).
+Conventions: a MAC is one multiplication with its addition, 1 MAC = 2 FLOPs. "linear" is all that grows linearly with
+the tokens; "attention" is Q K^T and A V over the full square of queries and keys (a kernel that skips what is masked
+does half of it in the LLM).
 Norms, activations, RoPE and softmax are left out, as counters do. A backward pass costs once more for the activations'
 gradients and once more for the weights' where these are trained; activation checkpointing adds a forward pass.
 
 N patches of the slide, K kept.
 """
 
-import argparse
-import json
 import statistics
 import time
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
+from sparsewsi.files import write_json, write_text
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.llm import default_device, default_dtype, load_llm
 from sparsewsi.model.slide_encoder import DILATIONS, SEGMENTS
-from train.command import run_command, write_whole
+from train.eval.table import write_table
+from train.flags import add_flag, make_parser, run_command
 
 PATCHES = (64, 256, 1024, 1842, 4096, 10_240, 38_400, 100_000)  # 1,842: the average slide of TC-SSA
 TEXT = 98  # text tokens: with 32 visual ones the only number for which the paper's convention rounds to its 1.70T
@@ -118,14 +118,14 @@ def block(dim: int, n: int, attention: str, ffn: int = 4) -> Cost:
     return Cost(n * (2 + 2 * ffn) * dim**2)
 
 
-def scorer(config: SparseWSIConfig, n: int) -> Cost:
+def cost_scorer(config: SparseWSIConfig, n: int) -> Cost:
     """Scores of n patches."""
     hidden = config.scorer_width
     inlet = Cost(n * config.dim * hidden) if hidden != config.dim else Cost()
     return inlet + block(hidden, n, config.scorer_attention) * config.scorer_layers + Cost(n * hidden)
 
 
-def slide_encoder(config: SparseWSIConfig, n: int) -> Cost:
+def cost_slide_encoder(config: SparseWSIConfig, n: int) -> Cost:
     """Visual tokens of n patches."""
     inlet = Cost(n * config.feature_dim * config.dim)
     if config.slide_encoder == "none":
@@ -139,7 +139,7 @@ def slide_encoder(config: SparseWSIConfig, n: int) -> Cost:
     return inlet + Cost(n * 8 * config.dim**2, square) * config.slide_encoder_layers
 
 
-def projector(config: SparseWSIConfig, llm: PreTrainedConfig, n: int) -> Cost:
+def cost_projector(config: SparseWSIConfig, llm: PreTrainedConfig, n: int) -> Cost:
     """n visual tokens into the LLM's width, two layers."""
     return Cost(n * llm.hidden_size * (config.dim + llm.hidden_size))
 
@@ -176,11 +176,11 @@ def lines(
     patch: the patch encoder's cost of one patch; None leaves its line out.
     """
     k = min(config.num_tokens, n)
-    encoder, score = slide_encoder(config, n), scorer(config, n)
+    encoder, score = cost_slide_encoder(config, n), cost_scorer(config, n)
 
     def language(path: str, visual: int) -> list[Line]:
         return [
-            Line(path, "projector", projector(config, llm, visual)),
+            Line(path, "projector", cost_projector(config, llm, visual)),
             Line(path, "LLM prefill, layers", llm_layers(llm, visual + text)),
             Line(path, "LLM prefill, head (last token)", llm_head(llm, 1)),
             Line(path, f"LLM decode, {answer} tokens", llm_decode(llm, visual + text, answer)),
@@ -197,7 +197,7 @@ def lines(
         Line(training, "scorer", score),
         Line(training, "soft top-K and gate", soft_topk_and_gate(config, n)),
         Line(training, "denoiser", block(config.dim, n, "local")),
-        Line(training, "projector", projector(config, llm, n)),
+        Line(training, "projector", cost_projector(config, llm, n)),
         Line(training, "LLM, layers", llm_layers(llm, n + text + answer)),
         Line(training, "LLM, head (answer tokens)", llm_head(llm, answer)),
     ]
@@ -248,8 +248,8 @@ def claims() -> list[Claim]:
     )
     base = linear_tera(32 + TEXT)
     squared = llm_layers(llm, 10_240 + TEXT).flops / 1e12
-    alone = patches_within(1.725, 1.735, lambda n: base + scorer(local, n).flops / 1e12)
-    seeing = patches_within(1.725, 1.735, lambda n: base + scorer(whole, n).flops / 1e12)
+    alone = patches_within(1.725, 1.735, lambda n: base + cost_scorer(local, n).flops / 1e12)
+    seeing = patches_within(1.725, 1.735, lambda n: base + cost_scorer(whole, n).flops / 1e12)
     uncompressed = patches_within(133.25, 133.35, lambda n: linear_tera(n + TEXT))
     with_square = patches_within(133.25, 133.35, lambda n: llm_layers(llm, n + TEXT).flops / 1e12)
     return [
@@ -261,13 +261,13 @@ def claims() -> list[Claim]:
             "1.73T",
             f"a scorer of 2 blocks, d 512, on top, each patch scored alone as the paper's limitations say, N = 1,842; "
             f"1.73 would be {alone}, and the paper states no N",
-            base + scorer(local, 1842).flops / 1e12,
+            base + cost_scorer(local, 1842).flops / 1e12,
             False,
         ),
         Claim(
             "1.73T",
             f"the same with patches that see each other, N = 1,842: it fits, as any {seeing} does, but is a guess",
-            base + scorer(whole, 1842).flops / 1e12,
+            base + cost_scorer(whole, 1842).flops / 1e12,
             False,
         ),
         Claim(
@@ -313,7 +313,7 @@ class Latency:
 
 
 @torch.inference_mode()
-def latency(llm: PreTrainedModel, tokens: tuple[int, ...], repeats: int = 5, text: int = TEXT) -> list[Latency]:
+def measure_latency(llm: PreTrainedModel, tokens: tuple[int, ...], repeats: int = 5, text: int = TEXT) -> list[Latency]:
     """Time of prefill and size of the KV cache at 32 and at each number of visual tokens, in turn within each round.
 
     The content of the visual tokens does not matter to the time; they are noise.
@@ -353,7 +353,7 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measured_llm(name: str) -> PreTrainedModel:
+def load_to_measure(name: str) -> PreTrainedModel:
     """The LLM to measure: with its weights, or Qwen2.5-7B's architecture with random ones, whose speed is the same."""
     device = default_device()
     if name != QWEN:
@@ -365,7 +365,7 @@ def measured_llm(name: str) -> PreTrainedModel:
 # ------------------------------------------------------------------------------------------------------- the report
 
 
-def readable(number: float) -> str:
+def shorten(number: float) -> str:
     """1.7e12 as 1.70T; three digits."""
     for power, unit in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if number >= 10**power:
@@ -374,15 +374,16 @@ def readable(number: float) -> str:
     return f"{number:.0f}"
 
 
-def claims_table(found: list[Claim]) -> str:
+def write_claims(found: list[Claim]) -> str:
     """The paper's figures beside ours, as Markdown."""
-    rows = [f"| {c.figure} | {c.ours:.2f}{c.unit} | {'yes' if c.reproduced else 'no'} | {c.reading} |" for c in found]
-    return "\n".join(["| paper | ours | same | reading |", "|---|---|---|---|", *rows])
+    rows = [[c.figure, f"{c.ours:.2f}{c.unit}", "yes" if c.reproduced else "no", c.reading] for c in found]
+    return write_table(["paper", "ours", "same", "reading"], rows)
 
 
-def cost_table(config: SparseWSIConfig, llm: PreTrainedConfig, patch: Cost | None) -> str:
+def write_costs(config: SparseWSIConfig, llm: PreTrainedConfig, patch: Cost | None) -> str:
     """All parts of all paths for every N, as Markdown."""
-    rows = ["| N | path | part | MACs, linear | MACs, attention | FLOPs without attention | FLOPs |", "|" + "---|" * 7]
+    head = ["N", "path", "part", "MACs, linear", "MACs, attention", "FLOPs without attention", "FLOPs"]
+    rows = []
     for n in PATCHES:
         found = lines(config, llm, n, patch)
         for path in PATHS:
@@ -390,40 +391,35 @@ def cost_table(config: SparseWSIConfig, llm: PreTrainedConfig, patch: Cost | Non
             parts.append(("**total without patch encoder**", total(found, path)))
             for part, cost in parts:
                 figures = (cost.linear, cost.attention, 2 * cost.linear, cost.flops)
-                rows.append(f"| {n:,} | {path} | {part} | " + " | ".join(map(readable, figures)) + " |")
-    return "\n".join(rows)
+                rows.append([f"{n:,}", path, part, *map(shorten, figures)])
+    return write_table(head, rows)
 
 
-def ratio_table(config: SparseWSIConfig, llm: PreTrainedConfig) -> str:
+def write_ratios(config: SparseWSIConfig, llm: PreTrainedConfig) -> str:
     """What the 32 tokens cost as a share of all N, as Markdown."""
-    rows = [
-        "| N | sparse inference | all-N inference | share | share without attention |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for n in PATCHES:
         found = lines(config, llm, n, None)
         sparse, full = total(found, PATHS[0]), total(found, PATHS[1])
         share, linear = sparse.flops / full.flops, sparse.linear / full.linear
-        costs = f"{readable(sparse.flops)} | {readable(full.flops)}"
-        rows.append(f"| {n:,} | {costs} | {100 * share:.2g} % | {100 * linear:.2g} % |")
-    return "\n".join(rows)
+        costs = [shorten(sparse.flops), shorten(full.flops)]
+        rows.append([f"{n:,}", *costs, f"{100 * share:.2g} %", f"{100 * linear:.2g} %"])
+    return write_table(["N", "sparse inference", "all-N inference", "share", "share without attention"], rows)
 
 
-def latency_table(found: list[Latency]) -> str:
+def write_latency(found: list[Latency]) -> str:
     """Measured prefill, as Markdown."""
-    rows = [
-        f"| {row.tokens:,} | {1000 * row.seconds:.0f} ms | {row.seconds_ratio:.1f} | {row.kv_bytes / 2**20:.1f} MiB "
-        f"| {row.kv_ratio:.1f} |"
-        for row in found
-    ]
-    head = "| visual tokens | prefill, median | times 32 tokens' | KV cache | times 32 tokens' |"
-    return "\n".join([head, "|---|---|---|---|---|", *rows])
+    rows = []
+    for row in found:
+        times = [f"{1000 * row.seconds:.0f} ms", f"{row.seconds_ratio:.1f}"]
+        rows.append([f"{row.tokens:,}", *times, f"{row.kv_bytes / 2**20:.1f} MiB", f"{row.kv_ratio:.1f}"])
+    return write_table(["visual tokens", "prefill, median", "times 32 tokens'", "KV cache", "times 32 tokens'"], rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for flops.json and flops.md")
-    parser.add_argument("--model", type=Path, default=Path("assets/demo-model"), help="the demo, for its config.json")
+    parser = make_parser(__doc__)
+    add_flag(parser, "--out", help="folder for flops.json and flops.md")
+    add_flag(parser, "--model", help="the demo, for its config.json")
     parser.add_argument(
         "--latency", metavar="LLM", help=f"measure this LLM too, e.g. {SMOLLM2}; {QWEN}: random weights"
     )
@@ -439,19 +435,18 @@ def main() -> None:
             efficientnet_lite0(),
         ),
     }
-    sections = ["## The paper's figures\n\n" + claims_table(found := claims())]
+    sections = ["## The paper's figures\n\n" + write_claims(found := claims())]
     record: dict = {"claims": [asdict(claim) for claim in found], "systems": {}}
     for name, (config, llm, patch) in systems.items():
-        sections.append(f"## {name}\n\n{ratio_table(config, llm)}\n\n{cost_table(config, llm, patch)}")
+        sections.append(f"## {name}\n\n{write_ratios(config, llm)}\n\n{write_costs(config, llm, patch)}")
         record["systems"][name] = {n: [asdict(line) for line in lines(config, llm, n, patch)] for n in PATCHES}
     if given.latency:
-        measured = latency(measured_llm(given.latency), tuple(given.tokens), given.repeats)
+        measured = measure_latency(load_to_measure(given.latency), tuple(given.tokens), given.repeats)
         where = f"{given.latency}, {TEXT} text tokens, {default_device()}, {torch.get_num_threads()} threads"
-        sections.append(f"## Measured: {where}\n\n{latency_table(measured)}")
+        sections.append(f"## Measured: {where}\n\n{write_latency(measured)}")
         record["latency"] = {"where": where, "rows": [asdict(row) for row in measured]}
-    given.out.mkdir(parents=True, exist_ok=True)
-    write_whole(given.out / "flops.json", json.dumps(record, indent=2) + "\n")
-    write_whole(given.out / "flops.md", "\n\n".join(sections) + "\n")
+    write_json(given.out / "flops.json", record)
+    write_text(given.out / "flops.md", "\n\n".join(sections) + "\n")
     print("\n\n".join(sections))
 
 

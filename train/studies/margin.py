@@ -10,8 +10,6 @@ it, so that keeping it raises the ratio as well.
 N patches, K kept, d dimensions.
 """
 
-import argparse
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,10 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsewsi.bags.foreign import load_bag
+from sparsewsi.bags.bag import load_bag
+from sparsewsi.files import write_json, write_text
 from sparsewsi.model.sparse_wsi import SparseWSI
 from sparsewsi.report.umap import map_features
-from train.command import run_command, write_whole
+from train.eval.table import write_table
+from train.flags import add_flag, make_parser, run_command
 
 NEIGHBOURS = 10
 DRAWS = 2000
@@ -55,7 +55,9 @@ def neighbour_distance(points: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
     return torch.cat(found)
 
 
-def margin(points: Tensor, kept: Tensor, neighbours: int = NEIGHBOURS, draws: int = DRAWS, seed: int = 0) -> Margin:
+def measure_margin(
+    points: Tensor, kept: Tensor, neighbours: int = NEIGHBOURS, draws: int = DRAWS, seed: int = 0
+) -> Margin:
     """Compare kept (K,) with all other points (N, d), and with random choices of K of them.
 
     Raises ValueError where nothing is kept or nothing discarded.
@@ -78,7 +80,7 @@ def margin(points: Tensor, kept: Tensor, neighbours: int = NEIGHBOURS, draws: in
     return Margin(float(np.exp(found)), float(low), float(high), (1 + beyond) / (1 + draws), k, n - k)
 
 
-def margins(
+def measure_margins(
     model: SparseWSI, bag_file: Path, selectors: tuple[str, ...], seed: int = 0
 ) -> dict[str, dict[str, Margin]]:
     """Of each selector the margin in feature space (unit vectors) and on the UMAP."""
@@ -90,42 +92,38 @@ def margins(
     found = {}
     for selector, selection in selections.items():
         place = torch.from_numpy(np.flatnonzero(np.isin(drawn.rows, selection.indices.numpy())))
-        found[selector] = {"features": margin(unit, selection.indices), drawn.method: margin(xy, place)}
+        found[selector] = {"features": measure_margin(unit, selection.indices), drawn.method: measure_margin(xy, place)}
     return found
 
 
-def markdown(found: dict[str, dict[str, dict[str, Margin]]]) -> str:
+def write_margins(found: dict[str, dict[str, dict[str, Margin]]]) -> str:
     """Slides, selectors and spaces as a Markdown table."""
-    lines = [
-        "| slide | selector | space | kept / discarded | ratio | 95 % of random choices | p |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    head = ["slide", "selector", "space", "kept / discarded", "ratio", "95 % of random choices", "p"]
+    rows = []
     for slide, selectors in found.items():
         for selector, spaces in selectors.items():
             for space, m in spaces.items():
-                count = f"{m.kept} / {m.discarded:,}"
-                numbers = f"{m.ratio:.2f} | {m.low:.2f} to {m.high:.2f} | {m.p:.2g}"
-                lines.append(f"| {slide} | {selector} | {space} | {count} | {numbers} |")
-    return "\n".join(lines)
+                count, ends = f"{m.kept} / {m.discarded:,}", f"{m.low:.2f} to {m.high:.2f}"
+                rows.append([slide, selector, space, count, f"{m.ratio:.2f}", ends, f"{m.p:.2g}"])
+    return write_table(head, rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("assets/demo-model"))
+    parser = make_parser(__doc__)
+    add_flag(parser, "--model")
     parser.add_argument("--bags", type=Path, nargs="+", required=True, help="feature files of slides")
     parser.add_argument("--selectors", nargs="+", default=["learned", "random", "farthest"])
-    parser.add_argument("--out", type=Path, required=True, help="folder for margin.json and margin.md")
+    add_flag(parser, "--out", help="folder for margin.json and margin.md")
     given = parser.parse_args()
     model = SparseWSI.from_pretrained(given.model)
-    found = {path.stem: margins(model, path, tuple(given.selectors)) for path in given.bags}
-    given.out.mkdir(parents=True, exist_ok=True)
+    found = {path.stem: measure_margins(model, path, tuple(given.selectors)) for path in given.bags}
     record = {
         slide: {selector: {space: asdict(m) for space, m in spaces.items()} for selector, spaces in selectors.items()}
         for slide, selectors in found.items()
     }
-    write_whole(given.out / "margin.json", json.dumps(record, indent=2) + "\n")
-    write_whole(given.out / "margin.md", markdown(found) + "\n")
-    print(markdown(found))
+    write_json(given.out / "margin.json", record)
+    write_text(given.out / "margin.md", write_margins(found) + "\n")
+    print(write_margins(found))
 
 
 if __name__ == "__main__":
