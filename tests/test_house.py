@@ -113,13 +113,7 @@ def is_inside(other: str, rooms: set[str]) -> bool:
     return other.startswith("sparsewsi.") and other not in ENTRANCES and room(other) in rooms
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[moving("cohort takes its file suffixes from train")] * (name == "cohort"))
-        for name in ROAD
-    ],
-)
+@pytest.mark.parametrize("name", ROAD)
 def test_a_room_imports_only_rooms_before_it(name: str) -> None:
     assert not list(back_on_the_road(name))
 
@@ -138,7 +132,6 @@ def test_no_file_is_in_a_circle() -> None:
         visit(name, ())
 
 
-@moving("cohort takes its file suffixes from train")
 def test_what_is_released_never_imports_train() -> None:
     for name in modules():
         if not name.startswith("train"):

@@ -152,7 +152,7 @@ def write_tables(plan: Plan, tables: dict[str, dict[str, Entry]]) -> str:
     """The tables as Markdown."""
     sections = [f"## {title}\n\n{write_entries(entries)}" for title, entries in tables.items() if entries]
     sections.append(
-        f"{count_asked(plan)} questions of each seed ({count_asked(plan, 'all')} for rows of all patches and of other K) "
+        f"{count_asked(plan)} questions of each seed ({count_asked(plan, 'all')} for all patches and for other K) "
         f"on mosaics of {plan.n} patches, the same for all rows; points with 95 % intervals, Student's t over seeds "
         "(of one: questions resampled); differences are paired by question and seed, those of recall by seed."
     )

@@ -67,14 +67,14 @@ def test_slide_encoder_is_what_the_counter_finds(kind: str, n: int) -> None:
     with torch.device("meta"):
         encoder = SlideEncoder(48, 32, 2, kind, heads=16)
         x = torch.empty(n, 48)
-    assert counted(encoder, x) == flops.slide_encoder(config, n).flops / 2
+    assert counted(encoder, x) == flops.cost_slide_encoder(config, n).flops / 2
 
 
 @pytest.mark.parametrize("attention", ["local", "global"])
 def test_scorer_and_denoiser_are_what_the_counter_finds(attention: str) -> None:
     config = SparseWSIConfig(dim=64, scorer_dim=32, scorer_attention=attention)
     scorer, denoiser, x = Scorer(64, hidden=32, attention=attention), Denoiser(64, 8, attention), torch.zeros(70, 64)
-    assert counted(scorer, x[None]) == flops.scorer(config, 70).flops / 2
+    assert counted(scorer, x[None]) == flops.cost_scorer(config, 70).flops / 2
     assert counted(denoiser, x[None]) == flops.block(64, 70, attention).flops / 2
 
 
@@ -82,7 +82,7 @@ def test_projector_is_what_the_counter_finds(tiny_llm: Path) -> None:
     llm, tokenizer = load_llm(str(tiny_llm), dtype=torch.float32)
     config = SparseWSIConfig(llm=str(tiny_llm), encoder="made-up", feature_dim=12, dim=16, heads=4)
     model = SparseWSI(config, llm, tokenizer)
-    assert counted(model.projector, torch.empty(9, 16)) == flops.projector(config, llm.config, 9).flops / 2
+    assert counted(model.projector, torch.empty(9, 16)) == flops.cost_projector(config, llm.config, 9).flops / 2
 
 
 def test_patch_encoders_cost_what_is_published() -> None:
@@ -120,7 +120,7 @@ def test_lines_add_up_and_sparse_inference_hardly_grows() -> None:
 
 def test_latency_is_measured_and_memory_is_the_caches(tiny_llm: Path) -> None:
     llm, _ = load_llm(str(tiny_llm), dtype=torch.float32)
-    short, long = flops.latency(llm, (1500,), repeats=2)
+    short, long = flops.measure_latency(llm, (1500,), repeats=2)
     assert (short.tokens, short.seconds_ratio, short.kv_ratio) == (32, 1.0, 1.0)
     assert long.kv_bytes == 2 * 2 * (1500 + 98) * 2 * 16 * 4  # keys and values, layers, tokens, KV heads, width, bytes
     assert long.kv_ratio == (1500 + 98) / (32 + 98)
@@ -142,4 +142,4 @@ def test_the_command_writes_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ("number", "text"), [(1.6966e12, "1.70T"), (133.3e12, "133T"), (0.39e9, "390M"), (12, "12"), (17.58e9, "17.6G")]
 )
 def test_numbers_are_readable(number: float, text: str) -> None:
-    assert flops.readable(number) == text
+    assert flops.shorten(number) == text

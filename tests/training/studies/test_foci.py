@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from sparsewsi.model.sparse_wsi import SparseWSI
-from train.data.mosaic import BACKGROUNDS, NEEDLES, Bank, lay_out, other_kinds, plan, with_other_tissue
+from train.data.bank import Bank, list_other_kinds
+from train.data.kinds import BACKGROUNDS, NEEDLES, plan_facts
+from train.data.layout import add_other_tissue, lay_out
 from train.studies import foci
 
 NEW = ("squamous_epithelium", "brunner_glands")
@@ -41,25 +43,18 @@ def test_no_patch_recurs_before_all_of_its_kind_were_taken(bank):
 
 def test_new_background_leaves_the_foci_alone(bank):
     rng = np.random.default_rng(0)
-    kinds = lay_out(plan("real", "present", rng), 900, (4, 12), rng)
-    changed = with_other_tissue("real", kinds, other_kinds(bank), foci.REGION, rng)
+    kinds = lay_out(plan_facts("real", "present", rng), 900, (4, 12), rng)
+    changed = add_other_tissue("real", kinds, list_other_kinds(bank), foci.REGION, rng)
     focus = np.isin(kinds, NEEDLES["real"])
     assert (changed[focus] == kinds[focus]).all()
     assert set(NEW) <= set(changed[~focus])
-    assert other_kinds(bank) == sorted(NEW)
+    assert list_other_kinds(bank) == sorted(NEW)
 
 
 @pytest.mark.parametrize("slides", foci.SLIDES)
 def test_who_keeps_all_finds_all(model, bank, slides):
-    found, different = foci.found_in(model, bank, slides, 0, 100, [2, 100], ["learned", "farthest", "random"], 0)
+    found, different = foci.measure(model, bank, slides, 0, 100, [2, 100], ["learned", "farthest", "random"], 0)
     assert all(found[f"{selector}@100"] == (1, 1) for selector in ("learned", "farthest", "random"))
     assert all(0 <= share <= 1 for pair in found.values() for share in pair)
     assert 30 < different <= 100
-    assert found == foci.found_in(model, bank, slides, 0, 100, [2, 100], ["learned", "farthest", "random"], 0)[0]
-
-
-def test_the_interval_is_of_the_mean():
-    mean, low, high = foci.interval(np.array([[0.0, 1.0] * 50]))
-    assert mean == 0.5
-    assert 0.38 < low < 0.43
-    assert 0.57 < high < 0.62
+    assert found == foci.measure(model, bank, slides, 0, 100, [2, 100], ["learned", "farthest", "random"], 0)[0]

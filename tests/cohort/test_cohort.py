@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -23,31 +24,26 @@ import pytest
 import tifffile
 import torch
 
-from sparsewsi.bags.foreign import load_bag
-from sparsewsi.bags.patch_encoder import PatchEncoder
-from sparsewsi.cohort import extract
-from sparsewsi.cohort.extract import (
-    Child,
-    Job,
-    Report,
-    Row,
-    Settings,
-    extract_slide,
-    find_slides,
-    finished,
-    rank_of,
-    share,
-)
+from sparsewsi.bags.bag import load_bag
+from sparsewsi.bags.encoders import PatchEncoder
+from sparsewsi.cohort import run
+from sparsewsi.cohort.child import Child, extract_in_child
+from sparsewsi.cohort.find import Job, find_rank, find_slides, share_jobs
+from sparsewsi.cohort.report import Report, Row
+from sparsewsi.cohort.slide import Order, Settings, extract_slide, find_finished, look_up, save_part, try_slide
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = Settings("mean-colour", 0.5, 64)
 
 
-def mean_colour_encoder(seconds: float = 0.0, repeats: int = 1) -> PatchEncoder:
-    """A real, tiny encoder, D = 3 * repeats, that takes its time."""
+def mean_colour_encoder(seconds: float = 0.0, repeats: int = 1, interrupt_at: int = 0) -> PatchEncoder:
+    """A real, tiny encoder, D = 3 * repeats, that takes its time; Ctrl-C is pressed at its call number interrupt_at."""
+    calls = itertools.count(1)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         time.sleep(seconds)
+        if next(calls) == interrupt_at:
+            raise KeyboardInterrupt
         return x.mean((2, 3)).repeat(1, repeats)
 
     return PatchEncoder(
@@ -146,14 +142,15 @@ def test_two_slides_of_one_name_are_both_told(tmp_path: Path):
 
 
 @pytest.mark.skipif(not hasattr(os, "seteuid"), reason="POSIX permissions")
-def test_what_may_not_be_read_is_told_and_the_rest_is_done(monkeypatch):
-    monkeypatch.setattr(extract, "_encoder", lambda *_: mean_colour_encoder())
-    attempt = functools.partial(extract._attempt, settings=SETTINGS, device=None, part_seconds=9.0)
+def test_what_may_not_be_read_is_told_and_the_rest_is_done():
+    encoder = mean_colour_encoder()
     with tempfile.TemporaryDirectory(dir="/tmp") as name:  # pytest's own folder is closed to other users
         slides, out = Path(name), Path(name, ".features")
         for folder in (slides / "closed", out):
             folder.mkdir()
-        assert attempt(job_of(write_slide(slides / "good.tiff", 512)), out=out).outcome == "done"
+        assert (
+            try_slide(job_of(write_slide(slides / "good.tiff", 512)), Order(SETTINGS, out), encoder).outcome == "done"
+        )
         write_slide(slides / "locked.tiff", 512).chmod(0)
         slides.chmod(0o755), out.chmod(0o777), (slides / "closed").chmod(0)
         user = os.geteuid()
@@ -161,12 +158,12 @@ def test_what_may_not_be_read_is_told_and_the_rest_is_done(monkeypatch):
             if user == 0:
                 os.seteuid(65534)  # root may read anything
             jobs = {job.stem: job for job in find_slides([name])}
-            assert "lacks the permission" in attempt(jobs["locked"], out=out).warnings
+            assert "lacks the permission" in try_slide(jobs["locked"], Order(SETTINGS, out), encoder).warnings
         finally:
             os.seteuid(user)
             (slides / "closed").chmod(0o755)
-        work = functools.partial(extract.in_a_child, settings=SETTINGS, out=out)
-        extract.extract_all([jobs["closed"], jobs["good"]], out, work)
+        work = functools.partial(extract_in_child, order=Order(SETTINGS, out))
+        run.extract_all([jobs["closed"], jobs["good"]], out, work)
         assert list(outputs(out)) == ["good.safetensors"]
         with (out / "report.csv").open(newline="") as file:
             reported = {row["slide"]: row for row in csv.DictReader(file)}
@@ -175,34 +172,33 @@ def test_what_may_not_be_read_is_told_and_the_rest_is_done(monkeypatch):
 
 
 def test_ranks_come_from_torchrun_a_slurm_array_or_both():
-    assert rank_of({}) == (0, 1)
-    assert rank_of({"RANK": "3", "WORLD_SIZE": "4"}) == (3, 4)
+    assert find_rank({}) == (0, 1)
+    assert find_rank({"RANK": "3", "WORLD_SIZE": "4"}) == (3, 4)
     array = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "5"}
-    assert rank_of(array) == (2, 4)
-    assert rank_of({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) == (0, 1)  # a batch script, before any srun
+    assert find_rank(array) == (2, 4)
+    assert find_rank({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) == (0, 1)  # a batch script, before any srun
     step = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4"}
-    assert rank_of(step) == (3, 4)
-    assert rank_of(step | {"RANK": "1", "WORLD_SIZE": "2"}) == (1, 2)
-    assert rank_of(array | {"RANK": "1", "WORLD_SIZE": "2"}) == (5, 8)
+    assert find_rank(step) == (3, 4)
+    assert find_rank(step | {"RANK": "1", "WORLD_SIZE": "2"}) == (1, 2)
+    assert find_rank(array | {"RANK": "1", "WORLD_SIZE": "2"}) == (5, 8)
     with pytest.raises(ValueError, match="one range"):
-        rank_of({"SLURM_ARRAY_TASK_ID": "90", "SLURM_ARRAY_TASK_COUNT": "3"})
+        find_rank({"SLURM_ARRAY_TASK_ID": "90", "SLURM_ARRAY_TASK_COUNT": "3"})
 
 
 def test_a_thousand_slides_are_shared_evenly_and_each_once():
     rng = random.Random(0)
     jobs = [Job(Path(f"{i}.svs"), str(i), bytes=int(rng.lognormvariate(20, 1))) for i in range(1000)]
-    parts = [share(jobs, rank, 8) for rank in range(8)]
+    parts = [share_jobs(jobs, rank, 8) for rank in range(8)]
     assert sorted(job.stem for part in parts for job in part) == sorted(job.stem for job in jobs)
     loads = [sum(job.bytes for job in part) for part in parts]
     assert max(loads) < 1.01 * min(loads)
-    assert [job.stem for job in share(jobs[::-1], 3, 8)] == [job.stem for job in parts[3]]
+    assert [job.stem for job in share_jobs(jobs[::-1], 3, 8)] == [job.stem for job in parts[3]]
     empty = [Job(Path(f"{i}"), str(i)) for i in range(10)]
-    assert [len(share(empty, rank, 2)) for rank in range(2)] == [5, 5]
+    assert [len(share_jobs(empty, rank, 2)) for rank in range(2)] == [5, 5]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names are bytes, links need no permission")
-def test_odd_names_links_and_strangers_in_the_way(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(extract, "_encoder", lambda *_: mean_colour_encoder())
+def test_odd_names_links_and_strangers_in_the_way(tmp_path: Path):
     slides, out = tmp_path / "slides", tmp_path / "out"
     out.mkdir()
     names = ["Präparat 1 (HE)", "we[i]rd*%s", "a.b.c", os.fsdecode(b"latin-\xfc")]
@@ -219,7 +215,7 @@ def test_odd_names_links_and_strangers_in_the_way(tmp_path: Path, monkeypatch):
     report = Report(out, 0)
     for _ in range(2):
         for job in jobs:
-            row = extract._settled(job, out) or extract._attempt(job, SETTINGS, out, None, 0.0)
+            row = look_up(job, out) or try_slide(job, Order(SETTINGS, out, 0.0), mean_colour_encoder())
             report.add_if_new(row)
         whole = out / "half.safetensors"
         whole.write_bytes(whole.read_bytes()[:-40])
@@ -235,14 +231,14 @@ def test_odd_names_links_and_strangers_in_the_way(tmp_path: Path, monkeypatch):
 
 
 def test_a_folder_holds_features_of_one_kind(tmp_path: Path):
-    extract.check_settings(tmp_path, Settings("misspelt", 0.5, 64))
-    extract.check_settings(tmp_path, SETTINGS)  # nothing was extracted
+    run.check_settings(tmp_path, Settings("misspelt", 0.5, 64))
+    run.check_settings(tmp_path, SETTINGS)  # nothing was extracted
     (tmp_path / "a.safetensors").touch()
-    extract.check_settings(tmp_path, SETTINGS)
+    run.check_settings(tmp_path, SETTINGS)
     with pytest.raises(
         ValueError, match=r"encoder mean-colour \(now uni\), mpp 0.5 \(now 0.25\); choose another --out"
     ):
-        extract.check_settings(tmp_path, Settings("uni", 0.25, 64))
+        run.check_settings(tmp_path, Settings("uni", 0.25, 64))
 
 
 # ---- one slide
@@ -252,9 +248,9 @@ def test_parts_give_the_same_file_as_one_go(tmp_path: Path):
     job = job_of(write_slide(tmp_path / "TCGA-1.tiff"))
     for name, part_seconds in (("whole", 1e9), ("parts", 0.0)):
         (tmp_path / name).mkdir()
-        row = extract_slide(job, SETTINGS, tmp_path / name, mean_colour_encoder(), part_seconds)
+        row = extract_slide(job, Order(SETTINGS, tmp_path / name, part_seconds), mean_colour_encoder())
         assert (row.slide, row.outcome, row.slide_mpp, row.mpp_source) == ("TCGA-1", "done", 0.5, "tiff resolution")
-        assert finished(job, tmp_path / name) is not None
+        assert find_finished(job, tmp_path / name) is not None
     assert outputs(tmp_path / "whole") == outputs(tmp_path / "parts")
     assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["TCGA-1.safetensors"]
     bag = load_bag(tmp_path / "parts" / "TCGA-1.safetensors")
@@ -266,35 +262,24 @@ def test_features_bear_the_name_that_an_encoder_gives_itself(tmp_path: Path):
     job = job_of(write_slide(tmp_path / "one.tiff"))
     (tmp_path / "vit").mkdir()
     settings = replace(SETTINGS, encoder=f"hf:{tmp_path / 'vit'}")
-    extract_slide(job, settings, tmp_path, mean_colour_encoder())
+    extract_slide(job, Order(settings, tmp_path), mean_colour_encoder())
     assert load_bag(tmp_path / "one.safetensors").encoder == "hf:vit"
 
 
-def test_an_interrupted_slide_goes_on_where_it_was(tmp_path: Path, monkeypatch):
+def test_an_interrupted_slide_goes_on_where_it_was(tmp_path: Path):
     job = job_of(write_slide(tmp_path / "a.tiff"))
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir(), broken.mkdir()
-    extract_slide(job, SETTINGS, whole, mean_colour_encoder())
-    count, save_part = 0, extract._save_part
-
-    def stop(*arguments) -> None:
-        nonlocal count
-        save_part(*arguments)
-        count += 1
-        if count == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(extract, "_save_part", stop)
+    extract_slide(job, Order(SETTINGS, whole), mean_colour_encoder())
     with pytest.raises(KeyboardInterrupt):
-        extract_slide(job, SETTINGS, broken, mean_colour_encoder(), 0.0)
+        extract_slide(job, Order(SETTINGS, broken, 0.0), mean_colour_encoder(interrupt_at=7))
     parts = sorted((broken / ".a.parts").glob("*.safetensors"))
     assert len(parts) == 3
-    assert finished(job, broken) is None
+    assert find_finished(job, broken) is None
     # The last part is damaged, and one of other settings lies about: neither is used.
     parts[2].write_bytes(parts[2].read_bytes()[:100])
     shutil.copy(parts[0], parts[0].with_name(f"{10**6:09d}.safetensors"))
-    monkeypatch.undo()
-    row = extract_slide(job, SETTINGS, broken, mean_colour_encoder(), 1e9)
+    row = extract_slide(job, Order(SETTINGS, broken, 1e9), mean_colour_encoder())
     assert row.resumed_at == 64
     assert outputs(broken) == outputs(whole)
     assert not (broken / ".a.parts").exists()
@@ -303,15 +288,17 @@ def test_an_interrupted_slide_goes_on_where_it_was(tmp_path: Path, monkeypatch):
 def test_parts_of_other_settings_are_not_used(tmp_path: Path):
     job = job_of(write_slide(tmp_path / "a.tiff"))
     (tmp_path / ".a.parts").mkdir()
-    extract._save_part(tmp_path / ".a.parts", 0, "another slide's", torch.zeros(5, 3).half(), torch.ones(5).bool())
-    assert extract_slide(job, SETTINGS, tmp_path, mean_colour_encoder()).resumed_at == 0
+    save_part(tmp_path / ".a.parts", 0, "another slide's", torch.zeros(5, 3).half(), torch.ones(5).bool())
+    assert extract_slide(job, Order(SETTINGS, tmp_path), mean_colour_encoder()).resumed_at == 0
 
 
 def test_patches_in_damaged_tiles_are_left_out_and_listed(tmp_path: Path):
     intact, damaged = write_slide(tmp_path / "a.tiff"), tmp_path / "b.tiff"
     shutil.copy(intact, damaged)
     zero_a_tile(damaged, 6)  # x 512 to 768, y 256 to 512
-    rows = [extract_slide(job_of(path), SETTINGS, tmp_path, mean_colour_encoder(), 0.0) for path in (intact, damaged)]
+    rows = [
+        extract_slide(job_of(path), Order(SETTINGS, tmp_path, 0.0), mean_colour_encoder()) for path in (intact, damaged)
+    ]
     lost = [[x, y] for y in range(256, 512, 64) for x in range(512, 768, 64)]
     assert rows[0].unreadable == []
     assert sorted(rows[1].unreadable) == sorted(lost)
@@ -325,19 +312,19 @@ def test_patches_in_damaged_tiles_are_left_out_and_listed(tmp_path: Path):
 def test_what_was_made_of_another_file_is_made_again_and_strangers_are_left_alone(tmp_path: Path):
     path = write_slide(tmp_path / "a.tiff", 512)
     job = job_of(path)
-    extract_slide(job, SETTINGS, tmp_path, mean_colour_encoder())
-    assert finished(job, tmp_path) is not None
-    assert finished(Job(path, "a", slide_mpp=0.4, bytes=job.bytes), tmp_path) is None
+    extract_slide(job, Order(SETTINGS, tmp_path), mean_colour_encoder())
+    assert find_finished(job, tmp_path) is not None
+    assert find_finished(Job(path, "a", slide_mpp=0.4, bytes=job.bytes), tmp_path) is None
     with path.open("ab") as file:
         file.write(b"more")  # as when a copy had not been complete
-    assert finished(job_of(path), tmp_path) is None
+    assert find_finished(job_of(path), tmp_path) is None
     (tmp_path / "a.safetensors").write_bytes(b"something else")
     with pytest.raises(ValueError, match="Delete or move it"):
-        finished(job, tmp_path)
+        find_finished(job, tmp_path)
 
 
 def _slowly(path: Path, out: Path) -> None:
-    extract_slide(job_of(path), SETTINGS, out, mean_colour_encoder(seconds=0.02), 0.0)
+    extract_slide(job_of(path), Order(SETTINGS, out, 0.0), mean_colour_encoder(seconds=0.02))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
@@ -366,9 +353,12 @@ def test_killed_at_five_random_moments_it_ends_with_the_same_file(tmp_path: Path
     assert [entry.name for entry in killed.iterdir()] == ["a.safetensors"]
 
 
-def test_a_full_disk_is_reported_and_with_room_again_the_rest_is_done(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(extract, "_encoder", lambda *_: mean_colour_encoder(repeats=200))
-    attempt = functools.partial(extract._attempt, settings=SETTINGS, device=None, part_seconds=0.0)
+def test_a_full_disk_is_reported_and_with_room_again_the_rest_is_done(tmp_path: Path):
+    encoder = mean_colour_encoder(repeats=200)
+
+    def attempt(job: Job, out: Path) -> Row:
+        return try_slide(job, Order(SETTINGS, out, 0.0), encoder)
+
     slides, disk, whole = tmp_path / "slides", tmp_path / "disk", tmp_path / "whole"
     for folder in (slides, disk, whole):
         folder.mkdir()
@@ -394,7 +384,7 @@ def test_a_full_disk_is_reported_and_with_room_again_the_rest_is_done(tmp_path: 
         assert not [path for path in disk.rglob("*") if path.suffix == ".partial"]
         subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True, timeout=30)
         for job in jobs:
-            if finished(job, disk) is None:
+            if find_finished(job, disk) is None:
                 report.add(attempt(job, out=disk))
         report.finish()
         assert outputs(disk) == outputs(whole)
@@ -457,7 +447,7 @@ def cohort(tmp_path_factory) -> Path:
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 def test_a_cohort_with_bad_slides_killed_and_started_again(cohort: Path, tmp_path: Path, capsys):
     command = [str(cohort), "--max-patches", "12", "--device", "cpu", "--part-seconds", "0", "--out"]
-    assert extract.main([*command, str(tmp_path / "whole")]) == 1
+    assert run.main([*command, str(tmp_path / "whole")]) == 1
     with (tmp_path / "whole" / "report.csv").open(newline="") as file:
         rows = {row["slide"]: row for row in csv.DictReader(file)}
     outcomes = {stem: row["outcome"] for stem, row in rows.items()}
@@ -468,25 +458,25 @@ def test_a_cohort_with_bad_slides_killed_and_started_again(cohort: Path, tmp_pat
     assert rows["good-0"]["patches"] == "12"
     assert int(rows["zeroed"]["unreadable"]) > 0
 
-    run = [sys.executable, "-m", "sparsewsi.cohort.extract", *command, str(tmp_path / "killed")]
-    process = subprocess.Popen(run, cwd=ROOT, stderr=subprocess.DEVNULL)
+    again = [sys.executable, "-m", "sparsewsi.cohort.run", *command, str(tmp_path / "killed")]
+    process = subprocess.Popen(again, cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while not outputs(tmp_path / "killed") and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     process.kill()  # the parent; the child ends by itself
     process.wait()
-    assert extract.main([*command, str(tmp_path / "killed")]) == 1
+    assert run.main([*command, str(tmp_path / "killed")]) == 1
     assert outputs(tmp_path / "killed") == outputs(tmp_path / "whole")
     names = {path.name for path in (tmp_path / "killed").iterdir()}
     assert names == {path.name for path in (tmp_path / "whole").iterdir()}
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("*.safetensors")}
     reported = (tmp_path / "killed" / "report" / "0.jsonl").read_text()
 
-    assert extract.main([*command, str(tmp_path / "killed")]) == 1  # only those that failed are tried again
+    assert run.main([*command, str(tmp_path / "killed")]) == 1  # only those that failed are tried again
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("*.safetensors")}
     assert (tmp_path / "killed" / "report" / "0.jsonl").read_text() == reported
     capsys.readouterr()
-    assert extract.main([str(cohort), "--max-patches", "9", "--out", str(tmp_path / "killed")]) == 2
+    assert run.main([str(cohort), "--max-patches", "9", "--out", str(tmp_path / "killed")]) == 2
     assert "max_patches 12 (now 9)" in capsys.readouterr().err
     assert json.loads((tmp_path / "killed" / "extract.json").read_text())["max_patches"] == 12
 
@@ -499,22 +489,13 @@ def test_ray_gives_the_same_files_though_a_reader_and_an_encoder_are_killed(tmp_
     zero_a_tile(write_slide(tmp_path / "slides" / "zeroed.tiff"), 5)
     write_slide(tmp_path / "slides" / "nompp.tiff", 512, mpp=None)
     command = [str(tmp_path / "slides"), "--part-seconds", "0", "--out"]
-    assert extract.main([*command, str(tmp_path / "processes"), "--device", "cpu"]) == 1
-    run = [
-        sys.executable,
-        "-m",
-        "sparsewsi.cohort.extract",
-        *command,
-        str(tmp_path / "ray"),
-        "--engine",
-        "ray",
-        "--encoders",
-        "1",
-    ]
+    assert run.main([*command, str(tmp_path / "processes"), "--device", "cpu"]) == 1
+    on_ray = [sys.executable, "-m", "sparsewsi.cohort.run", *command, str(tmp_path / "ray")]
+    on_ray += ["--engine", "ray", "--encoders", "1"]
     # Ray's workers step back for all else; on a busy machine they would never come to work.
     environment = os.environ | {"RAY_worker_niceness": "0"}
     cwd = ROOT
-    process = subprocess.Popen(run, cwd=cwd, env=environment, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(on_ray, cwd=cwd, env=environment, stderr=subprocess.DEVNULL)
     try:
         killed = kill_a_descendant(process, "ray::MapBatches(_read_on_ray)")
         killed += kill_a_descendant(process, "ray::MapWorker(MapBatches(_EncodeOnRay)).submit")

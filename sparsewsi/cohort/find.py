@@ -1,0 +1,151 @@
+"""Which slides there are, what their files will be called, and which rank does which."""
+
+import csv
+import glob
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sparsewsi.files import IMAGE_SUFFIXES, SLIDE_SUFFIXES, walk
+
+
+@dataclass(frozen=True)
+class Job:
+    """One slide to do. stem: the name of its output; slide_mpp: um/px of level 0, where the user states it."""
+
+    path: Path
+    stem: str
+    slide_mpp: float | None = None
+    bytes: int = 0
+    problem: str = ""  # why it cannot be done, as far as its path tells
+
+
+def find_slides(sources: Iterable[str], slide_mpp: float | None = None) -> list[Job]:
+    """The slides of folders (searched deeply), glob patterns, CSV files (`slide, mpp`) and single files, by stem.
+
+    In a folder a PNG or JPEG counts unless a slide has the same stem, and a DICOM slide is its folder. A path in a CSV
+    is relative to the CSV. slide_mpp applies where a CSV states none.
+    Raises ValueError for a source that names nothing, or a CSV that cannot be read.
+    """
+    jobs: list[Job] = []
+    for source in sources:
+        path = Path(source)
+        if path.suffix.lower() == ".csv" and path.is_file():
+            found = _read_csv(path, slide_mpp)
+        elif path.is_dir():
+            found = _search_folder(path, slide_mpp)
+        else:
+            paths = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(source, recursive=True))]
+            if not paths:
+                raise ValueError(f"There is no slide, folder or CSV at {source}, and no file matches it as a pattern.")
+            found = []
+            for match in paths:
+                is_slide = match.is_file() or any(match.glob("*.dcm"))
+                found += [make_job(match, slide_mpp)] if is_slide else _search_folder(match, slide_mpp)
+        if not found and not Path(f"{path}.mrxs").is_file():  # a shell's slides/* names the data folders of MRXS too
+            raise ValueError(f"There is no slide in {source}. Pass the folder or the file that has them.")
+        jobs += found
+    unique = {(os.path.abspath(job.path), job.slide_mpp): job for job in jobs}
+    return sorted(_mark_clashes(list(unique.values())), key=lambda job: (job.stem, str(job.path)))
+
+
+def _search_folder(folder: Path, slide_mpp: float | None) -> list[Job]:
+    jobs: list[Job] = []
+    closed: list[OSError] = []
+    for where, names in walk(folder, closed.append):
+        suffixes = {name: Path(name).suffix.lower() for name in names if not name.startswith(".")}
+        if ".dcm" in suffixes.values():
+            jobs.append(make_job(where, slide_mpp))
+        wanted = (*SLIDE_SUFFIXES, *IMAGE_SUFFIXES)
+        jobs += [make_job(where / name, slide_mpp) for name, suffix in suffixes.items() if suffix in wanted]
+    slides = {job.stem for job in jobs if job.path.suffix.lower() not in IMAGE_SUFFIXES}
+    jobs = [job for job in jobs if job.path.suffix.lower() not in IMAGE_SUFFIXES or job.stem not in slides]
+    for error in closed:
+        place = Path(error.filename)
+        jobs.append(Job(place, place.name, problem=f"The folder cannot be searched: {error.strerror}."))
+    return jobs
+
+
+def _read_csv(table: Path, slide_mpp: float | None) -> list[Job]:
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, skipinitialspace=True)
+            rows = [{key.strip(): (value or "").strip() for key, value in row.items() if key} for row in reader]
+            columns = [name.strip() for name in reader.fieldnames or []]
+    except (UnicodeDecodeError, csv.Error, AttributeError) as error:
+        raise ValueError(f"{table.name} is not a table of comma-separated values: {error}.") from error
+    if "slide" not in columns:
+        raise ValueError(
+            f"{table.name} needs a column `slide` (and may have `mpp`), got {', '.join(columns) or 'none'}."
+        )
+    jobs = []
+    for row in rows:
+        if not row["slide"]:
+            continue
+        path, text = table.parent / row["slide"], row.get("mpp", "")
+        try:
+            jobs.append(make_job(path, float(text) if text else slide_mpp))
+        except ValueError:
+            jobs.append(
+                replace(make_job(path, None), problem=f"{table.name} states an mpp of {text!r}; write a number.")
+            )
+    return jobs
+
+
+def make_job(path: Path, slide_mpp: float | None) -> Job:
+    """The job of one slide, with what its path tells of why it cannot be done."""
+    stem = path.name if path.is_dir() else path.stem
+    try:
+        stem.encode()
+        return Job(path, stem, slide_mpp, _measure_bytes(path))
+    except UnicodeEncodeError:  # safetensors opens no file of such a name
+        return Job(path, stem, slide_mpp, problem="The slide's name is not valid UTF-8; rename it.")
+    except OSError as error:
+        return Job(path, stem, slide_mpp, problem=f"The slide cannot be read: {error.strerror}.")
+
+
+def _measure_bytes(path: Path) -> int:
+    """Size of a slide on disk; of a DICOM folder, and of MRXS with its data folder, all of it."""
+    beside = path.with_suffix("") if path.suffix.lower() == ".mrxs" else path
+    more = sum(file.stat().st_size for file in beside.iterdir() if file.is_file()) if beside.is_dir() else 0
+    return more + (0 if path.is_dir() else path.stat().st_size)
+
+
+def _mark_clashes(jobs: list[Job]) -> list[Job]:
+    """Jobs that would write the same file are marked as not to be done."""
+    by_stem: dict[str, list[Job]] = {}
+    for job in jobs:
+        by_stem.setdefault(job.stem, []).append(job)
+    marked: list[Job] = []
+    for stem, same in by_stem.items():
+        places = ", ".join(sorted(str(job.path) for job in same)[:3]) + ", ..." * (len(same) > 3)
+        clash = f"{len(same)} slides would write {stem}.safetensors ({places}); give each an --out of its own."
+        marked += [replace(job, problem=job.problem or clash) for job in same] if len(same) > 1 else same
+    return marked
+
+
+def find_rank(environment: Mapping[str, str]) -> tuple[int, int]:
+    """(rank, ranks): from torchrun or srun, from a SLURM array, or from both (each task of the array starts one)."""
+    rank, ranks = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
+    if "RANK" not in environment and "SLURM_STEP_NUM_TASKS" in environment:  # only srun sets it
+        rank, ranks = int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"])
+    if "SLURM_ARRAY_TASK_ID" in environment:
+        tasks = int(environment["SLURM_ARRAY_TASK_COUNT"])
+        first, step = (int(environment.get(f"SLURM_ARRAY_TASK_{key}", d)) for key, d in (("MIN", 0), ("STEP", 1)))
+        task = (int(environment["SLURM_ARRAY_TASK_ID"]) - first) // step
+        if not 0 <= task < tasks:
+            raise ValueError("The SLURM array must be one range, such as --array=0-9: its tasks count off the slides.")
+        rank, ranks = task * ranks + rank, tasks * ranks
+    return rank, ranks
+
+
+def share_jobs(jobs: list[Job], rank: int, ranks: int) -> list[Job]:
+    """This rank's jobs, largest first. All ranks see the same jobs, done or not, and so agree on who does what."""
+    loads, mine = [0] * ranks, []
+    for job in sorted(jobs, key=lambda job: (-job.bytes, job.stem, str(job.path))):
+        least = loads.index(min(loads))
+        loads[least] += max(1, job.bytes)
+        if least == rank:
+            mine.append(job)
+    return mine
