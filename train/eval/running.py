@@ -18,8 +18,8 @@ from transformers import DynamicCache
 from sparsewsi.bags.bag import Bag
 from sparsewsi.files import append_line
 from sparsewsi.model.prompt import text_ids
-from sparsewsi.model.selector import SELECTORS
 from sparsewsi.model.selection import Selection
+from sparsewsi.model.selector import SELECTORS
 from sparsewsi.model.sparse_wsi import SparseWSI
 from train.data.example import Example, Question
 from train.data.kinds import NEEDLE_KINDS

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from sparsewsi.bags.bag import Bag
-from sparsewsi.model.selector import SELECTORS
 from sparsewsi.model.selection import Selection
+from sparsewsi.model.selector import SELECTORS
 from sparsewsi.model.sparse_wsi import SparseWSI
 from train.checkpoint import load_state
 from train.config import TrainConfig
