@@ -119,7 +119,7 @@ def main() -> None:
         work = options.work or Path(name)
         stems, out = make_links(work / "slides", options.slides), work / "features"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.ranks}"]
-        command += ["-m", "sparsewsi.cohort.run", str(work / "slides"), "--out", str(out), "--part-seconds", "0"]
+        command += ["-m", "sparsewsi", "extract", str(work / "slides"), "--out", str(out), "--part-seconds", "0"]
         command += ["--max-patches", str(options.max_patches)]
         rng, began, usage = random.Random(0), time.monotonic(), psutil.Process()
         for _ in range(options.kills):

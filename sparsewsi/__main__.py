@@ -90,7 +90,7 @@ def run_ask(words: Sequence[str]) -> int:
 
 def run_extract(words: Sequence[str]) -> int:
     """The command extract; returns the exit status."""
-    from sparsewsi.cohort.extract import main as extract
+    from sparsewsi.cohort.run import main as extract
 
     return extract(list(words))
 

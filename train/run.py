@@ -31,7 +31,8 @@ from torch import nn
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from sparsewsi.bags.bag import UNKNOWN_ENCODER, read_ahead
+from sparsewsi.bags.bag import UNKNOWN_ENCODER
+from sparsewsi.bags.extract import read_ahead
 from sparsewsi.files import append_line, write_json
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.llm import default_device

@@ -12,7 +12,8 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
 from typing import Any
 
-from sparsewsi.bags.encoders import PatchEncoder, load_encoder
+from sparsewsi.bags.encoders import load_encoder
+from sparsewsi.bags.patch_encoder import PatchEncoder
 from sparsewsi.cohort.find import Job
 from sparsewsi.cohort.report import Row
 from sparsewsi.cohort.slide import Order, try_slide

@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sparsewsi.bags.bag import read_patches
 from sparsewsi.bags.encoders import load_encoder
+from sparsewsi.bags.extract import read_patches
 from sparsewsi.cohort.child import Show
 from sparsewsi.cohort.find import Job
 from sparsewsi.cohort.report import Row

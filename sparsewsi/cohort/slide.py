@@ -20,8 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sparsewsi.bags.bag import bag_of, choose_coords, encode_patches, save_bag
-from sparsewsi.bags.encoders import PatchEncoder, stated_name
+from sparsewsi.bags.bag import save_bag
+from sparsewsi.bags.extract import bag_of, choose_coords, encode_patches
+from sparsewsi.bags.patch_encoder import PatchEncoder
+from sparsewsi.bags.vit import stated_name
 from sparsewsi.cohort.find import Job
 from sparsewsi.cohort.report import Row
 from sparsewsi.files import replacing

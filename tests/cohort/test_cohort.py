@@ -24,8 +24,8 @@ import pytest
 import tifffile
 import torch
 
-from sparsewsi.bags.bag import load_bag
-from sparsewsi.bags.encoders import PatchEncoder
+from sparsewsi.bags.foreign import load_bag
+from sparsewsi.bags.patch_encoder import PatchEncoder
 from sparsewsi.cohort import run
 from sparsewsi.cohort.child import Child, extract_in_child
 from sparsewsi.cohort.find import Job, find_rank, find_slides, share_jobs
@@ -458,7 +458,7 @@ def test_a_cohort_with_bad_slides_killed_and_started_again(cohort: Path, tmp_pat
     assert rows["good-0"]["patches"] == "12"
     assert int(rows["zeroed"]["unreadable"]) > 0
 
-    again = [sys.executable, "-m", "sparsewsi.cohort.run", *command, str(tmp_path / "killed")]
+    again = [sys.executable, "-m", "sparsewsi", "extract", *command, str(tmp_path / "killed")]
     process = subprocess.Popen(again, cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while not outputs(tmp_path / "killed") and process.poll() is None and time.monotonic() < deadline:
@@ -490,7 +490,7 @@ def test_ray_gives_the_same_files_though_a_reader_and_an_encoder_are_killed(tmp_
     write_slide(tmp_path / "slides" / "nompp.tiff", 512, mpp=None)
     command = [str(tmp_path / "slides"), "--part-seconds", "0", "--out"]
     assert run.main([*command, str(tmp_path / "processes"), "--device", "cpu"]) == 1
-    on_ray = [sys.executable, "-m", "sparsewsi.cohort.run", *command, str(tmp_path / "ray")]
+    on_ray = [sys.executable, "-m", "sparsewsi", "extract", *command, str(tmp_path / "ray")]
     on_ray += ["--engine", "ray", "--encoders", "1"]
     # Ray's workers step back for all else; on a busy machine they would never come to work.
     environment = os.environ | {"RAY_worker_niceness": "0"}

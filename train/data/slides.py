@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsewsi.bags.bag import Bag, check_bag, load_bag
+from sparsewsi.bags.bag import Bag, check_bag
+from sparsewsi.bags.foreign import load_bag
 from sparsewsi.files import FEATURE_SUFFIXES, IMAGE_SUFFIXES, SLIDE_SUFFIXES, walk
 from train.data.example import Example, Question, Record
 

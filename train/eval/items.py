@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsewsi.bags.bag import Bag, check_bag, extract_bag, load_bag, save_bag
+from sparsewsi.bags.bag import Bag, check_bag, save_bag
+from sparsewsi.bags.extract import extract_bag
+from sparsewsi.bags.foreign import load_bag
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.selection import Selection
 from train.data.bank import load_bank

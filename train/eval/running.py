@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from sparsewsi.bags.bag import Bag
 from sparsewsi.files import append_line
-from sparsewsi.model.prompt import text_ids
+from sparsewsi.model.prompt import format_question, text_ids
 from sparsewsi.model.selection import Selection
 from sparsewsi.model.selector import SELECTORS
 from sparsewsi.model.sparse_wsi import SparseWSI
@@ -49,8 +49,7 @@ def word_question(question: Question, preset: str) -> Question:
     """
     if preset == "slidechat" or not question.options:
         return question
-    lines = [question.question, *(option for option in question.options if option.strip())]
-    return replace(question, question="\n".join(lines), options=())
+    return replace(question, question=format_question(question.question, question.options, letters=False), options=())
 
 
 class Prefix:

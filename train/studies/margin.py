@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsewsi.bags.bag import load_bag
+from sparsewsi.bags.foreign import load_bag
 from sparsewsi.files import write_json, write_text
 from sparsewsi.model.sparse_wsi import SparseWSI
 from sparsewsi.report.umap import map_features

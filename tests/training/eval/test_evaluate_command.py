@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsewsi.bags.bag import Bag, load_bag, save_bag
+from sparsewsi.bags.bag import Bag, save_bag
+from sparsewsi.bags.foreign import load_bag
 from sparsewsi.model.sparse_wsi import SparseWSI
 from train.data.example import Question, Record
 from train.data.slides import FeatureFolder, evenly
