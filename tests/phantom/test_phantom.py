@@ -215,7 +215,7 @@ def test_memory_does_not_hold_the_slide(tmp_path, monkeypatch):
 
 def test_killed_writer_leaves_no_file_at_the_target(tmp_path):
     target = tmp_path / "killed.tiff"
-    code = f"from sparsewsi.phantom import write_phantom; write_phantom({str(target)!r}, 3, 20_000)"
+    code = f"from sparsewsi.phantom import write_phantom; write_phantom({str(target)!r}, 3, 8_000)"
     writer = subprocess.Popen([sys.executable, "-c", code])
     try:
         until = time.monotonic() + 60
