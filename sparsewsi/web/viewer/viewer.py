@@ -35,6 +35,8 @@ from sparsewsi.slides.slide import Slide, open_slide
 
 HERE = Path(__file__).parent
 PAGE_CSS = HERE / "page.css"
+# The component's JavaScript, a file a job. Gradio runs them joined, as one function; .ci/lint.mjs reads this line.
+SCRIPTS = ("state", "props", "selection", "strip", "tiles", "view", "marks", "map", "regions", "keys", "address", "start")
 TILE = 512  # px
 QUALITY = 85
 CACHE_BYTES = 64 << 20  # of JPEG tiles, all slides together
@@ -209,7 +211,8 @@ def slide_viewer(**settings: Any) -> gr.HTML:
 
     Its events are `picks` ({pinned, dropped}: indices of patches) and `journal` ({views}: what was looked at).
     """
-    html, css, js = ((HERE / f"viewer.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
+    html, css = ((HERE / f"viewer.{kind}").read_text(encoding="utf-8") for kind in ("html", "css"))
+    js = "\n".join((HERE / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
     nothing = dict.fromkeys(("slide", "bag", "kept", "map", "evidence", "members", "files", "focus"))
     return gr.HTML(
         html_template=html,
