@@ -3,8 +3,6 @@
 A message's first block is what was said; the blocks after it are about it and are not said to the model.
 """
 
-from __future__ import annotations
-
 import html
 import re
 from collections.abc import Mapping, Sequence
@@ -12,8 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from sparsewsi.model.prompt import format_question
 from sparsewsi.model.selection import Selection
 from sparsewsi.report.answer import Answer, format_effect
+
+Options = Mapping[int, tuple[str, ...]]  # answer options by the place of their question in the chat
 
 
 def inert(text: str) -> str:
@@ -30,25 +31,29 @@ def text_of(message: Mapping[str, Any]) -> str:
     return html.unescape(first if isinstance(first, str) else str(first.get("text", "")))
 
 
-def read_turn(text: str) -> tuple[str, list[str]]:
-    """The question and the options of a user's turn as format_question wrote it."""
-    options = re.findall(r"^[A-Z]\. (.+)$", text, re.MULTILINE)
-    return re.sub(r"\n[A-Z]\. .+$", "", text, flags=re.MULTILINE), options
+def ask(question: str, options: Sequence[str] = ()) -> dict[str, Any]:
+    """A user's message: the question, then its options, one a line."""
+    lines = [inert("\n".join(options))] if options else []
+    return {"role": "user", "content": [inert(question), *lines]}
 
 
-def turns_of(chat: list, history: bool = True) -> tuple[list[dict[str, str]], list[str]]:
+def turns_of(chat: list, options: Options, history: bool = True) -> tuple[list[dict[str, str]], tuple[str, ...]]:
     """The chat up to the last question as the model takes it, or without history that one; and its options."""
-    turns = [{"role": message["role"], "content": text_of(message)} for message in back_to_question(chat)]
-    question, options = read_turn(turns[-1]["content"])
-    return [*(turns[:-1] if history else []), {"role": "user", "content": question}], options
+    asked = back_to_question(chat)
+    last = len(asked) - 1
+    before = [
+        {"role": message["role"], "content": format_question(text_of(message), options.get(place))}
+        for place, message in enumerate(asked[:last] if history else [])
+    ]
+    return [*before, {"role": "user", "content": text_of(asked[last])}], options.get(last, ())
 
 
-def said(text: str, notice: str, blocks: Sequence[str] = ()) -> dict[str, Any]:
+def show_answer(text: str, notice: str, blocks: Sequence[str] = ()) -> dict[str, Any]:
     """An assistant's message: its words, what is known of them, and the notice."""
     return {"role": "assistant", "content": [inert(text.strip()) or "(no answer)", *blocks, notice]}
 
 
-def about(answer: Answer, selection: Selection) -> list[str]:
+def show_evidence(answer: Answer, selection: Selection) -> list[str]:
     """Markdown of what was measured: option probabilities, and the patches that weigh most as links."""
     blocks = []
     if answer.probs:
@@ -63,7 +68,7 @@ def about(answer: Answer, selection: Selection) -> list[str]:
     return blocks
 
 
-def side_by_side(columns: Sequence[tuple[str, str, Sequence[str]]], notice: str) -> str:
+def compare(columns: Sequence[tuple[str, str, Sequence[str]]], notice: str) -> str:
     """Answers as HTML beside each other: title, text, and blocks of our own Markdown."""
 
     def block(text: str) -> str:

@@ -36,7 +36,20 @@ from sparsewsi.slides.slide import Slide, open_slide
 HERE = Path(__file__).parent
 PAGE_CSS = HERE / "page.css"
 # The component's JavaScript, a file a job. Gradio runs them joined, as one function; .ci/lint.mjs reads this line.
-SCRIPTS = ("state", "props", "selection", "strip", "tiles", "view", "marks", "map", "regions", "keys", "address", "start")
+SCRIPTS = (
+    "state",
+    "props",
+    "selection",
+    "strip",
+    "tiles",
+    "view",
+    "marks",
+    "map",
+    "regions",
+    "keys",
+    "address",
+    "start",
+)
 TILE = 512  # px
 QUALITY = 85
 CACHE_BYTES = 64 << 20  # of JPEG tiles, all slides together
