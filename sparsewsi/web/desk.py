@@ -22,10 +22,9 @@ from sparsewsi.bags.encoders import PatchEncoder, load_encoder
 from sparsewsi.files import append_line, cache_folder
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.selection import Selection
-from sparsewsi.model.sparse_wsi import SparseWSI
 from sparsewsi.report import umap
 from sparsewsi.report.answer import Answer, word_notice
-from sparsewsi.report.case import Case, open_case
+from sparsewsi.report.case import Case, Model, open_case
 from sparsewsi.web.errors import Halted
 from sparsewsi.web.examples import name_example
 from sparsewsi.web.turns import Turns
@@ -66,10 +65,10 @@ class Desk:
         self.model_name, self.log, self.allow_paths = model, log, allow_paths
         self.folder, self.uploads = folder, uploads or folder / "gradio"
         self.slides, self.turns = Slides(), Turns()
-        self._cases: dict[str, Opened] = {}  # by token
+        self._cases: dict[str, Case] = {}  # by token
         self._openings: dict[str, object] = {}  # by session: the slide that was asked for last
         self._loading, self._writing = threading.Lock(), threading.Lock()
-        self._loaded: tuple[SparseWSI, PatchEncoder] | None = None
+        self._loaded: tuple[Model, PatchEncoder] | None = None
         # On a Space what these are given is pickled, so the desk must not be among it.
         self.analyse = _run_on_gpu(self._analyse)
         self.choose = _run_on_gpu(self._choose)
@@ -78,16 +77,18 @@ class Desk:
 
     # ---- the model
 
-    def load(self) -> tuple[SparseWSI, PatchEncoder]:
+    def load(self) -> tuple[Model, PatchEncoder]:
         """The model and its patch encoder; a second caller waits for the first one's loading."""
         with self._loading:
             if self._loaded is None:
+                from sparsewsi.model.sparse_wsi import SparseWSI  # seconds, that the page does not wait for
+
                 model = SparseWSI.from_pretrained(self.model_name)
                 self._loaded = model, load_encoder(model.config.encoder)
             return self._loaded
 
     @property
-    def model(self) -> SparseWSI:
+    def model(self) -> Model:
         return self.load()[0]
 
     @property
@@ -211,7 +212,7 @@ class Desk:
 
     def keep_case(self, opened: Opened) -> None:
         """Keep a case for callers of the API, in place of the oldest if there are too many."""
-        self._cases[opened.token] = opened
+        self._cases[opened.token] = opened.case
         for old in list(self._cases)[:-CASES]:
             self._cases.pop(old, None)
 
@@ -221,7 +222,7 @@ class Desk:
             raise ValueError(
                 "This case is not known, or no longer. Call analyze first; a case lives as long as its session."
             )
-        return self._cases[token].case
+        return self._cases[token]
 
     def forget(self, session: str | None) -> None:
         """Delete what a session uploaded and what was made of it."""

@@ -30,15 +30,8 @@ from sparsewsi.web.desk import Desk, Opened
 from sparsewsi.web.errors import Halted, explain_errors, refuse, stop_unseen
 from sparsewsi.web.examples import EXAMPLES, name_example, open_example
 from sparsewsi.web.layout import FEWEST, MOST, Page, state_facts
-from sparsewsi.web.viewer import bag_props, map_props, packed, slide_props
+from sparsewsi.web.viewer import bag_props, file_props, map_props, packed, slide_props
 
-FILES = (
-    ("report.html", "report"),
-    ("patches.geojson", "GeoJSON for QuPath"),
-    ("patches.csv", "CSV"),
-    ("selection.json", "selection.json"),
-    ("log.jsonl", "log of this session"),
-)
 STOPPED = "Stopped; the evidence was not weighed."
 UNWEIGHED = "The evidence could not be weighed."
 BROKEN_OFF = "The answer broke off here; ask again."
@@ -153,7 +146,7 @@ class Handlers:
         starters = choose_questions(truth)
         return {
             page.opened: opened,
-            page.view: gr.HTML(**bag_props(case.bag, case.selection), files=FILES),
+            page.view: gr.HTML(**bag_props(case.bag, case.selection), files=file_props()),
             page.facts: facts,
             page.secret: gr.Accordion(visible=truth is not None, open=False),
             page.planted: planted,
@@ -173,7 +166,7 @@ class Handlers:
             self.desk.slides.offer(opened.token, make)
 
     def _write_download(self, case: Case, answers: Answers, session: str | None, name: str) -> Path:
-        """Write one of FILES to the session's folder, now that somebody asks for it."""
+        """Write one of DOWNLOADS to the session's folder, now that somebody asks for it."""
         folder = self.desk.folder_of(session, "-files")
         folder.mkdir(mode=0o700, exist_ok=True)
         if name == "log.jsonl":
@@ -265,7 +258,7 @@ class Handlers:
         failure, if_it_fails = None, BROKEN_OFF
 
         def so_far(*lines: str) -> list:
-            return [*chat, show_answer(text, desk.notice, lines)]
+            return [*chat, show_answer(text, case.notice, lines)]
 
         try:
             with explain_errors():
@@ -342,10 +335,8 @@ class Handlers:
 
     def on_picks(self, event: gr.EventData, opened: Opened) -> Changes:
         """Keep which patches were pinned and dropped in the viewer, and say how many."""
-        total = len(case.bag.coords)
-        picks = {
-            key: [i for i in event._data[key] if 0 <= int(i) < total][:MOST_PICKS] for key in ("pinned", "dropped")
-        }
+        total, told = len(opened.case.bag.coords), event._data
+        picks = {key: [i for i in told[key] if 0 <= int(i) < total][:MOST_PICKS] for key in ("pinned", "dropped")}
         said = f"Pinned: {len(picks['pinned'])} · dropped: {len(picks['dropped'])}"
         return {self.page.picks: picks, self.page.picked: said}
 
@@ -410,7 +401,7 @@ class Handlers:
             title += "".join(f", {len(picks[key])} {key}" for key in ("pinned", "dropped") if picks[key])
 
             def beside(text: str, lines: list[str]) -> str:
-                return words.compare([left, (title, text, lines)], desk.notice)
+                return words.compare([left, (title, text, lines)], case.notice)
 
             yield {page.compare: beside("", []), page.view: gr.HTML(**selection_props(selection))}
             text = ""
