@@ -7,8 +7,8 @@ import hashlib
 import urllib.request
 from pathlib import Path
 
+from sparsewsi import phantom
 from sparsewsi.files import cache_folder, digest, write_bytes
-from sparsewsi.phantom import slide as phantom
 
 EXAMPLES = ("phantom", "cmu-1")
 SAMPLE_URL = "https://openslide.cs.cmu.edu/download/openslide-testdata/Aperio/CMU-1-Small-Region.svs"

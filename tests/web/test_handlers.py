@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import itertools
 import json
 import re
 import shutil
@@ -13,15 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
+from sparsewsi import phantom
 from sparsewsi.bags.bag import load_bag
-from sparsewsi.model.sparse_wsi import SparseWSI
-from sparsewsi.phantom import slide as phantom
 from sparsewsi.report.answer import Answer
 from sparsewsi.web import chat, handlers
-from sparsewsi.web.desk import Desk, Opened
+from sparsewsi.web.desk import Opened
 from sparsewsi.web.errors import explain_errors
 from sparsewsi.web.handlers import BROKEN_OFF, STOPPED, UNWEIGHED, WEIGHING, Handlers, read_mpp
-from sparsewsi.web.layout import lay_out
 from sparsewsi.web.viewer import file_props
 
 
@@ -147,8 +146,8 @@ def test_an_edited_question_keeps_its_options_and_edited_options_their_question(
 
 @pytest.fixture
 def asked(on, opened, me):
-    """The chat with the question just asked."""
-    changes = on.on_question("Why?", "", opened, [], {}, me)
+    """The chat with a question just asked, whose answer comes in many pieces."""
+    changes = on.on_question("Where is it?", "", opened, [], {}, me)
     assert changes[on.page.question].stop_btn == "Stop"
     return changes[on.page.chat]
 
@@ -312,20 +311,24 @@ def test_the_viewer_shows_the_evidence_of_the_last_answer_only(on, opened):
 
 
 @pytest.mark.parametrize("multi_turn", [True, False])
-def test_earlier_turns_go_to_the_model_only_if_it_was_trained_on_that(multi_turn, tiny_model, tmp_path, opened, me):
-    model = SparseWSI.from_pretrained(tiny_model)
-    model.config = dataclasses.replace(model.config, multi_turn=multi_turn)
-    model.save_pretrained(tmp_path / "copy")
-    desk = Desk(str(tmp_path / "copy"), tmp_path)
-    on = Handlers(desk, lay_out(desk)[1])
+def test_earlier_turns_go_to_the_model_only_if_it_was_trained_on_that(multi_turn, on, opened, me, desk, monkeypatch):
+    monkeypatch.setattr(desk.model, "config", dataclasses.replace(desk.config, multi_turn=multi_turn))
+    before = [chat.ask("Why?", ("fat", "mucin")), chat.show_answer("Because.", "notice")]
+    changes = on.on_question("Which?", "fat\nliver", opened, before, {0: ("fat", "mucin")}, me)
+    put, answer = [], desk.answer
 
-    def answer(before: list) -> str:
-        changes = on.on_question("Which?", "fat\nliver", opened, before, {}, me)
-        *_, last = on.on_asked(opened, changes[on.page.chat], changes[on.page.options], {}, me)
-        return chat.text_of(last[on.page.chat][-1])
+    def note_and_answer(case, messages, options):
+        put.append((messages, options))
+        return itertools.islice(answer(case, messages, options), 1)
 
-    before = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
-    assert (answer([]) == answer(before)) != multi_turn
+    monkeypatch.setattr(desk, "answer", note_and_answer)
+    list(on.on_asked(opened, changes[on.page.chat], changes[on.page.options], {}, me))
+    earlier = [
+        {"role": "user", "content": "Why?\nA. fat\nB. mucin"},
+        {"role": "assistant", "content": "Because."},
+    ]
+    last = {"role": "user", "content": "Which?"}
+    assert put == [([*earlier, last] if multi_turn else [last], ("fat", "liver"))]
 
 
 # ---- a slide
@@ -364,14 +367,15 @@ def test_a_slide_that_was_replaced_while_it_was_analysed_is_not_shown(on, opened
 def test_the_features_of_an_example_are_kept_and_nobody_elses(desk, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SPARSEWSI_CACHE", "~/cache")
-    example = phantom.write_phantom(tmp_path / "cache" / "phantom.tiff", seed=3, size=1024)
-    theirs = shutil.copy(example, tmp_path / "theirs.tiff")
-    first = desk.analyse("a", str(example), None).case
+    example, theirs = (str(tmp_path / name) for name in ("cache/phantom.tiff", "theirs.tiff"))
+    phantom.write_phantom(example, seed=3, size=1024)
+    shutil.copy(example, theirs)
+    first = desk.analyse("a", example, None).case
     desk.analyse("b", theirs, None)
     [kept] = tmp_path.rglob("*.safetensors")
     assert kept.parent == tmp_path / "cache", "the home folder is written as ~"
     assert torch.equal(load_bag(kept).features, first.bag.features)
-    assert torch.equal(desk.analyse("c", str(example), None).case.selection.indices, first.selection.indices)
+    assert torch.equal(desk.analyse("c", example, None).case.selection.indices, first.selection.indices)
 
 
 def test_downloads_are_written_when_they_are_asked_for(on, opened, desk, me, tmp_path):
