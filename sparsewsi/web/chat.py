@@ -6,6 +6,7 @@ A message's first block is what was said; the blocks after it are about it and a
 import html
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,16 @@ from sparsewsi.model.prompt import format_question
 from sparsewsi.model.selection import Selection
 from sparsewsi.report.answer import Answer, format_effect
 
-Options = Mapping[int, tuple[str, ...]]  # answer options by the place of their question in the chat
+
+@dataclass(frozen=True)
+class Question:
+    """What was asked. The chat shows it; it is never read back from what is shown."""
+
+    text: str
+    options: tuple[str, ...] = ()
+
+
+Questions = Mapping[int, Question]  # by their place in the chat
 
 
 def inert(text: str) -> str:
@@ -31,21 +41,35 @@ def text_of(message: Mapping[str, Any]) -> str:
     return html.unescape(first if isinstance(first, str) else str(first.get("text", "")))
 
 
-def ask(question: str, options: Sequence[str] = ()) -> dict[str, Any]:
-    """A user's message: the question, then its options, one a line."""
-    lines = [inert("\n".join(options))] if options else []
-    return {"role": "user", "content": [inert(question), *lines]}
+def show_question(question: Question) -> dict[str, Any]:
+    """A user's message: the question and, after an empty line, its options, one a line."""
+    return {"role": "user", "content": inert("\n\n".join(filter(None, [question.text, "\n".join(question.options)])))}
 
 
-def turns_of(chat: list, options: Options, history: bool = True) -> tuple[list[dict[str, str]], tuple[str, ...]]:
+def read_edit(text: str, before: Question) -> Question:
+    """The question that an edited message of show_question asks; one that had no options gets none."""
+    question, _, lines = text.strip().rpartition("\n\n") if before.options else (text, "", "")
+    options = read_options(lines)
+    return Question(question.strip(), options) if question.strip() and options else Question(text.strip())
+
+
+def read_options(text: str) -> tuple[str, ...]:
+    """Answer options, one a line."""
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+def turns_of(chat: list, questions: Questions, history: bool = True) -> tuple[list[dict[str, str]], tuple[str, ...]]:
     """The chat up to the last question as the model takes it, or without history that one; and its options."""
     asked = back_to_question(chat)
     last = len(asked) - 1
-    before = [
-        {"role": message["role"], "content": format_question(text_of(message), options.get(place))}
-        for place, message in enumerate(asked[:last] if history else [])
-    ]
-    return [*before, {"role": "user", "content": text_of(asked[last])}], options.get(last, ())
+    turns = []
+    for place, message in enumerate(asked[:last] if history else []):
+        text = text_of(message)
+        if place in questions:
+            text = format_question(questions[place].text, questions[place].options)
+        turns.append({"role": message["role"], "content": text})
+    question = questions.get(last, Question(text_of(asked[last])))
+    return [*turns, {"role": "user", "content": question.text}], question.options
 
 
 def show_answer(text: str, notice: str, blocks: Sequence[str] = ()) -> dict[str, Any]:

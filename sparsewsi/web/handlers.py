@@ -25,7 +25,17 @@ from sparsewsi.report.qupath import read_regions
 from sparsewsi.slides.slide import open_slide
 from sparsewsi.web import chat as words
 from sparsewsi.web import intake
-from sparsewsi.web.chat import Options, back_to_question, show_answer, show_evidence, text_of
+from sparsewsi.web.chat import (
+    Question,
+    Questions,
+    back_to_question,
+    read_edit,
+    read_options,
+    show_answer,
+    show_evidence,
+    show_question,
+    text_of,
+)
 from sparsewsi.web.desk import Desk, Opened
 from sparsewsi.web.errors import Halted, explain_errors, refuse, stop_unseen
 from sparsewsi.web.examples import EXAMPLES, name_example, open_example
@@ -119,7 +129,7 @@ class Handlers:
             page.view: gr.HTML(slide=props, bag=None, kept=None, map=None, evidence=None, files=[]),
             page.opened: None,
             page.chat: [],
-            page.options: {},
+            page.questions: {},
             page.answers: {},
             page.compare: "",
             page.secret: gr.Accordion(visible=False),
@@ -191,7 +201,7 @@ class Handlers:
         return {self.page.question: text, self.page.given_options: "\n".join(options)}
 
     def on_question(
-        self, question: str, given: str, opened: Opened | None, chat: list, options: Options, request: gr.Request
+        self, question: str, given: str, opened: Opened | None, chat: list, questions: Questions, request: gr.Request
     ) -> Changes:
         """Put the question into the chat and give the box back empty, with a Stop button while the answer comes."""
         if opened is None:
@@ -200,7 +210,7 @@ class Handlers:
             raise refuse("Write a question first.")
         self._refuse_while_busy(chat, request)
         kept = chat[:-1] if chat and chat[-1]["role"] == "user" else chat  # a question that was not answered goes
-        changes = self._ask(opened, kept, question.strip(), read_options(given), options, request)
+        changes = self._ask(opened, kept, Question(question.strip(), read_options(given)), questions, request)
         return changes | {self.page.question: wait_for_answer(value=""), self.page.given_options: ""}
 
     def on_retry(self, opened: Opened, chat: list, request: gr.Request) -> Changes:
@@ -211,28 +221,27 @@ class Handlers:
         return {self.page.chat: asked, self.page.question: wait_for_answer()}
 
     def on_edit(
-        self, opened: Opened, chat: list, options: Options, change: gr.EditData, request: gr.Request
+        self, opened: Opened, chat: list, questions: Questions, change: gr.EditData, request: gr.Request
     ) -> Changes:
-        """Ask an edited question, or one with edited options, in place of the old one and of what came after it."""
+        """Ask an edited question in place of the old one and of what came after it."""
         self._refuse_while_busy(chat, request)
-        place, block = change.index if isinstance(change.index, (list, tuple)) else (change.index, 0)
-        question, given = text_of(chat[place]), options.get(place, ())
-        if block:
-            given = read_options(html.unescape(str(change.value)))
-        else:
-            question = html.unescape(str(change.value)).strip()
-        return self._ask(opened, chat[:place], question, given, options, request)
+        place = change.index[0] if isinstance(change.index, (list, tuple)) else change.index
+        edited = read_edit(html.unescape(str(change.value)), questions.get(place, Question("")))
+        return self._ask(opened, chat[:place], edited, questions, request)
 
     def _ask(
-        self, opened: Opened, before: list, question: str, given: tuple[str, ...], options: Options, request: gr.Request
+        self, opened: Opened, before: list, question: Question, questions: Questions, request: gr.Request
     ) -> Changes:
         with explain_errors():
-            format_question(question, given)  # the model would refuse too many options only later
-        asked = [*before, words.ask(question, given)]
-        options = {place: earlier for place, earlier in options.items() if place < len(before)}
-        options |= {len(before): given} if given else {}
+            format_question(question.text, question.options)  # the model would refuse too many options only later
+        asked = [*before, show_question(question)]
+        earlier = {place: one for place, one in questions.items() if place < len(before)}
         self.desk.turns.begin(str(request.session_hash), name_question(opened, asked))
-        return {self.page.chat: asked, self.page.options: options, self.page.question: wait_for_answer()}
+        return {
+            self.page.chat: asked,
+            self.page.questions: earlier | {len(before): question},
+            self.page.question: wait_for_answer(),
+        }
 
     def _refuse_while_busy(self, chat: list, request: gr.Request) -> None:
         """One question at a time, as the chat is what all of them write: an answer may be coming, on the page too."""
@@ -242,7 +251,7 @@ class Handlers:
     # ---- and answered
 
     def on_asked(
-        self, opened: Opened | None, chat: list, options: Options, answers: Answers, request: gr.Request
+        self, opened: Opened | None, chat: list, questions: Questions, answers: Answers, request: gr.Request
     ) -> Iterator[Changes]:
         """Stream the answer to the last question, then what it rests on, until Stop is pressed."""
         desk, page = self.desk, self.page
@@ -253,7 +262,7 @@ class Handlers:
             return
         case = opened.case
         answers = {place: earlier for place, earlier in answers.items() if place < len(chat)}
-        turns, given = words.turns_of(chat, options, history=desk.config.multi_turn)
+        turns, given = words.turns_of(chat, questions, history=desk.config.multi_turn)
         text, lines = "", [STOPPED]
         failure, if_it_fails = None, BROKEN_OFF
 
@@ -313,23 +322,24 @@ class Handlers:
         evidence = evidence_props(opened.case.selection, answer) if opened and answer else None
         return {self.page.view: gr.HTML(evidence=evidence)}
 
-    def on_undo(self, chat: list, options: Options, answers: Answers, request: gr.Request) -> Changes:
+    def on_undo(self, chat: list, questions: Questions, answers: Answers, request: gr.Request) -> Changes:
         """Take back the last question; its words return to the boxes."""
         self._refuse_while_busy(chat, request)
         kept = back_to_question(chat)
         last = len(kept) - 1
+        question = questions.get(last, Question(text_of(kept[last])))
         return {
             self.page.chat: kept[:last],
-            self.page.options: {place: given for place, given in options.items() if place < last},
+            self.page.questions: {place: one for place, one in questions.items() if place < last},
             self.page.answers: {place: answer for place, answer in answers.items() if place < last},
-            self.page.question: text_of(kept[last]),
-            self.page.given_options: "\n".join(options.get(last, ())),
+            self.page.question: question.text,
+            self.page.given_options: "\n".join(question.options),
         }
 
     def on_clear(self, request: gr.Request) -> Changes:
         """The chat was emptied; an answer that is still coming does not fill it again."""
         self.desk.turns.drop(str(request.session_hash))
-        return {self.page.options: {}, self.page.answers: {}, self.page.question: ask_for_question()}
+        return {self.page.questions: {}, self.page.answers: {}, self.page.question: ask_for_question()}
 
     # ---- the viewer tells something
 
@@ -362,7 +372,7 @@ class Handlers:
         self,
         opened: Opened | None,
         chat: list,
-        options: Options,
+        questions: Questions,
         answers: Answers,
         k: int,
         selector: str,
@@ -371,7 +381,7 @@ class Handlers:
     ) -> Iterator[Changes]:
         """Ask the last question once more, from other patches; both answers stand beside each other."""
         self._refuse_while_busy(chat, request)
-        for changes in self._ask_what_if(opened, chat, options, answers, int(k), selector, picks):
+        for changes in self._ask_what_if(opened, chat, questions, answers, int(k), selector, picks):
             if opened is None or not self.desk.slides.holds(opened.token):  # another slide was opened
                 yield {self.page.compare: ""}
                 return
@@ -381,7 +391,7 @@ class Handlers:
         self,
         opened: Opened | None,
         chat: list,
-        options: Options,
+        questions: Questions,
         answers: Answers,
         k: int,
         selector: str,
@@ -394,7 +404,7 @@ class Handlers:
             case, first = opened.case, answers.get(len(chat) - 1)
             known = show_evidence(first, case.selection) if first else []
             left = (f"{len(case.selection.indices)} patches, learned", text_of(chat[-1]), known)
-            turns, given = words.turns_of(chat, options, history=desk.config.multi_turn)
+            turns, given = words.turns_of(chat, questions, history=desk.config.multi_turn)
             other = desk.choose(case, k, selector, picks["pinned"], picks["dropped"])
             selection = other.selection
             title = f"What if: {len(selection.indices)} patches, {selector}"
@@ -431,11 +441,6 @@ def read_mpp(text: str) -> float | None:
         return float(text.strip().replace(",", "."))
     except ValueError:
         raise ValueError(f"The scan resolution is a number of µm/px such as 0.25, got {text.strip()!r}.") from None
-
-
-def read_options(text: str) -> tuple[str, ...]:
-    """Answer options, one a line."""
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 def name_question(opened: Opened, chat: list) -> Hashable:

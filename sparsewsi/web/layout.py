@@ -23,7 +23,7 @@ class Page:
     path: gr.State  # str: the slide that was asked for
     token: gr.State  # str: its name for the viewer
     opened: gr.State  # desk.Opened | None: the slide once it has been analysed
-    options: gr.State  # chat.Options: answer options of the chat's questions
+    questions: gr.State  # chat.Questions: those of the chat
     answers: gr.State  # dict[int, Answer]: by their place in the chat
     starters: gr.State  # list of (question, options) to start with
     picks: gr.State  # {"pinned": indices, "dropped": indices}
@@ -57,7 +57,7 @@ def lay_out(desk: Desk) -> tuple[gr.Blocks, Page]:
             "path": gr.State(""),
             "token": gr.State(""),
             "opened": gr.State(None),
-            "options": gr.State({}),
+            "questions": gr.State({}),
             "answers": gr.State({}),
             "starters": gr.State(list(QUESTIONS)),
             "picks": gr.State({"pinned": [], "dropped": []}),

@@ -40,7 +40,7 @@ def _wire_slides(demo: gr.Blocks, page: Page, on: Handlers, allow_paths: bool) -
     ]
     if allow_paths:
         opened.append(page.typed_path.submit(on.on_typed_path, page.typed_path, page.path, **waiting, **EVERY))
-    cleared = [page.token, page.view, page.opened, page.chat, page.options, page.answers, page.compare, page.secret]
+    cleared = [page.token, page.view, page.opened, page.chat, page.questions, page.answers, page.compare, page.secret]
     cleared += [page.facts, page.question]
     filled = [page.opened, page.view, page.facts, page.secret, page.planted, page.examples, page.starters, page.mpp]
     filled += [page.k, page.alone]
@@ -56,19 +56,19 @@ def _wire_slides(demo: gr.Blocks, page: Page, on: Handlers, allow_paths: bool) -
 
 def _wire_questions(page: Page, on: Handlers) -> None:
     ended = [page.opened, page.chat, page.answers]
-    talk = [page.chat, page.options, page.question]
-    typed = [page.question, page.given_options, page.opened, page.chat, page.options]
+    talk = [page.chat, page.questions, page.question]
+    typed = [page.question, page.given_options, page.opened, page.chat, page.questions]
     page.examples.click(on.on_starter, [page.examples, page.starters], [page.question, page.given_options], **QUIET)
     asked = [
         page.question.submit(on.on_question, typed, [*talk, page.given_options], **QUIET),
         page.chat.retry(on.on_retry, [page.opened, page.chat], talk, **QUIET),
-        page.chat.edit(on.on_edit, [page.opened, page.chat, page.options], talk, **QUIET),
+        page.chat.edit(on.on_edit, [page.opened, page.chat, page.questions], talk, **QUIET),
     ]
     for event in asked:
         event.success(on.on_answer_shown, ended, page.view, **QUIET)
         answered = event.success(
             on.on_asked,
-            [page.opened, page.chat, page.options, page.answers],
+            [page.opened, page.chat, page.questions, page.answers],
             [page.chat, page.answers, page.view, page.question],
             **QUIET,
             **SINGLE,
@@ -79,11 +79,11 @@ def _wire_questions(page: Page, on: Handlers) -> None:
     taken_back = [
         page.chat.undo(
             on.on_undo,
-            [page.chat, page.options, page.answers],
+            [page.chat, page.questions, page.answers],
             [*talk, page.answers, page.given_options],
             **QUIET,
         ),
-        page.chat.clear(on.on_clear, None, [page.options, page.answers, page.question], **QUIET),
+        page.chat.clear(on.on_clear, None, [page.questions, page.answers, page.question], **QUIET),
     ]
     for event in taken_back:
         event.success(on.on_analysed, [page.opened, page.answers], None, **QUIET)
@@ -94,7 +94,7 @@ def _wire_what_if(page: Page, on: Handlers) -> None:
     ended = [page.opened, page.chat, page.answers]
     page.view.picks(on.on_picks, page.opened, [page.picks, page.picked], **QUIET)
     page.view.journal(on.on_journal, None, None, **QUIET)
-    other = [page.opened, page.chat, page.options, page.answers, page.k, page.selector, page.picks]
+    other = [page.opened, page.chat, page.questions, page.answers, page.k, page.selector, page.picks]
     seen = [page.compare, page.view]
     page.again.click(on.on_ask_again, other, seen, show_progress_on=page.compare, **PRIVATE, **SINGLE)
     own = page.own.click(on.on_own_patches, page.opened, seen, **QUIET)

@@ -18,6 +18,7 @@ from sparsewsi import phantom
 from sparsewsi.bags.bag import load_bag
 from sparsewsi.report.answer import Answer
 from sparsewsi.web import chat, handlers
+from sparsewsi.web.chat import Question
 from sparsewsi.web.desk import Opened
 from sparsewsi.web.errors import explain_errors
 from sparsewsi.web.handlers import BROKEN_OFF, STOPPED, UNWEIGHED, WEIGHING, Handlers, read_mpp
@@ -78,13 +79,13 @@ def test_what_a_model_writes_is_shown_and_never_run(text):
 def test_a_question_is_put_as_it_was_written_whatever_its_options_look_like(given, on, opened, me):
     question = "Which tissue?\nA. Look closely.\nB. Say so."
     changes = on.on_question(question, "\n".join(given), opened, [], {}, me)
-    asked, options = changes[on.page.chat], changes[on.page.options]
-    assert chat.turns_of(asked, options) == ([{"role": "user", "content": question}], given)
+    asked, questions = changes[on.page.chat], changes[on.page.questions]
+    assert chat.turns_of(asked, questions) == ([{"role": "user", "content": question}], given)
     on.on_clear(me)
-    undone = on.on_undo(asked, options, {}, me)
+    undone = on.on_undo(asked, questions, {}, me)
     assert undone[on.page.question] == question
     assert undone[on.page.given_options] == "\n".join(given)
-    assert undone[on.page.options] == {}
+    assert undone[on.page.questions] == {}
 
 
 # ---- a question
@@ -108,40 +109,42 @@ def test_a_question_with_too_many_options_stays_in_the_box(on, opened, me, desk)
 
 def test_undo_gives_the_words_back_and_edit_drops_what_came_after(on, opened, me):
     turns = [
-        {"role": "user", "content": [{"type": "text", "text": text} for text in ("Which?", "fat\nmucin")]},
+        {"role": "user", "content": [{"type": "text", "text": "Which?\n\nfat\nmucin"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "fat"}, {"type": "text", "text": "Demo model"}]},
         {"role": "user", "content": [{"type": "text", "text": "Why?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "Because."}]},
     ]
-    options, page = {0: ("fat", "mucin")}, on.page
+    questions, page = {0: Question("Which?", ("fat", "mucin")), 2: Question("Why?")}, on.page
     answers = {1: Answer("Which?", "fat"), 3: Answer("Why?", "Because.")}
-    undone = on.on_undo(turns, options, answers, me)
-    assert [undone[part] for part in (page.chat, page.options, page.answers)] == [turns[:2], options, {1: answers[1]}]
+    undone = on.on_undo(turns, questions, answers, me)
+    left = [turns[:2], {0: questions[0]}, {1: answers[1]}]
+    assert [undone[part] for part in (page.chat, page.questions, page.answers)] == left
     assert (undone[page.question], undone[page.given_options]) == ("Why?", "")
-    again = on.on_undo(turns[:2], options, {1: answers[1]}, me)
-    assert [again[part] for part in (page.chat, page.options, page.answers)] == [[], {}, {}]
+    again = on.on_undo(*left, me)
+    assert [again[part] for part in (page.chat, page.questions, page.answers)] == [[], {}, {}]
     assert (again[page.question], again[page.given_options]) == ("Which?", "fat\nmucin")
     assert chat.back_to_question(turns) == turns[:3]
     assert chat.text_of(turns[1]) == "fat", "the notice is not said to the model"
 
 
 @pytest.mark.parametrize(
-    ("index", "value", "asked"),
+    ("place", "value", "question"),
     [
-        (2, "How?", ("How?", ())),
-        ([2, 0], "How &amp; why?", ("How & why?", ())),
-        ([0, 0], "What?", ("What?", ("fat", "mucin"))),
-        ([0, 1], "fat\nliver\n", ("Which?", ("fat", "liver"))),
+        (2, "How?", Question("How?")),
+        ([2, 0], "How &amp; why?\n\nA. Say so.", Question("How & why?\n\nA. Say so.")),
+        (0, "What?\n\nfat\nmucin", Question("What?", ("fat", "mucin"))),
+        (0, "Which?\n\nA. fat\nliver \n", Question("Which?", ("A. fat", "liver"))),
+        (0, "Which?\n\n", Question("Which?")),
     ],
 )
-def test_an_edited_question_keeps_its_options_and_edited_options_their_question(index, value, asked, on, opened, me):
-    turns = [chat.ask("Which?", ("fat", "mucin")), chat.show_answer("Fat.", "notice"), chat.ask("Why?")]
-    change = SimpleNamespace(index=index, value=value)
-    changes = on.on_edit(opened, turns, {0: ("fat", "mucin")}, change, me)
-    place = index if isinstance(index, int) else index[0]
-    assert changes[on.page.chat][:-1] == turns[:place]
-    messages, given = chat.turns_of(changes[on.page.chat], changes[on.page.options])
-    assert (messages[-1]["content"], given) == asked
+def test_an_edited_question_takes_the_place_of_what_came_after_it(place, value, question, on, opened, me):
+    questions = {0: Question("Which?", ("fat", "mucin")), 2: Question("Why?")}
+    turns = [chat.show_question(questions[0]), chat.show_answer("Fat.", "notice"), chat.show_question(questions[2])]
+    change = SimpleNamespace(index=place, value=value)
+    changes = on.on_edit(opened, turns, questions, change, me)
+    place = place if isinstance(place, int) else place[0]
+    assert changes[on.page.chat] == [*turns[:place], chat.show_question(question)]
+    assert changes[on.page.questions] == {**{i: questions[i] for i in questions if i < place}, place: question}
 
 
 @pytest.fixture
@@ -282,7 +285,7 @@ def test_a_question_that_failed_goes_with_the_next_one(on, opened, me):
 
 def test_an_answer_streams_with_its_notice_and_is_then_weighed(on, opened, me):
     changes = on.on_question("Which?", "fat\nliver", opened, [], {}, me)
-    *steps, last = on.on_asked(opened, changes[on.page.chat], changes[on.page.options], {}, me)
+    *steps, last = on.on_asked(opened, changes[on.page.chat], changes[on.page.questions], {}, me)
     notice = "Demo model, research use only"
     assert all(step[on.page.chat][-1]["content"][-1].startswith(notice) for step in steps)
     answer = last[on.page.answers][1]
@@ -313,8 +316,9 @@ def test_the_viewer_shows_the_evidence_of_the_last_answer_only(on, opened):
 @pytest.mark.parametrize("multi_turn", [True, False])
 def test_earlier_turns_go_to_the_model_only_if_it_was_trained_on_that(multi_turn, on, opened, me, desk, monkeypatch):
     monkeypatch.setattr(desk.model, "config", dataclasses.replace(desk.config, multi_turn=multi_turn))
-    before = [chat.ask("Why?", ("fat", "mucin")), chat.show_answer("Because.", "notice")]
-    changes = on.on_question("Which?", "fat\nliver", opened, before, {0: ("fat", "mucin")}, me)
+    why = Question("Why?", ("fat", "mucin"))
+    before = [chat.show_question(why), chat.show_answer("Because.", "notice")]
+    changes = on.on_question("Which?", "fat\nliver", opened, before, {0: why}, me)
     put, answer = [], desk.answer
 
     def note_and_answer(case, messages, options):
@@ -322,7 +326,7 @@ def test_earlier_turns_go_to_the_model_only_if_it_was_trained_on_that(multi_turn
         return itertools.islice(answer(case, messages, options), 1)
 
     monkeypatch.setattr(desk, "answer", note_and_answer)
-    list(on.on_asked(opened, changes[on.page.chat], changes[on.page.options], {}, me))
+    list(on.on_asked(opened, changes[on.page.chat], changes[on.page.questions], {}, me))
     earlier = [
         {"role": "user", "content": "Why?\nA. fat\nB. mucin"},
         {"role": "assistant", "content": "Because."},
