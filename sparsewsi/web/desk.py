@@ -17,10 +17,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from sparsewsi.bags.bag import Bag, extract_bag, load_bag, save_bag
-from sparsewsi.bags.encoders import PatchEncoder, load_encoder
+from sparsewsi.bags.bag import Bag, save_bag
+from sparsewsi.bags.encoders import load_encoder
+from sparsewsi.bags.extract import extract_bag
+from sparsewsi.bags.foreign import load_bag
+from sparsewsi.bags.patch_encoder import PatchEncoder
 from sparsewsi.files import append_line, cache_folder
-from sparsewsi.model.config import SparseWSIConfig
+from sparsewsi.model.config import SparseWSIConfig, name_model
 from sparsewsi.model.selection import Selection
 from sparsewsi.report import umap
 from sparsewsi.report.answer import Answer, word_notice
@@ -101,8 +104,7 @@ class Desk:
     @property
     def title(self) -> str:
         """The model's name for people, never a path."""
-        folder = Path(self.model_name)
-        return folder.resolve().name if folder.is_dir() else self.model_name
+        return name_model(self.model_name)
 
     @property
     def notice(self) -> str:

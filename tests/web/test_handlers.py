@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from sparsewsi import phantom
-from sparsewsi.bags.bag import load_bag
+from sparsewsi.bags.foreign import load_bag
 from sparsewsi.report.answer import Answer
 from sparsewsi.web import chat, handlers
 from sparsewsi.web.chat import Question

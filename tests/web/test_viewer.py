@@ -136,7 +136,12 @@ def made_up(n: int = 10_000, mpp: float | None = 0.25) -> SimpleNamespace:
         coords=coords,
         props={
             "slide": slide,
-            "bag": {"coords": packed(coords, np.int32), "scores": packed(scores, np.float32), "side": SIDE},
+            "bag": {
+                "coords": packed(coords, np.int32),
+                "scores": packed(scores, np.float32),
+                "ranks": packed(np.argsort(order) + 1, np.int32),
+                "side": SIDE,
+            },
             "kept": packed(np.sort(order[:KEPT]), np.int32),
             "map": {"xy": packed(xy, np.float32), "rows": packed(np.arange(n), np.int32), "title": "UMAP"},
             "evidence": {"indices": order[:KEPT].tolist(), "effects": np.linspace(-1, 1, KEPT).tolist()},

@@ -37,12 +37,12 @@ function openBag() {
   }
   const scores = new Float32Array(bytes(given.scores));
   const n = scores.length;
-  const order = Int32Array.from({ length: n }, (_, i) => i).sort((a, b) => scores[b] - scores[a] || a - b);
-  const rank = new Int32Array(n);
+  const rank = new Int32Array(bytes(given.ranks));
+  const order = new Int32Array(n);
   const share = new Float32Array(n);
-  order.forEach((index, place) => {
-    rank[index] = place + 1;
-    share[index] = n > 1 ? 1 - place / (n - 1) : 1;
+  rank.forEach((number, index) => {
+    order[number - 1] = index;
+    share[index] = n > 1 ? 1 - (number - 1) / (n - 1) : 1;
   });
   bag = { n, side: given.side, xy: new Int32Array(bytes(given.coords)), scores, rank, order, share, picture: null };
   openSelection();

@@ -15,13 +15,14 @@ import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import gradio.themes
 import numpy as np
+import torch
 from PIL import Image
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -257,9 +258,17 @@ def slide_props(token: str, slide: Slide, source: str = "") -> dict[str, Any]:
 
 
 def bag_props(bag: Bag, selection: Selection) -> dict[str, Any]:
-    """The props "bag" (all N patches with scores) and "kept" (the K selected)."""
-    patches = {"coords": packed(bag.coords, np.int32), "scores": packed(selection.scores, np.float32)}
-    return {"bag": {**patches, "side": bag.patch_size}, "kept": packed(selection.indices, np.int32)}
+    """The props "bag" (all N patches with their scores and numbers) and "kept" (the K selected)."""
+    every = replace(selection, indices=torch.arange(len(selection.scores)))
+    return {
+        "bag": {
+            "coords": packed(bag.coords, np.int32),
+            "scores": packed(selection.scores, np.float32),
+            "ranks": packed(every.ranks, np.int32),
+            "side": bag.patch_size,
+        },
+        "kept": packed(selection.indices, np.int32),
+    }
 
 
 def file_props() -> list[tuple[str, str]]:
