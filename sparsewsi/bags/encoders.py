@@ -5,12 +5,13 @@ from collections.abc import Callable
 
 import torch
 
-from sparsewsi.bags.efficientnet import load_efficientnet_lite0
+from sparsewsi.bags.efficientnet import HE, load_efficientnet_lite0, load_efficientnet_lite0_he
 from sparsewsi.bags.patch_encoder import PatchEncoder
 from sparsewsi.bags.vit import HUB_VITS, load_hub_vit, load_transformers_encoder
 
 ENCODERS: dict[str, Callable[[torch.device], PatchEncoder]] = {
     "efficientnet-lite0": load_efficientnet_lite0,
+    HE: load_efficientnet_lite0_he,
     **{name: functools.partial(load_hub_vit, name) for name in HUB_VITS},
 }
 

@@ -20,8 +20,8 @@ class PatchEncoder:
     patch_size: side of the network's input in px; patches of another side are resized to it
     mpp:        um/px the weights were trained at (or are commonly used at), to compare with a Bag's mpp
     licence:    what the weights may be used for, in a few words
-    preprocess: uint8 (b, H, W, 3) -> float (b, 3, patch_size, patch_size)
-    forward:    the output of preprocess on `device` in `dtype` -> (b, D)
+    preprocess: uint8 (b, H, W, 3) -> (b, 3, patch_size, patch_size)
+    forward:    the output of preprocess on `device` in `dtype`, channels last in memory -> (b, D)
     chunk:      patches per forward pass; the last chunk is filled up, so that a feature does not depend on
                 how many patches came with it (matrix kernels are chosen by batch size and round differently)
     """
@@ -91,8 +91,8 @@ def pixels_to_input(
 def fast_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it natively, else float32.
 
-    EfficientNet-Lite0 on 2 cores with avx512_bf16: 137 images/s in bfloat16, 61 in float32. A capability is
-    asked, not a stopwatch: a busy machine must not change the features.
+    A capability is asked, not a stopwatch: a busy machine must not change the features. How much it is worth:
+    benchmarks/encoder.py.
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32

@@ -1,0 +1,1 @@
+"""Weights that were trained here; README.md is their card."""
