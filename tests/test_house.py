@@ -186,7 +186,6 @@ def test_importing_the_package_loads_nothing_and_importing_a_value_no_model() ->
     )
 
 
-@moving("it imports the model")
 def test_importing_the_app_loads_no_model_and_makes_no_desk() -> None:
     run(
         "import gc, sys, app\n"
@@ -201,7 +200,6 @@ def test_importing_the_app_loads_no_model_and_makes_no_desk() -> None:
 # ---- where state and configuration live
 
 
-@moving("the app holds cases and turns")
 def test_a_server_keeps_its_state_in_one_object() -> None:
     """No name of a module of the server is bound anew by a function, and none is an empty container to be filled."""
     for name in ["app", *(name for name in in_package() if room(name) == "web")]:
@@ -218,7 +216,6 @@ def test_a_server_keeps_its_state_in_one_object() -> None:
                 assert not made, f"{name}, line {node.lineno}: {ast.unparse(node)}"
 
 
-@moving("flags are written to the environment")
 def test_configuration_is_not_passed_through_the_environment() -> None:
     """What is written to os.environ is named where it is written, and is another library's setting, not ours."""
     for name in modules():

@@ -3,17 +3,28 @@
 A message's first block is what was said; the blocks after it are about it and are not said to the model.
 """
 
-from __future__ import annotations
-
 import html
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from sparsewsi.model.prompt import format_question
 from sparsewsi.model.selection import Selection
 from sparsewsi.report.answer import Answer, format_effect
+
+
+@dataclass(frozen=True)
+class Question:
+    """What was asked. The chat shows it; it is never read back from what is shown."""
+
+    text: str
+    options: tuple[str, ...] = ()
+
+
+Questions = Mapping[int, Question]  # by their place in the chat
 
 
 def inert(text: str) -> str:
@@ -30,25 +41,43 @@ def text_of(message: Mapping[str, Any]) -> str:
     return html.unescape(first if isinstance(first, str) else str(first.get("text", "")))
 
 
-def read_turn(text: str) -> tuple[str, list[str]]:
-    """The question and the options of a user's turn as format_question wrote it."""
-    options = re.findall(r"^[A-Z]\. (.+)$", text, re.MULTILINE)
-    return re.sub(r"\n[A-Z]\. .+$", "", text, flags=re.MULTILINE), options
+def show_question(question: Question) -> dict[str, Any]:
+    """A user's message: the question and, after an empty line, its options, one a line."""
+    return {"role": "user", "content": inert("\n\n".join(filter(None, [question.text, "\n".join(question.options)])))}
 
 
-def turns_of(chat: list, history: bool = True) -> tuple[list[dict[str, str]], list[str]]:
+def read_edit(text: str, before: Question) -> Question:
+    """The question that an edited message of show_question asks; one that had no options gets none."""
+    question, _, lines = text.strip().rpartition("\n\n") if before.options else (text, "", "")
+    options = read_options(lines)
+    return Question(question.strip(), options) if question.strip() and options else Question(text.strip())
+
+
+def read_options(text: str) -> tuple[str, ...]:
+    """Answer options, one a line."""
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+def turns_of(chat: list, questions: Questions, history: bool = True) -> tuple[list[dict[str, str]], tuple[str, ...]]:
     """The chat up to the last question as the model takes it, or without history that one; and its options."""
-    turns = [{"role": message["role"], "content": text_of(message)} for message in back_to_question(chat)]
-    question, options = read_turn(turns[-1]["content"])
-    return [*(turns[:-1] if history else []), {"role": "user", "content": question}], options
+    asked = back_to_question(chat)
+    last = len(asked) - 1
+    turns = []
+    for place, message in enumerate(asked[:last] if history else []):
+        text = text_of(message)
+        if place in questions:
+            text = format_question(questions[place].text, questions[place].options)
+        turns.append({"role": message["role"], "content": text})
+    question = questions.get(last, Question(text_of(asked[last])))
+    return [*turns, {"role": "user", "content": question.text}], question.options
 
 
-def said(text: str, notice: str, blocks: Sequence[str] = ()) -> dict[str, Any]:
+def show_answer(text: str, notice: str, blocks: Sequence[str] = ()) -> dict[str, Any]:
     """An assistant's message: its words, what is known of them, and the notice."""
     return {"role": "assistant", "content": [inert(text.strip()) or "(no answer)", *blocks, notice]}
 
 
-def about(answer: Answer, selection: Selection) -> list[str]:
+def show_evidence(answer: Answer, selection: Selection) -> list[str]:
     """Markdown of what was measured: option probabilities, and the patches that weigh most as links."""
     blocks = []
     if answer.probs:
@@ -63,7 +92,7 @@ def about(answer: Answer, selection: Selection) -> list[str]:
     return blocks
 
 
-def side_by_side(columns: Sequence[tuple[str, str, Sequence[str]]], notice: str) -> str:
+def compare(columns: Sequence[tuple[str, str, Sequence[str]]], notice: str) -> str:
     """Answers as HTML beside each other: title, text, and blocks of our own Markdown."""
 
     def block(text: str) -> str:

@@ -5,20 +5,12 @@ that serves everybody. Run as a script, this file is that child: it opens the sl
 level 0, and prints one sentence and ends with status 1 if that fails. It imports neither torch nor Gradio.
 """
 
-from __future__ import annotations
-
-import atexit
-import functools
-import hashlib
 import os
 import re
 import shutil
 import stat
 import subprocess
 import sys
-import tempfile
-import urllib.request
-import uuid
 import zipfile
 from pathlib import Path, PurePosixPath
 
@@ -30,10 +22,6 @@ ENTRIES, UNPACKED, RATIO = 20_000, 16 << 30, 100  # what an archive may hold: fi
 
 PACKED = 1000  # bytes of px per byte of file, for the smallest level alone; JPEG of plain white glass comes to 330
 SEVERAL_FILES = (".mrxs", ".vms", ".dcm")  # the file that is opened is not where the px are
-
-SAMPLE_URL = "https://openslide.cs.cmu.edu/download/openslide-testdata/Aperio/CMU-1-Small-Region.svs"
-SAMPLE_SHA256 = "ed92d5a9f2e86df67640d6f92ce3e231419ce127131697fbbce42ad5e002c8a7"
-SAMPLE_BYTES = 1_938_955
 
 TOO_MUCH = (
     f"The slide was given up: its overview takes more than {SECONDS} seconds of work or {MEMORY >> 30} GB to make. "
@@ -112,57 +100,16 @@ def _slide_in(folder: Path) -> Path:
 # ---- where they lie
 
 
-@functools.cache
-def private_root() -> Path:
-    """A folder that only this user can read (0700), removed when the process ends."""
-    root = Path(tempfile.mkdtemp(prefix="sparsewsi-"))
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
-    return root
+def keep_upload(file: str | Path, folder: Path) -> Path:
+    """Move an upload into a folder that only we can read, in place of an earlier one; its name is not kept.
 
-
-def private_folder(session: str | None, what: str = "") -> Path:
-    """Where a session's upload, or what else it has, lies. Its name comes from the browser: only a digest is a path."""
-    return private_root() / (hashlib.sha256(str(session).encode()).hexdigest()[:32] + what)
-
-
-def keep_upload(file: str | Path, session: str | None) -> Path:
-    """Move an upload to the session's private folder, in place of an earlier one; its name is not kept."""
-    folder = private_folder(session)
+    Returns what to open: the file, or what an archive held.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
     suffix = Path(file).suffix if re.fullmatch(r"\.\w{1,8}", Path(file).suffix) else ""
     kept = Path(shutil.move(file, folder / f"slide{suffix}"))
     return unpack(kept, folder / "unpacked") if suffix.lower() == ".zip" else kept
-
-
-def fetch_sample(
-    folder: Path, url: str = SAMPLE_URL, sha256: str = SAMPLE_SHA256, most: int = 2 * SAMPLE_BYTES, timeout: float = 20
-) -> Path:
-    """OpenSlide's CMU-1-Small-Region.svs (CC0), fetched once into a folder, checked and kept there.
-
-    Raises ValueError with one sentence when it cannot be had, or is not the file it should be.
-    """
-    path = folder / "CMU-1-Small-Region.svs"
-    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
-        return path
-    try:
-        with urllib.request.urlopen(url, timeout=timeout) as answer:
-            data = answer.read(most)
-    except OSError as error:
-        reason = getattr(error, "reason", error)
-        raise ValueError(f"OpenSlide's sample slide could not be fetched from this machine ({reason}).") from error
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise ValueError("What came in place of OpenSlide's sample slide is another file, so it was thrown away.")
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    partial.write_bytes(data)
-    partial.replace(path)
-    return path
-
-
-def cache_folder() -> Path:
-    """Where what was fetched or generated is kept: $SPARSEWSI_CACHE, else ~/.cache/sparsewsi."""
-    return Path(os.environ.get("SPARSEWSI_CACHE") or Path.home() / ".cache" / "sparsewsi")
 
 
 # ---- the child

@@ -1,4 +1,4 @@
-"""The slide viewer: tiles by token, files from outside, and the component in a browser without a server.
+"""The slide viewer: tiles by token, and the component in a browser without a server.
 
 The browser tests are named by the requirement they show (1 to 15: evidence in one click, true magnification, ...).
 Tiles are served by the test itself there, and 10,000 patches are made up, so that only the component is measured.
@@ -7,8 +7,6 @@ Tiles are served by the test itself there, and 10,000 patches are made up, so th
 import io
 import json
 import re
-import stat
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +17,6 @@ from PIL import Image
 
 from sparsewsi import phantom
 from sparsewsi.slides.slide import open_slide
-from sparsewsi.web import intake
 from sparsewsi.web.viewer import Slides, packed, slide_props, slide_viewer, viewer
 
 SIZE, SIDE, KEPT = (60_000, 45_000), 224, 32
@@ -121,77 +118,6 @@ def test_the_component_survives_gradios_templates():
     assert not outside, "no third-party file"
 
 
-# ---- files from outside
-
-
-def test_a_good_slide_is_let_in(slide_path):
-    intake.check(slide_path)
-
-
-def test_13_hostile_files_are_a_sentence(tmp_path):
-    import tifffile
-
-    junk, cut, empty = tmp_path / "junk.svs", tmp_path / "cut.tiff", tmp_path / "empty.svs"
-    junk.write_bytes(np.random.default_rng(0).bytes(10_000))
-    tifffile.imwrite(tmp_path / "whole.tiff", np.zeros((2048, 2048, 3), np.uint8), tile=(256, 256))
-    cut.write_bytes((tmp_path / "whole.tiff").read_bytes()[:5_000])
-    empty.touch()
-    for path in (junk, cut, empty, tmp_path / "not there.svs"):
-        with pytest.raises(ValueError, match=r"^[A-Z].*\.$") as caught:
-            intake.check(path)
-        assert str(tmp_path) not in str(caught.value)
-
-
-def test_13_a_slide_that_would_take_too_much_is_given_up(slide_path, monkeypatch):
-    monkeypatch.setattr(intake, "PATIENCE", 0.01)
-    with pytest.raises(ValueError, match="given up"):
-        intake.check(slide_path)
-
-
-def archive(path: Path, entries: dict[str, bytes]) -> Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        for name, data in entries.items():
-            file.writestr(name, data)
-    return path
-
-
-@pytest.mark.parametrize("name", ["../evil.svs", "/etc/evil", "a/../../evil", "C:/evil", "..\\evil"])
-def test_13_an_archive_that_leads_out_is_not_unpacked(name, tmp_path):
-    packed_file = archive(tmp_path / "a.zip", {"good.dcm": b"x", name: b"x"})
-    with pytest.raises(ValueError, match="leads out"):
-        intake.unpack(packed_file, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_13_a_small_file_of_very_many_px_is_given_up_before_it_is_decoded(tmp_path):
-    from benchmarks.hostile import tiff_bomb
-
-    tiff_bomb(tmp_path / "bomb.tiff")
-    assert (tmp_path / "bomb.tiff").stat().st_size < 100_000
-    with pytest.raises(ValueError, match="20,000 x 20,000 px on its smallest level are no scan"):
-        intake.check(tmp_path / "bomb.tiff")
-
-
-def test_13_archives_with_links_bombs_or_damage_are_not_unpacked(tmp_path):
-    link = zipfile.ZipInfo("link")
-    link.external_attr = (stat.S_IFLNK | 0o777) << 16
-    with zipfile.ZipFile(tmp_path / "link.zip", "w") as file:
-        file.writestr(link, "/etc/passwd")
-    archive(tmp_path / "bomb.zip", {"zeros.dcm": bytes(200 << 20)})
-    (tmp_path / "bad.zip").write_bytes(b"PK\x03\x04" + bytes(100))
-    for name, words in (("link", "leads out"), ("bomb", "far more"), ("bad", "damaged")):
-        with pytest.raises(ValueError, match=words):
-            intake.unpack(tmp_path / f"{name}.zip", tmp_path / "out")
-        assert not (tmp_path / "out").exists()
-
-
-def test_a_folder_slide_comes_in_as_an_archive(tmp_path):
-    dicom = archive(tmp_path / "dicom.zip", {"case/1.dcm": b"a", "case/2.dcm": b"b"})
-    assert intake.unpack(dicom, tmp_path / "one").name == "case"
-    mirax = archive(tmp_path / "mirax.zip", {"s.mrxs": b"a", "s/Slidedat.ini": b"b"})
-    assert intake.unpack(mirax, tmp_path / "two").name == "s.mrxs"
-
-
 # ---- the component in a browser
 
 
@@ -210,7 +136,12 @@ def made_up(n: int = 10_000, mpp: float | None = 0.25) -> SimpleNamespace:
         coords=coords,
         props={
             "slide": slide,
-            "bag": {"coords": packed(coords, np.int32), "scores": packed(scores, np.float32), "side": SIDE},
+            "bag": {
+                "coords": packed(coords, np.int32),
+                "scores": packed(scores, np.float32),
+                "ranks": packed(np.argsort(order) + 1, np.int32),
+                "side": SIDE,
+            },
             "kept": packed(np.sort(order[:KEPT]), np.int32),
             "map": {"xy": packed(xy, np.float32), "rows": packed(np.arange(n), np.int32), "title": "UMAP"},
             "evidence": {"indices": order[:KEPT].tolist(), "effects": np.linspace(-1, 1, KEPT).tolist()},

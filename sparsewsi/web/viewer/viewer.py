@@ -15,13 +15,14 @@ import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import gradio.themes
 import numpy as np
+import torch
 from PIL import Image
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -35,17 +36,32 @@ from sparsewsi.slides.slide import Slide, open_slide
 
 HERE = Path(__file__).parent
 PAGE_CSS = HERE / "page.css"
+# The component's JavaScript, a file a job. Gradio runs them joined, as one function; .ci/lint.mjs reads this line.
+SCRIPTS = (
+    "state",
+    "props",
+    "selection",
+    "strip",
+    "tiles",
+    "view",
+    "marks",
+    "map",
+    "regions",
+    "keys",
+    "address",
+    "start",
+)
 TILE = 512  # px
 QUALITY = 85
 CACHE_BYTES = 64 << 20  # of JPEG tiles, all slides together
 MOST_OPEN = 8  # slides held open at a time; the others are opened again when they are looked at
 MOST_KNOWN = 256  # tokens; the one not looked at for longest is forgotten first
-DOWNLOADS = {  # what may be asked for beside tiles, nothing else
-    "patches.csv": "text/csv",
-    "patches.geojson": "application/geo+json",
-    "selection.json": "application/json",
-    "report.html": "text/html",
-    "log.jsonl": "application/x-ndjson",
+DOWNLOADS = {  # what may be asked for beside tiles, nothing else: what it is called on the page, and its type
+    "report.html": ("report", "text/html"),
+    "patches.geojson": ("GeoJSON for QuPath", "application/geo+json"),
+    "patches.csv": ("CSV", "text/csv"),
+    "selection.json": ("selection.json", "application/json"),
+    "log.jsonl": ("log of this session", "application/x-ndjson"),
 }
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -159,6 +175,13 @@ class Slides:
         name = f"patch/{x}_{y}_{side}_{px}"
         return self.jpeg(token, name, draw)
 
+    def download(self, token: str, name: str) -> Path:
+        """One of DOWNLOADS, written now. Raises KeyError for an unknown token or name, and if none was offered."""
+        make = self._known[token].make
+        if name not in DOWNLOADS or make is None:
+            raise KeyError(name)
+        return make(name)
+
     def routes(self) -> list[Route]:
         """For demo.launch(app_kwargs={"routes": ...}). Under /gradio_api/, which every proxy of Gradio passes on."""
         numbers = r"(\d{1,9})"
@@ -170,11 +193,10 @@ class Slides:
                 return _jpeg(self.tile(token, *(int(v) for v in found.groups())))
             if found := patch.fullmatch(rest):
                 return _jpeg(self.patch(token, *(int(v) for v in found.groups())))
-            make = self._known[token].make
-            if rest not in DOWNLOADS or make is None:
-                raise KeyError(rest)
+            path = self.download(token, rest)
             headers = {**HEADERS, "Cache-Control": "no-store", "Content-Security-Policy": "sandbox"}
-            return FileResponse(make(rest), media_type=DOWNLOADS[rest], filename=f"sparsewsi-{rest}", headers=headers)
+            _, kind = DOWNLOADS[rest]
+            return FileResponse(path, media_type=kind, filename=f"sparsewsi-{rest}", headers=headers)
 
         async def serve(request: Request) -> Response:
             try:
@@ -209,7 +231,8 @@ def slide_viewer(**settings: Any) -> gr.HTML:
 
     Its events are `picks` ({pinned, dropped}: indices of patches) and `journal` ({views}: what was looked at).
     """
-    html, css, js = ((HERE / f"viewer.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
+    html, css = ((HERE / f"viewer.{kind}").read_text(encoding="utf-8") for kind in ("html", "css"))
+    js = "\n".join((HERE / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
     nothing = dict.fromkeys(("slide", "bag", "kept", "map", "evidence", "members", "files", "focus"))
     return gr.HTML(
         html_template=html,
@@ -235,9 +258,22 @@ def slide_props(token: str, slide: Slide, source: str = "") -> dict[str, Any]:
 
 
 def bag_props(bag: Bag, selection: Selection) -> dict[str, Any]:
-    """The props "bag" (all N patches with scores) and "kept" (the K selected)."""
-    patches = {"coords": packed(bag.coords, np.int32), "scores": packed(selection.scores, np.float32)}
-    return {"bag": {**patches, "side": bag.patch_size}, "kept": packed(selection.indices, np.int32)}
+    """The props "bag" (all N patches with their scores and numbers) and "kept" (the K selected)."""
+    every = replace(selection, indices=torch.arange(len(selection.scores)))
+    return {
+        "bag": {
+            "coords": packed(bag.coords, np.int32),
+            "scores": packed(selection.scores, np.float32),
+            "ranks": packed(every.ranks, np.int32),
+            "side": bag.patch_size,
+        },
+        "kept": packed(selection.indices, np.int32),
+    }
+
+
+def file_props() -> list[tuple[str, str]]:
+    """The prop "files": what can be downloaded, and what it is called."""
+    return [(name, called) for name, (called, _) in DOWNLOADS.items()]
 
 
 def map_props(points: FeatureMap) -> dict[str, Any]:

@@ -1,0 +1,115 @@
+"""What programs can ask: gradio_client, HTTP and, as tools, MCP. Their docstrings are what the callers read."""
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from sparsewsi.web import intake
+from sparsewsi.web.desk import Desk
+from sparsewsi.web.errors import explain_errors
+from sparsewsi.web.examples import EXAMPLES, open_example
+
+
+class Api:
+    """The public functions of one desk."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    def analyze(
+        self,
+        request: gr.Request,
+        slide: str = "phantom",
+        file: gr.FileData | None = None,
+        slide_mpp: float = 0,
+        selector: str = "learned",
+    ) -> dict:
+        """Open a whole-slide image, encode its patches and keep those the model selects.
+
+        Args:
+            slide: "phantom" or "cmu-1" for an example; not looked at when a file is given.
+            file: a slide to upload.
+            slide_mpp: micrometres per pixel of the scan, for slides that do not state it; 0 if they do.
+            selector: "learned", or a training-free one such as "farthest".
+        Returns:
+            case (to be passed to ask and evidence), slide, num_patches, indices and coords (level-0 px) of the kept
+            patches in raster order, ranks (by score among all patches, 1 = best), scores of the kept, summary, doubts,
+            notice.
+        """
+        desk = self.desk
+        with explain_errors():
+            if file:
+                path = self._receive(file, request)
+            elif slide in EXAMPLES:
+                path = open_example(slide)
+            else:
+                raise ValueError(f"The slide must be {' or '.join(EXAMPLES)}, or a file, got {slide!r}.")
+            token = desk.slides.add(path, str(request.session_hash))
+            opened = desk.analyse(token, str(path), slide_mpp or None, selector)
+            desk.keep_case(opened)
+            case = opened.case
+            kept = case.selection.indices
+            return {
+                "case": token,
+                "slide": case.bag.slide,
+                "num_patches": case.selection.num_patches,
+                "indices": kept.tolist(),
+                "coords": case.bag.coords[kept].tolist(),
+                "ranks": case.selection.ranks.tolist(),
+                "scores": case.selection.scores[kept].tolist(),
+                "summary": case.summary,
+                "doubts": list(case.doubts),
+                "notice": case.notice,
+            }
+
+    def ask(self, case: str, question: str, options: list[str] | None = None) -> dict:
+        """Ask about an analysed slide.
+
+        Args:
+            case: what analyze returned.
+            question: the question, in words.
+            options: answer options of a multiple-choice question.
+        Returns:
+            answer, probabilities (one per option), notice.
+        """
+        desk = self.desk
+        with explain_errors():
+            opened, messages, given = desk.find_case(case), [{"role": "user", "content": question}], options or []
+            text = "".join(desk.answer(opened, messages, given))
+            found = desk.measure(opened, messages, text, given, evidence=False)
+            return {"answer": found.text, "probabilities": list(found.probs), "notice": opened.notice}
+
+    def evidence(self, case: str, question: str, answer: str, options: list[str] | None = None) -> dict:
+        """How much an answer loses when each of the kept patches is left out.
+
+        Args:
+            case: what analyze returned.
+            question: the question.
+            answer: an answer to it, such as the one that ask returned.
+            options: answer options, if it was a multiple-choice question.
+        Returns:
+            effects in nats, in the order of analyze's indices; indices; ranks by score; sentence, what they mean;
+            notice.
+        """
+        desk = self.desk
+        with explain_errors():
+            opened = desk.find_case(case)
+            found = desk.measure(opened, [{"role": "user", "content": question}], answer, options or [])
+            kept = opened.selection
+            return {
+                "indices": kept.indices.tolist(),
+                "ranks": kept.ranks.tolist(),
+                "effects": list(found.effects),
+                "sentence": found.evidence,
+                "notice": opened.notice,
+            }
+
+    def _receive(self, file: Any, request: gr.Request) -> Path:
+        """Move and look at an upload. Raises ValueError for a path that was not uploaded here."""
+        path = Path(file["path"] if isinstance(file, dict) else file.path).resolve()
+        if not path.is_relative_to(self.desk.uploads.resolve()):
+            raise ValueError("The file was not uploaded to this server.")
+        kept = intake.keep_upload(path, self.desk.folder_of(request.session_hash))
+        intake.check(kept)
+        return kept

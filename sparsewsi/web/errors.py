@@ -1,0 +1,36 @@
+"""What went wrong, as one sentence on the page or for the caller of the API."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import gradio as gr
+
+
+class Halted(Exception):
+    """Stop was pressed while the evidence was weighed."""
+
+
+@contextmanager
+def explain_errors() -> Iterator[None]:
+    """Raise gr.Error with one sentence for input at fault, and for a defect of ours; Halted passes."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        text = " ".join(text.split()).replace("Pass slide_mpp=", 'Fill in "Scan µm/px" and press Enter')
+        text = text[:1].upper() + text[1:] if text.split(" ")[0].isalpha() else text  # a file's name stays as it is
+        raise gr.Error(text, duration=30, print_exception=False) from error
+    except (gr.Error, Halted):
+        raise
+    except Exception as error:  # a defect: the server's log has the rest
+        raise gr.Error("That failed, and the program is at fault; try again.", duration=30) from error
+
+
+def refuse(sentence: str) -> gr.Error:
+    """An error for the reader alone: the server's log does not need it."""
+    return gr.Error(sentence, print_exception=False)
+
+
+def stop_unseen() -> gr.Error:
+    """An error that nobody sees: the steps that would follow are not run."""
+    return gr.Error("", visible=False, print_exception=False)

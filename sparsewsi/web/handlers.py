@@ -1,0 +1,470 @@
+"""What happens on the page, by event. Every handler returns the parts of the page that change, with their new values.
+
+A session holds an analysed slide as values (CPU tensors), never an open slide.
+"""
+
+import dataclasses
+import functools
+import html
+import uuid
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+
+from sparsewsi.model.prompt import format_question
+from sparsewsi.model.selection import Selection
+from sparsewsi.report import umap
+from sparsewsi.report.answer import Answer
+from sparsewsi.report.case import Case
+from sparsewsi.report.phantom import choose_questions, describe_truth, find_truth
+from sparsewsi.report.qupath import read_regions
+from sparsewsi.slides.slide import open_slide
+from sparsewsi.web import chat as words
+from sparsewsi.web import intake
+from sparsewsi.web.chat import (
+    Question,
+    Questions,
+    back_to_question,
+    read_edit,
+    read_options,
+    show_answer,
+    show_evidence,
+    show_question,
+    text_of,
+)
+from sparsewsi.web.desk import Desk, Opened
+from sparsewsi.web.errors import Halted, explain_errors, refuse, stop_unseen
+from sparsewsi.web.examples import EXAMPLES, name_example, open_example
+from sparsewsi.web.layout import FEWEST, MOST, Page, state_facts
+from sparsewsi.web.viewer import bag_props, file_props, map_props, packed, slide_props
+
+STOPPED = "Stopped; the evidence was not weighed."
+UNWEIGHED = "The evidence could not be weighed."
+BROKEN_OFF = "The answer broke off here; ask again."
+WEIGHING = "_Weighing the evidence: the answer is scored again without each of the patches …_"
+OPENING = {"phantom": "Opening the phantom (generated on first use)", "cmu-1": "Fetching CMU-1 (CC0)"}
+MOST_VIEWS, MOST_PICKS = 200, 4096  # taken from one event of the viewer
+
+Changes = dict[Any, Any]  # part of the page -> new value; gr.skip() where nothing changes
+Answers = dict[int, Answer]  # by their place in the chat
+
+
+class Handlers:
+    """The handlers of one page of one desk."""
+
+    def __init__(self, desk: Desk, page: Page) -> None:
+        self.desk, self.page = desk, page
+
+    # ---- a slide is asked for
+
+    def on_phantom(self, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Changes:  # noqa: B008
+        return self._open_example("phantom", request, progress)
+
+    def on_sample(self, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Changes:  # noqa: B008
+        return self._open_example("cmu-1", request, progress)
+
+    def on_upload(self, file: str, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Changes:  # noqa: B008
+        progress(None, desc="Looking at the file")
+        with self._opening(request):
+            path = intake.keep_upload(file, self.desk.folder_of(request.session_hash))
+            intake.check(path)
+        return {self.page.path: str(path)}
+
+    def on_typed_path(self, text: str, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Changes:  # noqa: B008
+        progress(None, desc="Looking at the file")
+        with self._opening(request):
+            intake.check(text.strip())
+        return {self.page.path: str(Path(text.strip()).expanduser())}
+
+    def on_load(self, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Changes:  # noqa: B008
+        """Open the slide that the page's address names, if it names one of the examples."""
+        name = dict(request.query_params).get("slide", "")
+        if name not in EXAMPLES:
+            raise stop_unseen()
+        return self._open_example(name, request, progress)
+
+    def _open_example(self, name: str, request: gr.Request, progress: gr.Progress) -> Changes:
+        progress(None, desc=OPENING[name])
+        with self._opening(request):
+            path = open_example(name)
+        return {self.page.path: str(path)}
+
+    @contextmanager
+    def _opening(self, request: gr.Request) -> Iterator[None]:
+        """The slide that was asked for last is the one that opens, however long the others take."""
+        session = str(request.session_hash)
+        mine = self.desk.begin_opening(session)
+        try:
+            with explain_errors():
+                yield
+        except gr.Error:
+            self.desk.end_opening(session, mine, failed=True)
+            raise
+        if not self.desk.end_opening(session, mine):
+            raise stop_unseen()
+
+    def on_unload(self, request: gr.Request) -> None:
+        """The tab was closed."""
+        self.desk.forget(request.session_hash)
+
+    # ---- a slide is there
+
+    def on_slide(self, path: str, resolution: str, request: gr.Request) -> Changes:
+        """Show the slide itself, at once; what belonged to the one before goes."""
+        desk, page = self.desk, self.page
+        with explain_errors():
+            if not path:
+                raise ValueError("Open a slide first.")
+            with open_slide(path, slide_mpp=read_mpp(resolution)) as slide:
+                token = desk.slides.add(path, str(request.session_hash))
+                props = slide_props(token, slide, name_example(path))
+            desk.record(request.session_hash, event="open", slide=slide.name, size=slide.size, mpp=slide.mpp)
+        desk.turns.drop(str(request.session_hash))
+        return {
+            page.token: token,
+            page.view: gr.HTML(slide=props, bag=None, kept=None, map=None, evidence=None, files=[]),
+            page.opened: None,
+            page.chat: [],
+            page.questions: {},
+            page.answers: {},
+            page.compare: "",
+            page.secret: gr.Accordion(visible=False),
+            page.facts: f"{slide.name} · being analysed",
+            page.question: ask_for_question(),
+        }
+
+    def on_slide_shown(
+        self,
+        token: str,
+        path: str,
+        resolution: str,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> Changes:
+        """Analyse the slide. Its resolution leaves the field, where it would be taken for the next slide's."""
+        desk, page = self.desk, self.page
+        with explain_errors():
+            opened = desk.analyse(token, path, read_mpp(resolution), progress=progress)
+            if not desk.slides.holds(token):  # another one was opened meanwhile
+                return gr.skip()
+            case, truth = opened.case, find_truth(path)
+            planted = describe_truth(truth, case.bag, case.selection)
+            facts = state_facts(desk, case)
+        starters = choose_questions(truth)
+        return {
+            page.opened: opened,
+            page.view: gr.HTML(**bag_props(case.bag, case.selection), files=file_props()),
+            page.facts: facts,
+            page.secret: gr.Accordion(visible=truth is not None, open=False),
+            page.planted: planted,
+            page.examples: gr.Dataset(
+                samples=[[text] for text, _ in starters], sample_labels=[text for text, _ in starters]
+            ),
+            page.starters: starters,
+            page.mpp: "",
+            page.k: max(FEWEST, min(MOST, desk.config.num_tokens)),
+            page.alone: gr.Markdown(visible=not desk.config.multi_turn),
+        }
+
+    def on_analysed(self, opened: Opened | None, answers: Answers, request: gr.Request) -> None:
+        """From now on the downloads hold these answers."""
+        if opened is not None:
+            make = functools.partial(self._write_download, opened.case, answers, request.session_hash)
+            self.desk.slides.offer(opened.token, make)
+
+    def _write_download(self, case: Case, answers: Answers, session: str | None, name: str) -> Path:
+        """Write one of DOWNLOADS to the session's folder, now that somebody asks for it."""
+        folder = self.desk.folder_of(session, "-files")
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if name == "log.jsonl":
+            (folder / name).touch()
+        else:
+            case.write(folder, list(answers.values()), [name])
+        return folder / name
+
+    def on_map_wanted(self, opened: Opened | None) -> Changes:
+        """Lay the patches out by what they look like."""
+        if opened is None:
+            return gr.skip()
+        with explain_errors():
+            props = map_props(umap.map_features(opened.case.bag.features, opened.case.selection))
+        return {self.page.view: gr.HTML(map=props)} if self.desk.slides.holds(opened.token) else gr.skip()
+
+    # ---- a question is asked
+
+    def on_starter(self, index: int, starters: list) -> Changes:
+        """A question to start with was chosen: into the boxes with it."""
+        text, options = starters[index]
+        return {self.page.question: text, self.page.given_options: "\n".join(options)}
+
+    def on_question(
+        self, question: str, given: str, opened: Opened | None, chat: list, questions: Questions, request: gr.Request
+    ) -> Changes:
+        """Put the question into the chat and give the box back empty, with a Stop button while the answer comes."""
+        if opened is None:
+            raise refuse("Open a slide first; the question stays in the box.")
+        if not question.strip():
+            raise refuse("Write a question first.")
+        self._refuse_while_busy(chat, request)
+        kept = chat[:-1] if chat and chat[-1]["role"] == "user" else chat  # a question that was not answered goes
+        changes = self._ask(opened, kept, Question(question.strip(), read_options(given)), questions, request)
+        return changes | {self.page.question: wait_for_answer(value=""), self.page.given_options: ""}
+
+    def on_retry(self, opened: Opened, chat: list, request: gr.Request) -> Changes:
+        """Ask the last question again."""
+        self._refuse_while_busy(chat, request)
+        asked = back_to_question(chat)
+        self.desk.turns.begin(str(request.session_hash), name_question(opened, asked))
+        return {self.page.chat: asked, self.page.question: wait_for_answer()}
+
+    def on_edit(
+        self, opened: Opened, chat: list, questions: Questions, change: gr.EditData, request: gr.Request
+    ) -> Changes:
+        """Ask an edited question in place of the old one and of what came after it."""
+        self._refuse_while_busy(chat, request)
+        place = change.index[0] if isinstance(change.index, (list, tuple)) else change.index
+        edited = read_edit(html.unescape(str(change.value)), questions.get(place, Question("")))
+        return self._ask(opened, chat[:place], edited, questions, request)
+
+    def _ask(
+        self, opened: Opened, before: list, question: Question, questions: Questions, request: gr.Request
+    ) -> Changes:
+        with explain_errors():
+            format_question(question.text, question.options)  # the model would refuse too many options only later
+        asked = [*before, show_question(question)]
+        earlier = {place: one for place, one in questions.items() if place < len(before)}
+        self.desk.turns.begin(str(request.session_hash), name_question(opened, asked))
+        return {
+            self.page.chat: asked,
+            self.page.questions: earlier | {len(before): question},
+            self.page.question: wait_for_answer(),
+        }
+
+    def _refuse_while_busy(self, chat: list, request: gr.Request) -> None:
+        """One question at a time, as the chat is what all of them write: an answer may be coming, on the page too."""
+        if self.desk.turns.busy(str(request.session_hash)) or (chat and WEIGHING in str(chat[-1]["content"])):
+            raise refuse("The last question is still being answered: wait for it or press Stop.")
+
+    # ---- and answered
+
+    def on_asked(
+        self, opened: Opened | None, chat: list, questions: Questions, answers: Answers, request: gr.Request
+    ) -> Iterator[Changes]:
+        """Stream the answer to the last question, then what it rests on, until Stop is pressed."""
+        desk, page = self.desk, self.page
+        session = str(request.session_hash)
+        turn = desk.turns.take(session, name_question(opened, chat)) if opened is not None else None
+        if opened is None or turn is None:
+            yield gr.skip()
+            return
+        case = opened.case
+        answers = {place: earlier for place, earlier in answers.items() if place < len(chat)}
+        turns, given = words.turns_of(chat, questions, history=desk.config.multi_turn)
+        text, lines = "", [STOPPED]
+        failure, if_it_fails = None, BROKEN_OFF
+
+        def so_far(*lines: str) -> list:
+            return [*chat, show_answer(text, case.notice, lines)]
+
+        try:
+            with explain_errors():
+                for piece in desk.answer(case, turns, given):
+                    if not desk.turns.wanted(session, turn):
+                        break
+                    text += piece
+                    yield {page.chat: so_far(WEIGHING)}
+                else:
+                    if_it_fails = UNWEIGHED
+                    yield {page.chat: so_far(WEIGHING)}
+                    shown = text_of(so_far()[-1]) if text else ""
+                    answer = desk.measure(case, turns, shown, given, session)
+                    answers[len(chat)], text = answer, answer.text
+                    lines = show_evidence(answer, case.selection)
+        except Halted:
+            pass
+        except gr.Error as error:  # no half answer may stand as a whole one
+            failure, lines = error, [if_it_fails]
+        turn.done = True
+        if desk.turns.get(session) is turn:
+            chat = chat if failure and not text else so_far(*lines)
+            if not failure:
+                answer = answers.get(len(chat) - 1, Answer(turns[-1]["content"], text_of(chat[-1]), given))
+                desk.record(request.session_hash, event="ask", slide=case.bag.slide, **dataclasses.asdict(answer))
+            self.on_analysed(opened, answers, request)
+            changes = {page.chat: chat, page.answers: answers, page.question: ask_for_question()}
+            yield changes | self.on_answer_shown(opened, chat, answers)
+        elif desk.turns.get(session) is None:  # cleared, or another slide: a word may have come after that
+            yield {page.chat: [], page.answers: {}}
+        if failure:
+            raise failure
+
+    def on_answered(self, request: gr.Request) -> Changes:
+        """The answer has come, or will not: the box is for the next question, if that has not been asked already."""
+        ended = self.desk.turns.end(str(request.session_hash))
+        return {self.page.question: ask_for_question()} if ended else gr.skip()
+
+    def on_stop(self, chat: list, request: gr.Request) -> Changes:
+        """Stop an answer: one that has started says so itself, soon."""
+        turn = self.desk.turns.stop(str(request.session_hash))
+        if turn is not None and turn.started and not turn.done:
+            return gr.skip()
+        changes: Changes = {self.page.question: ask_for_question()}
+        if turn is not None and not turn.started:
+            changes[self.page.chat] = [*chat, show_answer("", self.desk.notice, [STOPPED])]
+        return changes
+
+    def on_answer_shown(self, opened: Opened | None, chat: list, answers: Answers) -> Changes:
+        """The viewer shows the evidence of the answer that the chat ends with, never that of another one."""
+        answer = answers.get(len(chat) - 1)
+        evidence = evidence_props(opened.case.selection, answer) if opened and answer else None
+        return {self.page.view: gr.HTML(evidence=evidence)}
+
+    def on_undo(self, chat: list, questions: Questions, answers: Answers, request: gr.Request) -> Changes:
+        """Take back the last question; its words return to the boxes."""
+        self._refuse_while_busy(chat, request)
+        kept = back_to_question(chat)
+        last = len(kept) - 1
+        question = questions.get(last, Question(text_of(kept[last])))
+        return {
+            self.page.chat: kept[:last],
+            self.page.questions: {place: one for place, one in questions.items() if place < last},
+            self.page.answers: {place: answer for place, answer in answers.items() if place < last},
+            self.page.question: question.text,
+            self.page.given_options: "\n".join(question.options),
+        }
+
+    def on_clear(self, request: gr.Request) -> Changes:
+        """The chat was emptied; an answer that is still coming does not fill it again."""
+        self.desk.turns.drop(str(request.session_hash))
+        return {self.page.questions: {}, self.page.answers: {}, self.page.question: ask_for_question()}
+
+    # ---- the viewer tells something
+
+    def on_picks(self, event: gr.EventData, opened: Opened) -> Changes:
+        """Keep which patches were pinned and dropped in the viewer, and say how many."""
+        total, told = len(opened.case.bag.coords), event._data
+        picks = {key: [i for i in told[key] if 0 <= int(i) < total][:MOST_PICKS] for key in ("pinned", "dropped")}
+        said = f"Pinned: {len(picks['pinned'])} · dropped: {len(picks['dropped'])}"
+        return {self.page.picks: picks, self.page.picked: said}
+
+    def on_journal(self, event: gr.EventData, request: gr.Request) -> None:
+        """Write down what was looked at."""
+        self.desk.record(request.session_hash, event="look", views=event._data["views"][:MOST_VIEWS])
+
+    def on_regions(self, file: str, opened: Opened | None) -> Changes:
+        """Regions drawn in QuPath: list and mark the patches in them."""
+        with explain_errors():
+            try:
+                if opened is None:
+                    raise ValueError("Open a slide first: the regions must be of that slide.")
+                found = read_regions(file, opened.case.bag)
+            finally:
+                Path(file).unlink(missing_ok=True)
+        members = {"indices": found.tolist(), "where": "imported regions", "nonce": uuid.uuid4().hex}
+        return {self.page.view: gr.HTML(members=members)}
+
+    # ---- what if
+
+    def on_ask_again(
+        self,
+        opened: Opened | None,
+        chat: list,
+        questions: Questions,
+        answers: Answers,
+        k: int,
+        selector: str,
+        picks: dict[str, list[int]],
+        request: gr.Request,
+    ) -> Iterator[Changes]:
+        """Ask the last question once more, from other patches; both answers stand beside each other."""
+        self._refuse_while_busy(chat, request)
+        for changes in self._ask_what_if(opened, chat, questions, answers, int(k), selector, picks):
+            if opened is None or not self.desk.slides.holds(opened.token):  # another slide was opened
+                yield {self.page.compare: ""}
+                return
+            yield changes
+
+    def _ask_what_if(
+        self,
+        opened: Opened | None,
+        chat: list,
+        questions: Questions,
+        answers: Answers,
+        k: int,
+        selector: str,
+        picks: dict[str, list[int]],
+    ) -> Iterator[Changes]:
+        desk, page = self.desk, self.page
+        with explain_errors():
+            if opened is None or not chat:
+                raise ValueError("Ask a question first: a what-if asks the same again, from other patches.")
+            case, first = opened.case, answers.get(len(chat) - 1)
+            known = show_evidence(first, case.selection) if first else []
+            left = (f"{len(case.selection.indices)} patches, learned", text_of(chat[-1]), known)
+            turns, given = words.turns_of(chat, questions, history=desk.config.multi_turn)
+            other = desk.choose(case, k, selector, picks["pinned"], picks["dropped"])
+            selection = other.selection
+            title = f"What if: {len(selection.indices)} patches, {selector}"
+            title += "".join(f", {len(picks[key])} {key}" for key in ("pinned", "dropped") if picks[key])
+
+            def beside(text: str, lines: list[str]) -> str:
+                return words.compare([left, (title, text, lines)], case.notice)
+
+            yield {page.compare: beside("", []), page.view: gr.HTML(**selection_props(selection))}
+            text = ""
+            for piece in desk.answer(other, turns, given):
+                text += piece
+                yield {page.compare: beside(text, [])}
+            answer = desk.measure(other, turns, text, given)
+            yield {
+                page.compare: beside(answer.text or "(no answer)", show_evidence(answer, selection)),
+                page.view: gr.HTML(evidence=evidence_props(selection, answer)),
+            }
+
+    def on_own_patches(self, opened: Opened | None) -> Changes:
+        """Go back from a what-if to what the model selected."""
+        view = {self.page.view: gr.HTML(**selection_props(opened.case.selection))} if opened else {}
+        return {self.page.compare: "", **view}
+
+
+# ---- values
+
+
+def read_mpp(text: str) -> float | None:
+    """um/px from the field; None when it is empty. Raises ValueError for what is no resolution."""
+    if not text.strip():
+        return None
+    try:
+        return float(text.strip().replace(",", "."))
+    except ValueError:
+        raise ValueError(f"The scan resolution is a number of µm/px such as 0.25, got {text.strip()!r}.") from None
+
+
+def name_question(opened: Opened, chat: list) -> Hashable:
+    """Which question the chat ends with, of which slide: the same after it has been to the page and back."""
+    return opened.token, len(chat), " ".join(text_of(chat[-1]).split())
+
+
+def wait_for_answer(**changes: Any) -> gr.Textbox:
+    """The question box while an answer is coming, with a Stop button."""
+    return gr.Textbox(submit_btn=False, stop_btn="Stop", **changes)
+
+
+def ask_for_question() -> gr.Textbox:
+    """The question box, ready for the next question."""
+    return gr.Textbox(submit_btn=True, stop_btn=False)
+
+
+def evidence_props(selection: Selection, answer: Answer) -> dict[str, Any] | None:
+    """The viewer's prop "evidence"."""
+    if not answer.effects:
+        return None
+    return {"indices": selection.indices.tolist(), "effects": [round(effect, 4) for effect in answer.effects]}
+
+
+def selection_props(selection: Selection) -> dict[str, Any]:
+    """The viewer's props of a selection that no answer rests on yet."""
+    return {"kept": packed(selection.indices, np.int32), "evidence": None}

@@ -1,0 +1,102 @@
+"""The page of a desk, wired: which handler runs on which event, one after the other."""
+
+from typing import Any
+
+import gradio as gr
+from gradio.events import api
+
+from sparsewsi.web.api import Api
+from sparsewsi.web.desk import Desk
+from sparsewsi.web.handlers import Handlers
+from sparsewsi.web.layout import Page, lay_out
+
+# One thing at a time on the GPU, of all pages and callers together.
+SINGLE: dict[str, Any] = {"concurrency_id": "gpu", "concurrency_limit": 1}
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+QUIET: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
+EVERY: dict[str, Any] = {"trigger_mode": "multiple"}  # also while the same event is still busy with another slide
+
+
+def build_page(desk: Desk) -> gr.Blocks:
+    """The page of a desk and its API, ready to be launched."""
+    demo, page = lay_out(desk)
+    handlers, functions = Handlers(desk, page), Api(desk)
+    with demo:
+        _wire_slides(demo, page, handlers, desk.allow_paths)
+        _wire_questions(page, handlers)
+        _wire_what_if(page, handlers)
+        for function in (functions.analyze, functions.ask, functions.evidence):
+            api(function, api_name=function.__name__, **SINGLE)
+    return demo.queue(default_concurrency_limit=2)
+
+
+def _wire_slides(demo: gr.Blocks, page: Page, on: Handlers, allow_paths: bool) -> None:
+    waiting = {"show_progress_on": page.facts, **PRIVATE}
+    opened = [
+        page.phantom.click(on.on_phantom, None, page.path, **waiting, **EVERY),
+        page.sample.click(on.on_sample, None, page.path, **waiting, **EVERY),
+        page.upload.upload(on.on_upload, page.upload, page.path, **waiting, **EVERY),
+        demo.load(on.on_load, None, page.path, **QUIET),
+    ]
+    if allow_paths:
+        opened.append(page.typed_path.submit(on.on_typed_path, page.typed_path, page.path, **waiting, **EVERY))
+    cleared = [page.token, page.view, page.opened, page.chat, page.questions, page.answers, page.compare, page.secret]
+    cleared += [page.facts, page.question]
+    filled = [page.opened, page.view, page.facts, page.secret, page.planted, page.examples, page.starters, page.mpp]
+    filled += [page.k, page.alone]
+    for trigger in [*[event.success for event in opened], page.mpp.submit]:
+        shown = trigger(on.on_slide, [page.path, page.mpp], cleared, **QUIET, **EVERY)
+        analysed = shown.success(
+            on.on_slide_shown, [page.token, page.path, page.mpp], filled, **waiting, **SINGLE, **EVERY
+        )
+        analysed.success(on.on_analysed, [page.opened, page.answers], None, **QUIET, **EVERY)
+        analysed.success(on.on_map_wanted, page.opened, page.view, **QUIET, **EVERY)
+    demo.unload(on.on_unload)
+
+
+def _wire_questions(page: Page, on: Handlers) -> None:
+    ended = [page.opened, page.chat, page.answers]
+    talk = [page.chat, page.questions, page.question]
+    typed = [page.question, page.given_options, page.opened, page.chat, page.questions]
+    page.examples.click(on.on_starter, [page.examples, page.starters], [page.question, page.given_options], **QUIET)
+    asked = [
+        page.question.submit(on.on_question, typed, [*talk, page.given_options], **QUIET),
+        page.chat.retry(on.on_retry, [page.opened, page.chat], talk, **QUIET),
+        page.chat.edit(on.on_edit, [page.opened, page.chat, page.questions], talk, **QUIET),
+    ]
+    for event in asked:
+        event.success(on.on_answer_shown, ended, page.view, **QUIET)
+        answered = event.success(
+            on.on_asked,
+            [page.opened, page.chat, page.questions, page.answers],
+            [page.chat, page.answers, page.view, page.question],
+            **QUIET,
+            **SINGLE,
+            **EVERY,
+        )
+        answered.then(on.on_answered, None, page.question, **QUIET, **EVERY)
+    page.question.stop(on.on_stop, page.chat, [page.chat, page.question], queue=False, **QUIET)  # never behind others
+    taken_back = [
+        page.chat.undo(
+            on.on_undo,
+            [page.chat, page.questions, page.answers],
+            [*talk, page.answers, page.given_options],
+            **QUIET,
+        ),
+        page.chat.clear(on.on_clear, None, [page.questions, page.answers, page.question], **QUIET),
+    ]
+    for event in taken_back:
+        event.success(on.on_analysed, [page.opened, page.answers], None, **QUIET)
+        event.success(on.on_answer_shown, ended, page.view, **QUIET)
+
+
+def _wire_what_if(page: Page, on: Handlers) -> None:
+    ended = [page.opened, page.chat, page.answers]
+    page.view.picks(on.on_picks, page.opened, [page.picks, page.picked], **QUIET)
+    page.view.journal(on.on_journal, None, None, **QUIET)
+    other = [page.opened, page.chat, page.questions, page.answers, page.k, page.selector, page.picks]
+    seen = [page.compare, page.view]
+    page.again.click(on.on_ask_again, other, seen, show_progress_on=page.compare, **PRIVATE, **SINGLE)
+    own = page.own.click(on.on_own_patches, page.opened, seen, **QUIET)
+    own.success(on.on_answer_shown, ended, page.view, **QUIET)
+    page.regions.upload(on.on_regions, [page.regions, page.opened], page.view, **QUIET)

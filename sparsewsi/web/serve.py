@@ -1,0 +1,101 @@
+"""Serve the app: flags, the desk, the page, until interrupted."""
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsewsi.model.config import DEFAULT_MODEL
+from sparsewsi.web.desk import Desk
+from sparsewsi.web.page import build_page
+from sparsewsi.web.viewer import PAGE_CSS, theme
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def read_flags(argv: Sequence[str] | None, on_space: bool) -> argparse.Namespace:
+    """The command line, with what the environment says where it says nothing."""
+    parser = argparse.ArgumentParser(description="Ask a whole-slide image, from the patches that matter.")
+    parser.add_argument("--host", default="0.0.0.0" if on_space else "127.0.0.1")
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860")
+    parser.add_argument(
+        "--model",
+        default=os.environ.get("SPARSEWSI_MODEL") or str(DEFAULT_MODEL),
+        help="folder or hub repository; default $SPARSEWSI_MODEL, else assets/demo-model",
+    )
+    parser.add_argument("--auth", default=os.environ.get("SPARSEWSI_AUTH"), help="name:password[,name:password ...]")
+    parser.add_argument(
+        "--log",
+        type=Path,
+        default=os.environ.get("SPARSEWSI_LOG") or None,
+        help="file that views and questions are added to, as JSON lines; default $SPARSEWSI_LOG",
+    )
+    parser.add_argument("--mcp", action="store_true", help="serve the API as MCP tools too (pip install 'gradio[mcp]')")
+    return parser.parse_args(argv)
+
+
+def launch_settings(
+    desk: Desk, host: str, port: int | None = None, auth: str | None = None, mcp: bool = False
+) -> dict[str, Any]:
+    """How the page is served: to this machine only, without sharing, monitoring or a record of runs.
+
+    auth: name:password, or several of them with commas between
+    """
+    return {
+        "server_name": host,
+        "server_port": port,
+        "auth": [tuple(pair.split(":", 1)) for pair in auth.split(",")] if auth else None,
+        "app_kwargs": {"routes": desk.slides.routes()},
+        "share": False,
+        "ssr_mode": False,
+        "pwa": False,
+        "mcp_server": mcp,
+        "run_history": False,
+        "enable_monitoring": False,
+        "show_error": False,
+        "allowed_paths": [],
+        "max_file_size": "8gb",
+        "footer_links": [],
+        "theme": theme(),
+        "css": PAGE_CSS.read_text(encoding="utf-8"),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve the app until it is interrupted; returns the exit status."""
+    on_space = bool(os.environ.get("SPACE_ID"))
+    flags = read_flags(argv, on_space)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # a service that is stopped leaves no slide behind
+    try:
+        with tempfile.TemporaryDirectory(prefix="sparsewsi-", ignore_cleanup_errors=True) as folder:
+            # Gradio takes this from its environment alone.
+            uploads = Path(os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(folder) / "gradio")))
+            private = flags.host in LOOPBACK and not on_space and not flags.auth
+            desk = Desk(flags.model, Path(folder), uploads=uploads, log=flags.log, allow_paths=private)
+            serve(desk, flags)
+    except (ValueError, OSError, ImportError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+def serve(desk: Desk, flags: argparse.Namespace) -> None:
+    """Launch the page of a desk, load its model beside that, and wait. Raises ValueError if MCP cannot be served."""
+    demo = build_page(desk)
+    settings = launch_settings(desk, flags.host, flags.port, flags.auth, flags.mcp)
+    _, address, _ = demo.launch(**settings, quiet=True, prevent_thread_lock=True)
+    if demo.mcp_error:  # Gradio would serve the page without
+        demo.close(verbose=False)
+        raise ValueError("--mcp needs the packages of an extra of Gradio: pip install 'gradio[mcp]'.")
+    threading.Thread(target=desk.warm_up, name="warm-up", daemon=True).start()
+    print(f"SparseWSI is served at {address}", flush=True)
+    demo.block_thread()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

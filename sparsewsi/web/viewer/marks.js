@@ -1,0 +1,184 @@
+// What is drawn over the slide: scores, boxes, numbers.
+
+// As in report/plots.py.
+const VIRIDIS = [
+  [68, 1, 84],
+  [59, 82, 139],
+  [33, 145, 140],
+  [94, 201, 98],
+  [253, 231, 37],
+];
+const STEPS = 32; // colours of the ramp
+
+function viridis(share) {
+  const at = Math.min(share, 0.9999) * 4;
+  const low = Math.floor(at);
+  const part = at - low;
+  return VIRIDIS[low].map((v, i) => Math.round(v + (VIRIDIS[low + 1][i] - v) * part));
+}
+const RAMP = Array.from({ length: STEPS }, (_, i) => `rgb(${viridis(i / (STEPS - 1))})`);
+const colour = (share) => RAMP[Math.round(share * (STEPS - 1))];
+
+function drawHeat(pen) {
+  const [left, upper, right, lower] = corners();
+  const side = bag.side;
+  const shown = [];
+  for (let i = 0; i < bag.n; i++) {
+    const x = bag.xy[2 * i];
+    const y = bag.xy[2 * i + 1];
+    if (x + side > left && x < right && y + side > upper && y < lower) shown.push(i);
+  }
+  pen.globalAlpha = layers.opacity;
+  if (shown.length > 6000) {
+    // too many rectangles for a smooth drag: one picture of them all
+    const [x, y] = toScreen(0, 0);
+    pen.imageSmoothingEnabled = false;
+    pen.drawImage(heatPicture(), x, y, slide.size[0] * view.scale, slide.size[1] * view.scale);
+  } else
+    for (const i of shown) {
+      const [sx, sy] = toScreen(bag.xy[2 * i], bag.xy[2 * i + 1]);
+      pen.fillStyle = colour(bag.share[i]);
+      pen.fillRect(sx, sy, side * view.scale, side * view.scale);
+    }
+  pen.globalAlpha = 1;
+}
+
+function heatPicture() {
+  if (bag.picture) return bag.picture;
+  const scale = Math.min(4 / bag.side, 2400 / Math.max(...slide.size));
+  bag.picture = document.createElement("canvas");
+  bag.picture.width = Math.ceil(slide.size[0] * scale);
+  bag.picture.height = Math.ceil(slide.size[1] * scale);
+  const pen = bag.picture.getContext("2d");
+  const side = Math.max(1, bag.side * scale);
+  for (let i = 0; i < bag.n; i++) {
+    pen.fillStyle = colour(bag.share[i]);
+    pen.fillRect(bag.xy[2 * i] * scale, bag.xy[2 * i + 1] * scale, side, side);
+  }
+  return bag.picture;
+}
+
+function boxOf(index, least) {
+  const [sx, sy] = toScreen(...centre(index));
+  const half = Math.max(bag.side * view.scale, least) / 2;
+  return [sx - half, sy - half, 2 * half];
+}
+
+function drawBoxes(pen) {
+  const placed = [];
+  const list = kept.includes(shared.current) || shared.current < 0 ? kept : [...kept, shared.current];
+  const shown = list.filter((index) => {
+    const [x, y, w] = boxOf(index, 15);
+    return x + w > 0 && y + w > 0 && x < size[0] && y < size[1];
+  });
+  for (const index of [...shown].reverse()) {
+    // the best is drawn last, on top
+    const [x, y, w] = boxOf(index, 15);
+    const now = index === shared.current;
+    const dropped = shared.dropped.has(index);
+    pen.setLineDash(dropped || !kept.includes(index) ? [5, 4] : []);
+    pen.lineWidth = now ? 7 : 5;
+    pen.strokeStyle = DARK;
+    pen.strokeRect(x, y, w, w);
+    pen.lineWidth = now ? 3.5 : 2.5;
+    pen.strokeStyle = now ? SKY : YELLOW;
+    pen.strokeRect(x, y, w, w);
+    pen.setLineDash([]);
+    if (now) brackets(pen, x, y, w);
+  }
+  pen.font = "600 14px system-ui, sans-serif";
+  pen.textAlign = "center";
+  pen.textBaseline = "middle";
+  pen.lineJoin = "round";
+  const boxes = shown.map((index) => boxOf(index, 15));
+  const first = shown.indexOf(shared.current);
+  const order = shown.map((_, i) => i).sort((a, b) => (b === first) - (a === first));
+  for (const i of order)
+    label(
+      pen,
+      `${bag.rank[shown[i]]}${shared.pinned.has(shown[i]) ? "◆" : shared.dropped.has(shown[i]) ? "✕" : ""}`,
+      boxes[i],
+      placed,
+      boxes,
+    );
+}
+
+// The current patch is told by a shape too, not by colour alone.
+function brackets(pen, x, y, w) {
+  const gap = 7;
+  const long = Math.max(8, w / 4);
+  const far = w + gap;
+  pen.beginPath();
+  for (const [a, b, da, db] of [
+    [-gap, -gap, 1, 1],
+    [far, -gap, -1, 1],
+    [-gap, far, 1, -1],
+    [far, far, -1, -1],
+  ]) {
+    pen.moveTo(x + a + da * long, y + b);
+    pen.lineTo(x + a, y + b);
+    pen.lineTo(x + a, y + b + db * long);
+  }
+  pen.lineWidth = 6;
+  pen.strokeStyle = DARK;
+  pen.stroke();
+  pen.lineWidth = 3;
+  pen.strokeStyle = SKY;
+  pen.stroke();
+}
+
+// The number goes into its box where there is room, else to the nearest free place, tied to the box by a line.
+function label(pen, text, [x, y, w], placed, boxes) {
+  const width = pen.measureText(text).width + 6;
+  const height = 17;
+  const cx = x + w / 2;
+  const cy = y + w / 2;
+  const spots = w > width + 8 && w > 30 ? [[x + width / 2 + 3, y + height / 2 + 3]] : [];
+  for (let far = w / 2 + 11; far < w / 2 + 90; far += 13)
+    for (let turn = 0; turn < 12; turn++) {
+      spots.push([
+        cx + (far + width / 4) * Math.cos((turn * Math.PI) / 6 - 0.8),
+        cy + far * Math.sin((turn * Math.PI) / 6 - 0.8),
+      ]);
+    }
+  const clash = ([a, b], c) => Math.abs(a - c[0]) < (width + c[2]) / 2 && Math.abs(b - c[1]) < (height + c[3]) / 2;
+  const others = boxes.filter((box) => box[0] !== x || box[1] !== y).map(([a, b, s]) => [a + s / 2, b + s / 2, s, s]);
+  const spot =
+    spots.find(
+      (s, i) => !placed.some((c) => clash(s, c)) && ((w > 30 && i === 0) || !others.some((c) => clash(s, c))),
+    ) || spots[0];
+  placed.push([spot[0], spot[1], width, height]);
+  const edge = [Math.min(Math.max(spot[0], x), x + w), Math.min(Math.max(spot[1], y), y + w)];
+  if (Math.hypot(edge[0] - spot[0], edge[1] - spot[1]) > 8) {
+    pen.lineWidth = 1.5;
+    pen.strokeStyle = DARK;
+    pen.beginPath();
+    pen.moveTo(...edge);
+    pen.lineTo(...spot);
+    pen.stroke();
+  }
+  pen.lineWidth = 4;
+  pen.strokeStyle = DARK;
+  pen.strokeText(text, ...spot);
+  pen.fillStyle = "#fff";
+  pen.fillText(text, ...spot);
+}
+
+function drawMembers(pen) {
+  pen.strokeStyle = PURPLE;
+  pen.lineWidth = 2;
+  for (const index of shared.members) {
+    const [x, y, w] = boxOf(index, 5);
+    pen.strokeRect(x, y, w, w);
+  }
+}
+
+function trace(pen, line, stroke) {
+  if (line.length < 2) return;
+  pen.beginPath();
+  pen.moveTo(...line[0]);
+  for (const point of line.slice(1)) pen.lineTo(...point);
+  pen.lineWidth = 2.5;
+  pen.strokeStyle = stroke;
+  pen.stroke();
+}

@@ -1,0 +1,80 @@
+// One selection shared by slide, strip, map and citations.
+
+const indexOfRank = (rank) => (bag && rank >= 1 && rank <= bag.n ? bag.order[rank - 1] : -1);
+const centre = (index) => [bag.xy[2 * index] + bag.side / 2, bag.xy[2 * index + 1] + bag.side / 2];
+
+function go(index, move = true) {
+  if (!bag || !(index >= 0 && index < bag.n)) return;
+  shared.current = index;
+  if (kept.includes(index)) shared.seen.add(index);
+  if (move) {
+    const onScreen = bag.side * view.scale;
+    const room = Math.min(...size);
+    const scale = onScreen > 0.15 * room && onScreen < 0.9 * room ? view.scale : (0.42 * room) / bag.side;
+    moveTo(...centre(index), scale);
+  }
+  markStrip(true);
+  showInspect();
+  draw();
+  drawMap();
+  remember();
+  say(describe(index));
+}
+
+function step(by) {
+  const list = ordered();
+  if (!list.length) return;
+  const at = list.indexOf(shared.current);
+  go(list[at < 0 ? (by > 0 ? 0 : list.length - 1) : (at + by + list.length) % list.length]);
+}
+
+const ordered = () =>
+  $(".patches select").value === "evidence" && effects.size
+    ? [...kept].sort((a, b) => (effects.get(b) ?? 0) - (effects.get(a) ?? 0))
+    : kept;
+
+function describe(index) {
+  const effect = effects.get(index);
+  const um = slide && slide.mpp ? centre(index).map((v) => Math.round(v * slide.mpp).toLocaleString("en")) : null;
+  return [
+    `#${bag.rank[index]}`,
+    `score ${bag.scores[index].toFixed(2)} (top ${top(bag.rank[index] / bag.n)} %)`,
+    effect === undefined ? "" : effect < -0.005 ? "the answer is likelier without it" : `evidence ${times(effect)}`,
+    um ? `at ${um[0]}, ${um[1]} µm` : "",
+    kept.includes(index) ? "" : "left out",
+  ]
+    .filter(Boolean)
+    .join(" · ");
+}
+
+const top = (share) => (share < 0.01 ? (100 * share).toFixed(1) : Math.ceil(100 * share));
+const times = (effect) => (effect > Math.log(1000) ? "> 1000×" : `${+Math.exp(effect).toPrecision(3)}×`); // less likely without it
+function say(text) {
+  $(".said").textContent = text;
+}
+
+function toggle(set, other, index) {
+  if (set.has(index)) set.delete(index);
+  else {
+    set.add(index);
+    other.delete(index);
+  }
+}
+
+function tellPicks() {
+  trigger("picks", { pinned: [...shared.pinned], dropped: [...shared.dropped] });
+  markStrip();
+  showInspect();
+  draw();
+}
+
+function mark(word) {
+  const index = shared.current;
+  if (index < 0) return;
+  if (shared.marks.get(index) === word) shared.marks.delete(index);
+  else shared.marks.set(index, word);
+  journal.push({ mark: shared.marks.get(index) || "none", rank: bag.rank[index] });
+  markStrip();
+  showInspect();
+  tellSoon();
+}

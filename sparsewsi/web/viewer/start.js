@@ -1,0 +1,25 @@
+// Start.
+
+new ResizeObserver(() => {
+  const before = size[0];
+  size = [stage.clientWidth, stage.clientHeight];
+  if (slide && size[0] && !before) fit();
+  else draw();
+  drawMap();
+}).observe(stage);
+new ResizeObserver(drawMap).observe(map);
+new MutationObserver(() => drawMap()).observe(document.body, { attributes: true, attributeFilter: ["class"] }); // dark and light
+size = [stage.clientWidth, stage.clientHeight];
+
+watch("slide", openSlide);
+watch("bag", openBag);
+watch("kept", openSelection);
+watch("evidence", openEvidence);
+watch("map", openMap);
+watch("members", openMembers);
+watch("files", openFiles);
+watch("focus", ask);
+if (props.slide) openSlide();
+if (props.bag) openBag();
+if (props.map) openMap();
+if (props.files) openFiles();

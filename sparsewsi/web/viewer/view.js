@@ -1,0 +1,232 @@
+// The stage: where the slide is looked at, how that is drawn, and the pointer on it.
+
+const MAGNIFICATIONS = [1.25, 2.5, 5, 10, 20, 40];
+let frame = 0; // of the animation that will draw next
+
+const toScreen = (x, y) => [(x - view.x) * view.scale + size[0] / 2, (y - view.y) * view.scale + size[1] / 2];
+const toSlide = (sx, sy) => [(sx - size[0] / 2) / view.scale + view.x, (sy - size[1] / 2) / view.scale + view.y];
+const corners = () => [...toSlide(0, 0), ...toSlide(...size)];
+const fitScale = () => 0.96 * Math.min(size[0] / slide.size[0], size[1] / slide.size[1]);
+const bounded = (scale) => Math.min(Math.max(scale, fitScale() / 2), slide.mpp ? Math.max(8 * slide.mpp, 4) : 4);
+const magnification = () => (10 * view.scale) / slide.mpp; // 10x is 1 um per px of the screen
+
+function moveTo(x, y, scale) {
+  view.x = Math.min(Math.max(x, 0), slide.size[0]);
+  view.y = Math.min(Math.max(y, 0), slide.size[1]);
+  view.scale = bounded(scale);
+  draw();
+  remember();
+}
+
+function fit() {
+  if (slide && size[0]) moveTo(slide.size[0] / 2, slide.size[1] / 2, fitScale());
+}
+
+function zoom(factor, sx = size[0] / 2, sy = size[1] / 2) {
+  if (!slide) return;
+  const [x, y] = toSlide(sx, sy);
+  const scale = bounded(view.scale * factor);
+  const change = view.scale / scale;
+  moveTo(x + (view.x - x) * change, y + (view.y - y) * change, scale);
+}
+
+function magnify(times) {
+  if (slide && slide.mpp) moveTo(view.x, view.y, (times * slide.mpp) / 10);
+}
+
+function buildMagnifications() {
+  const native = slide.mpp ? 10 / slide.mpp : 0;
+  const make = (text, does, title) => {
+    const b = document.createElement("button");
+    b.type = "button";
+    b.textContent = text;
+    b.title = title;
+    b.onclick = does;
+    return b;
+  };
+  const buttons = MAGNIFICATIONS.map((times, i) => {
+    const b = make(
+      `${times}×`,
+      () => magnify(times),
+      slide.mpp
+        ? `${times}× (${i + 1})${times > 1.3 * native ? ", finer than the scan" : ""}`
+        : "The slide states no resolution: magnification unknown",
+    );
+    b.disabled = !slide.mpp;
+    return b;
+  });
+  $(".mags").replaceChildren(make("Fit", fit, "Whole slide (0)"), ...buttons);
+}
+
+function draw() {
+  if (!frame) frame = requestAnimationFrame(paint);
+}
+
+function paint() {
+  frame = 0;
+  const ratio = window.devicePixelRatio || 1;
+  const pen = prepare(canvas, size, ratio);
+  pen.clearRect(0, 0, ...size);
+  if (!slide || !view.scale) return;
+  pen.imageSmoothingEnabled = true;
+  drawTiles(pen, ratio);
+  if (bag && layers.heat) drawHeat(pen);
+  if (bag) drawMembers(pen);
+  if (bag && layers.boxes) drawBoxes(pen);
+  if (band) {
+    pen.setLineDash([6, 4]);
+    pen.lineWidth = 2;
+    pen.strokeStyle = DARK;
+    pen.strokeRect(band[0], band[1], band[2] - band[0], band[3] - band[1]);
+    pen.setLineDash([]);
+  }
+  drawScale();
+  drawNavigator(ratio);
+  Object.assign(root.dataset, {
+    x: view.x,
+    y: view.y,
+    scale: view.scale,
+    current: bag && shared.current >= 0 ? bag.rank[shared.current] : "",
+  });
+}
+
+function prepare(target, [width, height], ratio) {
+  const w = Math.round(width * ratio);
+  const h = Math.round(height * ratio);
+  if (target.width !== w || target.height !== h) {
+    target.width = w;
+    target.height = h;
+  }
+  const pen = target.getContext("2d");
+  pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+  return pen;
+}
+
+function drawScale() {
+  const bar = $(".scale");
+  const said = $(".mag");
+  bar.hidden = !slide.mpp;
+  if (!slide.mpp) {
+    said.textContent = "scale unknown";
+    return;
+  }
+  const room = Math.min(150, size[0] / 3);
+  const um = (room * slide.mpp) / view.scale;
+  const ten = 10 ** Math.floor(Math.log10(um));
+  const length = [5, 2, 1].map((v) => v * ten).find((v) => v <= um);
+  bar.querySelector("i").style.width = `${(length * view.scale) / slide.mpp}px`;
+  bar.querySelector("span").textContent = length >= 1000 ? `${length / 1000} mm` : `${length} µm`;
+  root.dataset.bar = length;
+  const m = magnification();
+  const over = view.scale > 1.3 ? ` (scan enlarged ${view.scale.toFixed(1)}×)` : "";
+  said.textContent = `${+m.toFixed(m < 10 ? 2 : 1)}×${over}`;
+}
+
+function drawNavigator(ratio) {
+  const scale = Math.min(150 / slide.size[0], 120 / slide.size[1], size[0] / 4 / slide.size[0]);
+  const w = slide.size[0] * scale;
+  const h = slide.size[1] * scale;
+  nav.style.width = `${w}px`;
+  nav.style.height = `${h}px`;
+  const pen = prepare(nav, [w, h], ratio);
+  const whole = tile(`${topLevel()}/0_0`);
+  pen.clearRect(0, 0, w, h);
+  if (whole) pen.drawImage(whole, 0, 0, w, h);
+  for (const index of kept) {
+    const [x, y] = centre(index);
+    pen.fillStyle = DARK;
+    pen.fillRect(x * scale - 2.5, y * scale - 2.5, 5, 5);
+    pen.fillStyle = YELLOW;
+    pen.fillRect(x * scale - 1.5, y * scale - 1.5, 3, 3);
+  }
+  const [left, upper, right, lower] = corners();
+  pen.lineWidth = 3;
+  pen.strokeStyle = "#fff";
+  pen.strokeRect(left * scale, upper * scale, (right - left) * scale, (lower - upper) * scale);
+  pen.lineWidth = 1.5;
+  pen.strokeStyle = BLUE;
+  pen.strokeRect(left * scale, upper * scale, (right - left) * scale, (lower - upper) * scale);
+  nav.scaleOf = scale;
+}
+
+const placeOf = (event, of) => {
+  const box = of.getBoundingClientRect();
+  return [event.clientX - box.left - of.clientLeft, event.clientY - box.top - of.clientTop];
+};
+const down = new Map(); // pointer -> last place on the stage
+let travelled = 0;
+let pinch = 0;
+
+canvas.addEventListener("pointerdown", (event) => {
+  if (!slide) return;
+  canvas.setPointerCapture(event.pointerId);
+  const at = placeOf(event, canvas);
+  down.set(event.pointerId, at);
+  travelled = 0;
+  pinch = 0;
+  if ((mode === "region" || event.shiftKey) && bag) band = [...at, ...at];
+});
+canvas.addEventListener("pointermove", (event) => {
+  if (!down.has(event.pointerId)) return;
+  const at = placeOf(event, canvas);
+  const before = down.get(event.pointerId);
+  down.set(event.pointerId, at);
+  travelled += Math.hypot(at[0] - before[0], at[1] - before[1]);
+  if (down.size === 2) {
+    // two fingers: zoom about their middle
+    const [a, b] = [...down.values()];
+    const apart = Math.hypot(a[0] - b[0], a[1] - b[1]);
+    if (pinch) zoom(apart / pinch, (a[0] + b[0]) / 2, (a[1] + b[1]) / 2);
+    pinch = apart;
+    band = null;
+  } else if (band) {
+    band[2] = at[0];
+    band[3] = at[1];
+    draw();
+  } else moveTo(view.x - (at[0] - before[0]) / view.scale, view.y - (at[1] - before[1]) / view.scale, view.scale);
+});
+for (const name of ["pointerup", "pointercancel"])
+  canvas.addEventListener(name, (event) => {
+    const at = down.get(event.pointerId);
+    down.delete(event.pointerId);
+    if (!at) return;
+    if (band) return endRegion();
+    if (travelled < 5 && bag && name === "pointerup") go(patchAt(...toSlide(...at)), false);
+  });
+canvas.addEventListener("dblclick", (event) => zoom(2, ...placeOf(event, canvas)));
+canvas.addEventListener(
+  "wheel",
+  (event) => {
+    if (slide) {
+      event.preventDefault();
+      zoom(2 ** (-event.deltaY / (event.ctrlKey ? 100 : 300)), ...placeOf(event, canvas));
+    }
+  },
+  { passive: false },
+);
+
+// A selected one first: its box is on top.
+function patchAt(x, y) {
+  const hit = (index) => {
+    const [cx, cy] = centre(index);
+    const half = Math.max(bag.side, 15 / view.scale) / 2;
+    return Math.abs(x - cx) <= half && Math.abs(y - cy) <= half;
+  };
+  const inPatch = (index) => {
+    const [cx, cy] = centre(index);
+    return Math.max(Math.abs(x - cx), Math.abs(y - cy)) <= bag.side / 2;
+  };
+  return kept.find(hit) ?? bag.order.find(inPatch) ?? -1;
+}
+
+function navigate(event) {
+  if (slide && event.buttons) {
+    const [sx, sy] = placeOf(event, nav);
+    moveTo(sx / nav.scaleOf, sy / nav.scaleOf, view.scale);
+  }
+}
+nav.addEventListener("pointerdown", (event) => {
+  nav.setPointerCapture(event.pointerId);
+  navigate(event);
+});
+nav.addEventListener("pointermove", navigate);

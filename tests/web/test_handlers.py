@@ -1,0 +1,399 @@
+"""The handlers: what a click promises. What the page is like to use: test_browser.py."""
+
+import dataclasses
+import html
+import itertools
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+import gradio as gr
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sparsewsi import phantom
+from sparsewsi.bags.foreign import load_bag
+from sparsewsi.report.answer import Answer
+from sparsewsi.web import chat, handlers
+from sparsewsi.web.chat import Question
+from sparsewsi.web.desk import Opened
+from sparsewsi.web.errors import explain_errors
+from sparsewsi.web.handlers import BROKEN_OFF, STOPPED, UNWEIGHED, WEIGHING, Handlers, read_mpp
+from sparsewsi.web.viewer import file_props
+
+
+def only_skips(steps) -> bool:
+    return all(step == gr.skip() for step in steps)
+
+
+def roles(messages: list) -> list[str]:
+    return [message["role"] for message in messages]
+
+
+# ---- words
+
+
+def test_a_resolution_takes_a_decimal_comma_and_refuses_words():
+    assert read_mpp(" 0,25 ") == 0.25
+    assert read_mpp("") is None
+    with pytest.raises(ValueError, match="number of µm/px"):
+        read_mpp("40x")
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("bad\nslide. Pass slide_mpp=, e.g. 0.25"), OSError(28, "No space"), RuntimeError("x")]
+)
+def test_what_goes_wrong_is_one_sentence_on_the_page(error):
+    with pytest.raises(gr.Error) as caught, explain_errors():
+        raise error
+    assert "\n" not in caught.value.message
+    assert "slide_mpp" not in caught.value.message
+
+
+def test_a_defect_gets_a_sentence_too():
+    with pytest.raises(gr.Error, match="at fault"), explain_errors():
+        raise KeyError("layer")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Mostly fat, with foci (two) of mucin: 3.5 mm; 40% - \"yes\" & 'no'?",
+        "<img src=x onerror=alert(1)> ![x](http://evil.example/x.png) [a](javascript:b)",
+        "# big\n* a\n1. b\n~~~\n`code` **bold** _it_ $x$ \\(y\\) www.evil.example a@b.c | t |\n---\n&lt;b&gt;",
+    ],
+)
+def test_what_a_model_writes_is_shown_and_never_run(text):
+    shown = chat.inert(text)
+    assert html.unescape(shown) == text
+    assert not re.search(r"[<>\[\]*`$|\\@]|://|www\.", shown)
+    assert chat.text_of(chat.show_answer(text, "notice")) == text
+    assert "<img" not in chat.compare([("a", text, [])], "notice")
+    assert chat.inert("Mostly fat, with foci of mucin.") == "Mostly fat, with foci of mucin."
+
+
+@pytest.mark.parametrize("given", [(), ("Yes", "No"), ("a. b", "C. fat", "-"), ("A. fat\\", "B. A. mucin")])
+def test_a_question_is_put_as_it_was_written_whatever_its_options_look_like(given, on, opened, me):
+    question = "Which tissue?\nA. Look closely.\nB. Say so."
+    changes = on.on_question(question, "\n".join(given), opened, [], {}, me)
+    asked, questions = changes[on.page.chat], changes[on.page.questions]
+    assert chat.turns_of(asked, questions) == ([{"role": "user", "content": question}], given)
+    on.on_clear(me)
+    undone = on.on_undo(asked, questions, {}, me)
+    assert undone[on.page.question] == question
+    assert undone[on.page.given_options] == "\n".join(given)
+    assert undone[on.page.questions] == {}
+
+
+# ---- a question
+
+
+def ask(on: Handlers, question: str, opened: Opened | None, chat_now: list, me: gr.Request, given: str = "") -> list:
+    """The chat after the question."""
+    return on.on_question(question, given, opened, chat_now, {}, me)[on.page.chat]
+
+
+def test_a_question_without_a_slide_stays_in_the_box(on, me):
+    with pytest.raises(gr.Error, match="Open a slide first"):
+        ask(on, "What is it?", None, [], me)
+
+
+def test_a_question_with_too_many_options_stays_in_the_box(on, opened, me, desk):
+    with pytest.raises(gr.Error, match="at most 26 options"):
+        ask(on, "Which?", opened, [], me, "\n".join(map(str, range(27))))
+    assert not desk.turns.busy(str(me.session_hash))
+
+
+def test_undo_gives_the_words_back_and_edit_drops_what_came_after(on, opened, me):
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "Which?\n\nfat\nmucin"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "fat"}, {"type": "text", "text": "Demo model"}]},
+        {"role": "user", "content": [{"type": "text", "text": "Why?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "Because."}]},
+    ]
+    questions, page = {0: Question("Which?", ("fat", "mucin")), 2: Question("Why?")}, on.page
+    answers = {1: Answer("Which?", "fat"), 3: Answer("Why?", "Because.")}
+    undone = on.on_undo(turns, questions, answers, me)
+    left = [turns[:2], {0: questions[0]}, {1: answers[1]}]
+    assert [undone[part] for part in (page.chat, page.questions, page.answers)] == left
+    assert (undone[page.question], undone[page.given_options]) == ("Why?", "")
+    again = on.on_undo(*left, me)
+    assert [again[part] for part in (page.chat, page.questions, page.answers)] == [[], {}, {}]
+    assert (again[page.question], again[page.given_options]) == ("Which?", "fat\nmucin")
+    assert chat.back_to_question(turns) == turns[:3]
+    assert chat.text_of(turns[1]) == "fat", "the notice is not said to the model"
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "question"),
+    [
+        (2, "How?", Question("How?")),
+        ([2, 0], "How &amp; why?\n\nA. Say so.", Question("How & why?\n\nA. Say so.")),
+        (0, "What?\n\nfat\nmucin", Question("What?", ("fat", "mucin"))),
+        (0, "Which?\n\nA. fat\nliver \n", Question("Which?", ("A. fat", "liver"))),
+        (0, "Which?\n\n", Question("Which?")),
+    ],
+)
+def test_an_edited_question_takes_the_place_of_what_came_after_it(place, value, question, on, opened, me):
+    questions = {0: Question("Which?", ("fat", "mucin")), 2: Question("Why?")}
+    turns = [chat.show_question(questions[0]), chat.show_answer("Fat.", "notice"), chat.show_question(questions[2])]
+    change = SimpleNamespace(index=place, value=value)
+    changes = on.on_edit(opened, turns, questions, change, me)
+    place = place if isinstance(place, int) else place[0]
+    assert changes[on.page.chat] == [*turns[:place], chat.show_question(question)]
+    assert changes[on.page.questions] == {**{i: questions[i] for i in questions if i < place}, place: question}
+
+
+@pytest.fixture
+def asked(on, opened, me):
+    """The chat with a question just asked, whose answer comes in many pieces."""
+    changes = on.on_question("Where is it?", "", opened, [], {}, me)
+    assert changes[on.page.question].stop_btn == "Stop"
+    return changes[on.page.chat]
+
+
+def test_one_question_at_a_time(on, opened, asked, me):
+    picks = {"pinned": [], "dropped": []}
+    for handler in (
+        lambda: ask(on, "How?", opened, asked, me),
+        lambda: on.on_retry(opened, asked, me),
+        lambda: on.on_undo(asked, {}, {}, me),
+        lambda: next(on.on_ask_again(opened, asked, {}, {}, 8, "random", picks, me)),
+    ):
+        with pytest.raises(gr.Error, match="still being answered"):
+            handler()
+    *_, last = on.on_asked(opened, asked, {}, {}, me)
+    assert list(last[on.page.answers]) == [1]
+    assert last[on.page.view].props["evidence"]
+    assert last[on.page.question].stop_btn is False
+    late = [*last[on.page.chat][:-1], chat.show_answer("Half", "notice", [WEIGHING])]
+    with pytest.raises(gr.Error, match="still being answered"):  # the page has not been told yet
+        ask(on, "How?", opened, late, me)
+    assert len(ask(on, "How?", opened, last[on.page.chat], me)) == 3
+    assert on.on_answered(me) == gr.skip(), "it comes after the next question"
+
+
+def test_an_answer_that_was_stopped_is_neither_weighed_nor_asked_again(on, opened, asked, me, visitor):
+    steps = on.on_asked(opened, asked, {}, {}, me)
+    assert WEIGHING in str(next(steps)[on.page.chat])
+    on.on_stop(asked, visitor())
+    assert WEIGHING in str(next(steps)[on.page.chat])
+    on.on_stop(asked, me)
+    [last] = steps
+    assert STOPPED in str(last[on.page.chat])
+    assert WEIGHING not in str(last[on.page.chat])
+    assert chat.text_of(last[on.page.chat][-1]) != "(no answer)"
+    assert last[on.page.answers] == {}
+    assert last[on.page.view].props["evidence"] is None
+    assert last[on.page.question].stop_btn is False
+    assert roles(ask(on, "How?", opened, last[on.page.chat], me)) == ["user", "assistant", "user"]
+
+
+def test_stop_before_an_answer_has_its_turn(on, opened, asked, me):
+    stopped = on.on_stop(asked, me)
+    assert STOPPED in str(stopped[on.page.chat])
+    assert chat.text_of(stopped[on.page.chat][-1]) == "(no answer)"
+    assert stopped[on.page.question].stop_btn is False
+    assert only_skips(on.on_asked(opened, asked, {}, {}, me))
+
+
+def test_stop_while_the_evidence_is_weighed(on, opened, asked, me, desk, monkeypatch):
+    passes, weigh = [], desk.model.leave_one_out
+
+    def stop_at_the_first_pass(selection, messages, answer, options, progress):
+        def look(*count):
+            passes.append(on.on_stop(asked, me))
+            progress(*count)
+
+        return weigh(selection, messages, answer, options, look)
+
+    monkeypatch.setattr(desk.model, "leave_one_out", stop_at_the_first_pass)
+    *_, before, last = on.on_asked(opened, asked, {}, {}, me)
+    assert len(passes) == 1
+    assert last[on.page.answers] == {}
+    assert last[on.page.view].props["evidence"] is None
+    assert STOPPED in str(last[on.page.chat])
+    assert chat.text_of(last[on.page.chat][-1]) == chat.text_of(before[on.page.chat][-1])
+
+
+def test_an_answer_to_a_chat_that_was_cleared_does_not_fill_it_again(on, opened, asked, me):
+    steps = on.on_asked(opened, asked, {}, {}, me)
+    next(steps)
+    assert on.on_clear(me)[on.page.answers] == {}
+    [last] = steps
+    assert last == {on.page.chat: [], on.page.answers: {}}
+
+
+def test_an_answer_leaves_the_question_that_was_asked_after_clearing_alone(on, opened, asked, me):
+    steps = on.on_asked(opened, asked, {}, {}, me)
+    next(steps)
+    on.on_clear(me)
+    later = ask(on, "How?", opened, [], me)
+    assert list(steps) == []
+    assert only_skips(on.on_asked(opened, asked, {}, {}, me)), "it waited in the queue when the chat was cleared"
+    *_, last = on.on_asked(opened, later, {}, {}, me)
+    assert chat.text_of(last[on.page.chat][0]) == "How?"
+
+
+def test_an_answer_never_lands_beside_another_slide(on, opened, asked, me, desk, tmp_path):
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "other.png")
+    steps = on.on_asked(opened, asked, {}, {}, me)
+    next(steps)
+    shown = on.on_slide(str(tmp_path / "other.png"), "0.5", me)
+    assert shown[on.page.opened] is None
+    assert shown[on.page.chat] == []
+    [last] = steps
+    assert last == {on.page.chat: [], on.page.answers: {}}
+    assert not desk.slides.holds(opened.token)
+
+
+@pytest.mark.parametrize("error", [ValueError("it is too large."), KeyError("layer")])
+def test_an_answer_whose_evidence_failed_stands_without_it(on, opened, asked, me, desk, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(desk.model, "leave_one_out", fail)
+    steps, last = on.on_asked(opened, asked, {}, {}, me), {}
+    with pytest.raises(gr.Error, match="too large" if isinstance(error, ValueError) else "at fault"):
+        for last in steps:  # noqa: B007
+            pass
+    assert WEIGHING not in str(last[on.page.chat])
+    assert UNWEIGHED in str(last[on.page.chat])
+
+
+def test_an_answer_that_breaks_off_says_so(on, opened, asked, me, desk, monkeypatch):
+    def break_off(*_):
+        yield "There is no"
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(desk, "answer", break_off)
+    steps, last = on.on_asked(opened, asked, {}, {}, me), {}
+    with pytest.raises(gr.Error):
+        for last in steps:  # noqa: B007
+            pass
+    assert BROKEN_OFF in str(last[on.page.chat])
+    assert WEIGHING not in str(last[on.page.chat])
+
+
+def test_a_question_that_failed_goes_with_the_next_one(on, opened, me):
+    messages = ask(on, "How?", opened, [{"role": "user", "content": "Why?"}], me)
+    assert [chat.text_of(message) for message in messages] == ["How?"]
+
+
+def test_an_answer_streams_with_its_notice_and_is_then_weighed(on, opened, me):
+    changes = on.on_question("Which?", "fat\nliver", opened, [], {}, me)
+    *steps, last = on.on_asked(opened, changes[on.page.chat], changes[on.page.questions], {}, me)
+    notice = "Demo model, research use only"
+    assert all(step[on.page.chat][-1]["content"][-1].startswith(notice) for step in steps)
+    answer = last[on.page.answers][1]
+    assert answer.options == ("fat", "liver")
+    assert sum(answer.probs) == pytest.approx(1, abs=1e-5)
+    assert len(answer.effects) == 6
+    blocks = " ".join(last[on.page.chat][-1]["content"])
+    assert all(f"{prob:.0%}" in blocks for prob in answer.probs)
+    cited = re.findall(r"\[#(\d+)\]\(#patch-(\d+)\)", blocks)
+    assert len(cited) == min(3, sum(effect > 0 for effect in answer.effects))
+    assert all(a == b and 1 <= int(a) <= 6 for a, b in cited)
+    assert last[on.page.view].props["evidence"]["indices"] == opened.case.selection.indices.tolist()
+
+
+def test_the_viewer_shows_the_evidence_of_the_last_answer_only(on, opened):
+    effects = tuple(float(i) for i in range(6))
+    question = [{"role": "user", "content": "Which?"}]
+    answered = [*question, {"role": "assistant", "content": "Fat."}]
+    answers = {1: Answer("Which?", "Fat.", effects=effects)}
+
+    def shown(messages: list):
+        return on.on_answer_shown(opened, messages, answers)[on.page.view].props["evidence"]
+
+    assert shown(answered)["effects"] == list(effects)
+    assert [shown(messages) for messages in ([], question, [*answered, *question])] == [None] * 3
+
+
+@pytest.mark.parametrize("multi_turn", [True, False])
+def test_earlier_turns_go_to_the_model_only_if_it_was_trained_on_that(multi_turn, on, opened, me, desk, monkeypatch):
+    monkeypatch.setattr(desk.model, "config", dataclasses.replace(desk.config, multi_turn=multi_turn))
+    why = Question("Why?", ("fat", "mucin"))
+    before = [chat.show_question(why), chat.show_answer("Because.", "notice")]
+    changes = on.on_question("Which?", "fat\nliver", opened, before, {0: why}, me)
+    put, answer = [], desk.answer
+
+    def note_and_answer(case, messages, options):
+        put.append((messages, options))
+        return itertools.islice(answer(case, messages, options), 1)
+
+    monkeypatch.setattr(desk, "answer", note_and_answer)
+    list(on.on_asked(opened, changes[on.page.chat], changes[on.page.questions], {}, me))
+    earlier = [
+        {"role": "user", "content": "Why?\nA. fat\nB. mucin"},
+        {"role": "assistant", "content": "Because."},
+    ]
+    last = {"role": "user", "content": "Which?"}
+    assert put == [([*earlier, last] if multi_turn else [last], ("fat", "liver"))]
+
+
+# ---- a slide
+
+
+def test_the_slide_that_was_asked_for_last_is_opened(on, me, visitor, monkeypatch, tmp_path):
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "quick.png")
+    quick, other, found = str(tmp_path / "quick.png"), visitor(), []
+
+    def take_long(_name: str) -> str:  # meanwhile
+        found.append(on.on_typed_path(quick, me, gr.Progress())[on.page.path])
+        on.on_typed_path(quick, other, gr.Progress())
+        return "phantom.tiff"
+
+    monkeypatch.setattr(handlers, "open_example", take_long)
+    with pytest.raises(gr.Error) as unseen:
+        on.on_phantom(me, gr.Progress())
+    assert not unseen.value.visible
+    assert found == [quick]
+
+    def fail_meanwhile(_name: str) -> str:
+        with pytest.raises(gr.Error, match="no file at the path"):
+            on.on_typed_path(quick + ".svs", me, gr.Progress())
+        return "phantom.tiff"
+
+    monkeypatch.setattr(handlers, "open_example", fail_meanwhile)
+    opened = on.on_phantom(me, gr.Progress())
+    assert opened == {on.page.path: "phantom.tiff"}, "what could not be opened is in nobody's way"
+
+
+def test_a_slide_that_was_replaced_while_it_was_analysed_is_not_shown(on, opened, desk, monkeypatch):
+    monkeypatch.setattr(desk, "analyse", lambda *_given, **_named: opened)
+    assert on.on_slide_shown("a token of before", "a.svs", "", gr.Progress()) == gr.skip()
+
+
+def test_the_features_of_an_example_are_kept_and_nobody_elses(desk, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SPARSEWSI_CACHE", "~/cache")
+    example, theirs = (str(tmp_path / name) for name in ("cache/phantom.tiff", "theirs.tiff"))
+    phantom.write_phantom(example, seed=3, size=1024)
+    shutil.copy(example, theirs)
+    first = desk.analyse("a", example, None).case
+    desk.analyse("b", theirs, None)
+    [kept] = tmp_path.rglob("*.safetensors")
+    assert kept.parent == tmp_path / "cache", "the home folder is written as ~"
+    assert torch.equal(load_bag(kept).features, first.bag.features)
+    assert torch.equal(desk.analyse("c", example, None).case.selection.indices, first.selection.indices)
+
+
+def test_downloads_are_written_when_they_are_asked_for(on, opened, desk, me, tmp_path):
+    path = tmp_path / "Mustermann.png"
+    Image.fromarray(np.full((1120, 1344, 3), 200, np.uint8)).save(path)
+    shown = on.on_slide(str(path), "0.5", me)
+    token = shown[on.page.token]
+    mine = Opened(token, dataclasses.replace(opened.case, path=path, slide_mpp=0.5))
+    on.on_analysed(mine, {1: Answer("Which <b>?", "fat", ("fat", "liver"), (0.5, 0.5))}, me)
+    texts = {name: desk.slides.download(token, name).read_text() for name, _ in file_props()}
+    assert all("Mustermann" not in text for text in texts.values())
+    assert "research use only, not for diagnosis" in texts["report.html"]
+    assert json.loads(texts["log.jsonl"].splitlines()[0])["event"] == "open"
+    on.on_unload(me)
+    assert not list(desk.folder.glob(f"{desk.folder_of(me.session_hash).name}*"))
+    with pytest.raises(KeyError):
+        desk.slides.download(token, "report.html")

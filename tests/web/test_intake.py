@@ -1,0 +1,111 @@
+"""Slides from outside: hostile ones are a sentence, uploads lie where only we can read them."""
+
+import stat
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sparsewsi import phantom
+from sparsewsi.web import intake
+
+
+@pytest.fixture(scope="module")
+def slide_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("slides") / "phantom.tiff"
+    phantom.write_phantom(path, seed=3, size=1024)
+    return path
+
+
+def test_a_good_slide_is_let_in(slide_path):
+    intake.check(slide_path)
+
+
+def test_13_hostile_files_are_a_sentence(tmp_path):
+    import tifffile
+
+    junk, cut, empty = tmp_path / "junk.svs", tmp_path / "cut.tiff", tmp_path / "empty.svs"
+    junk.write_bytes(np.random.default_rng(0).bytes(10_000))
+    tifffile.imwrite(tmp_path / "whole.tiff", np.zeros((2048, 2048, 3), np.uint8), tile=(256, 256))
+    cut.write_bytes((tmp_path / "whole.tiff").read_bytes()[:5_000])
+    empty.touch()
+    for path in (junk, cut, empty, tmp_path / "not there.svs"):
+        with pytest.raises(ValueError, match=r"^[A-Z].*\.$") as caught:
+            intake.check(path)
+        assert str(tmp_path) not in str(caught.value)
+
+
+def test_13_a_slide_that_would_take_too_much_is_given_up(slide_path, monkeypatch):
+    monkeypatch.setattr(intake, "PATIENCE", 0.01)
+    with pytest.raises(ValueError, match="given up"):
+        intake.check(slide_path)
+
+
+def archive(path: Path, entries: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, data in entries.items():
+            file.writestr(name, data)
+    return path
+
+
+@pytest.mark.parametrize("name", ["../evil.svs", "/etc/evil", "a/../../evil", "C:/evil", "..\\evil"])
+def test_13_an_archive_that_leads_out_is_not_unpacked(name, tmp_path):
+    packed_file = archive(tmp_path / "a.zip", {"good.dcm": b"x", name: b"x"})
+    with pytest.raises(ValueError, match="leads out"):
+        intake.unpack(packed_file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_13_a_small_file_of_very_many_px_is_given_up_before_it_is_decoded(tmp_path):
+    from benchmarks.hostile import tiff_bomb
+
+    tiff_bomb(tmp_path / "bomb.tiff")
+    assert (tmp_path / "bomb.tiff").stat().st_size < 100_000
+    with pytest.raises(ValueError, match="20,000 x 20,000 px on its smallest level are no scan"):
+        intake.check(tmp_path / "bomb.tiff")
+
+
+def test_13_archives_with_links_bombs_or_damage_are_not_unpacked(tmp_path):
+    link = zipfile.ZipInfo("link")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "link.zip", "w") as file:
+        file.writestr(link, "/etc/passwd")
+    archive(tmp_path / "bomb.zip", {"zeros.dcm": bytes(200 << 20)})
+    (tmp_path / "bad.zip").write_bytes(b"PK\x03\x04" + bytes(100))
+    for name, words in (("link", "leads out"), ("bomb", "far more"), ("bad", "damaged")):
+        with pytest.raises(ValueError, match=words):
+            intake.unpack(tmp_path / f"{name}.zip", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_slide_comes_in_as_an_archive(tmp_path):
+    dicom = archive(tmp_path / "dicom.zip", {"case/1.dcm": b"a", "case/2.dcm": b"b"})
+    assert intake.unpack(dicom, tmp_path / "one").name == "case"
+    mirax = archive(tmp_path / "mirax.zip", {"s.mrxs": b"a", "s/Slidedat.ini": b"b"})
+    assert intake.unpack(mirax, tmp_path / "two").name == "s.mrxs"
+
+
+# ---- uploads
+
+
+def test_an_upload_moves_to_a_folder_of_its_session_that_only_we_can_read(tmp_path, desk):
+    source = tmp_path / "Mustermann_1950.svs"
+    sessions = ("../../escape", "abc", None)
+    for session in sessions:
+        source.write_bytes(b"slide")
+        kept = intake.keep_upload(source, desk.folder_of(session))
+        assert not source.exists()
+        assert kept.name == "slide.svs"
+        assert kept.parent.parent == desk.folder
+        assert stat.S_IMODE(kept.parent.stat().st_mode) == 0o700
+    desk.forget("abc")
+    assert not desk.folder_of("abc").exists()
+    assert desk.folder_of("../../escape").exists()
+
+
+def test_a_second_upload_replaces_the_first(tmp_path):
+    for name in ("one.svs", "two.tiff"):
+        (tmp_path / name).write_bytes(b"slide")
+        kept = intake.keep_upload(tmp_path / name, tmp_path / "same")
+    assert [path.name for path in kept.parent.iterdir()] == ["slide.tiff"]

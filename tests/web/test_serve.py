@@ -1,0 +1,68 @@
+"""How the app is served: to this machine only, with no record; where state and flags live."""
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from sparsewsi.web.desk import Desk
+from sparsewsi.web.page import build_page
+from sparsewsi.web.serve import launch_settings, read_flags
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.skipif(find_spec("mcp") is not None, reason="what MCP needs is installed")
+def test_tools_that_cannot_be_served_are_not_left_out_silently() -> None:
+    done = subprocess.run([sys.executable, "app.py", "--mcp"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "--mcp needs the packages of an extra of Gradio: pip install 'gradio[mcp]'."
+
+
+def test_it_is_served_to_this_machine_and_keeps_no_record(desk):
+    settings = launch_settings(desk, "127.0.0.1")
+    wanted = {
+        "server_name": "127.0.0.1",
+        "share": False,
+        "ssr_mode": False,
+        "run_history": False,
+        "enable_monitoring": False,
+        "allowed_paths": [],
+        "max_file_size": "8gb",
+    }
+    assert {key: settings[key] for key in wanted} == wanted
+    assert all(font not in str(settings["theme"].font) for font in ("Google", "http"))
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_path_can_be_opened_only_where_that_is_allowed(allowed, tiny_model, tmp_path):
+    demo = build_page(Desk(str(tiny_model), tmp_path, allow_paths=allowed))
+    assert ("on_typed_path" in [getattr(fn.fn, "__name__", "") for fn in demo.fns.values()]) == allowed
+    assert not demo.analytics_enabled
+    public = {str(fn.api_name) for fn in demo.fns.values() if fn.fn is not None and fn.api_visibility != "private"}
+    assert public == {"analyze", "ask", "evidence"}
+
+
+def test_two_desks_share_nothing(tiny_model, tmp_path):
+    one, other = (Desk(str(tiny_model), tmp_path / name) for name in ("one", "other"))
+    token = one.slides.add(tmp_path / "slide.svs", "session")
+    one.turns.begin("session", "question")
+    assert not other.slides.holds(token)
+    assert not other.turns.busy("session")
+    assert one.folder_of("session") != other.folder_of("session")
+
+
+def test_login_is_asked_for_where_names_are_given(desk):
+    assert launch_settings(desk, "127.0.0.1")["auth"] is None
+    assert launch_settings(desk, "127.0.0.1", None, "a:b:c,d:e")["auth"] == [("a", "b:c"), ("d", "e")]
+
+
+def test_a_flag_goes_before_the_environment(monkeypatch):
+    for name, value in (("MODEL", "owner/model"), ("LOG", "log.jsonl"), ("AUTH", "a:b")):
+        monkeypatch.setenv(f"SPARSEWSI_{name}", value)
+    flags = read_flags([], on_space=False)
+    assert (flags.model, flags.log, flags.auth, flags.host) == ("owner/model", Path("log.jsonl"), "a:b", "127.0.0.1")
+    flags = read_flags(["--model", "mine", "--log", "mine.jsonl"], on_space=True)
+    assert (flags.model, flags.log, flags.host) == ("mine", Path("mine.jsonl"), "0.0.0.0")
