@@ -30,11 +30,6 @@ ENTRANCES = ("sparsewsi", "sparsewsi.__main__", "app")  # public names and comma
 STORIES = {"recipe": "data eval", "data": "recipe", "eval": "recipe data", "studies": "recipe data eval"}  # of train/
 
 
-def moving(reason: str) -> pytest.MarkDecorator:
-    """A rule that is not true yet; the mark goes when it is, for then the test fails."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 # ---- reading the imports
 
 
