@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from sparsewsi.model.config import SparseWSIConfig
 
 # What stage 1 decides, and stage 2 takes over.
-OF_THE_MODEL = ("llm", "dim", "slide_encoder", "scorer_attention", "position", "max_position", "num_tokens")
+OF_THE_MODEL = ("llm", "dim", "slide_encoder", "scorer_attention", "scorer_relative", "diversity")
+OF_THE_MODEL += ("position", "max_position", "num_tokens")
 # What may change when a run goes on: how fast it learns, how long it lasts, how many processes share a step's bags, and
 # what decides no result.
 MAY_CHANGE = (
@@ -15,7 +16,7 @@ MAY_CHANGE = (
 )
 _AT_LEAST_ONE = ("steps", "accumulation", "questions_per_bag", "dim", "num_tokens", "lora_rank", "patches")
 _AT_LEAST_ONE += ("patches_hard", "checkpoint_every")
-_SHARES = ("other_tissue", "warmup", "dense", "anneal", "k_start", "curriculum", "hard")
+_SHARES = ("other_tissue", "real_slides", "open_world", "warmup", "dense", "anneal", "k_start", "curriculum", "hard")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class TrainConfig:
     stage: int = 1  # 1: captions, LLM frozen; 2: questions, slide encoder frozen, LoRA on the LLM
     out: str = "runs/stage1"
     banks: list[str] = field(default_factory=list)  # feature banks (python -m train.data.mosaic bank)
+    slides: str = ""  # feature bank of real slides with published facts (python -m train.data.real bank)
     data: list[str] = field(default_factory=list)  # or files of questions about slides (train/data/questions.py)
     features: str = ""  # with data: folder of the slides' feature files
     init: str = ""  # stage 2: a stage-1 checkpoint folder or its model folder
@@ -33,11 +35,15 @@ class TrainConfig:
     accumulation: int = 8  # bags a step
     questions_per_bag: int = 4
     other_tissue: float = 0.0  # banks: share of the mosaics with tissue that is neither background nor asked about
+    real_slides: float = 0.0  # slides: share of the bags that are real slides
+    open_world: float = 0.0  # banks: share of the labelled mosaics that end with any tissue as background; from 0 on
     seed: int = 0
     # model
     dim: int = 512
     slide_encoder: str = "pointwise"
     scorer_attention: str = "local"
+    scorer_relative: bool = False
+    diversity: float = 0.0  # of the model's selection, which hard steps show the LLM
     position: str = "scaled"  # the paper's original positions wherever they fit
     max_position: int | None = None
     num_tokens: int = 32
@@ -66,6 +72,7 @@ class TrainConfig:
     curriculum: float = 0.0  # share of the steps over which bags grow from patches_start to patches, geometrically
     # ours too: before stage 1, teach slide encoder and projector the LLM's own words for the tissues (train/align.py)
     align: int = 0  # steps
+    keep_aligned: float = 0.0  # weight of the same loss in every step of the stage
     # ours too: the last steps show the LLM what inference will, the hard top-K without gate and denoiser
     hard: float = 0.0  # share of the steps
     patches_hard: int = 1024  # patches a bag in these steps
@@ -134,17 +141,22 @@ def stage2() -> TrainConfig:
 def demo_stage1() -> TrainConfig:
     """Our stage 1 of the embedded default: words of the tissues without the LLM, then through it on tiny bags."""
     return TrainConfig(
-        stage=1, out="runs/demo1", steps=40, accumulation=32, questions_per_bag=1, dim=256, lr=1e-3, lr_encoder=2e-4,
-        warmup=0.1, align=200, dense=1.0, patches_start=1, patches=8, curriculum=1.0, position="compact",
+        stage=1, out="runs/demo1", steps=30, accumulation=32, questions_per_bag=1, dim=256, lr=1e-3, lr_encoder=1e-4,
+        warmup=0.1, align=150, keep_aligned=0.3, dense=1.0, patches_start=1, patches=8, curriculum=1.0,
+        position="compact", scorer_relative=True, diversity=1.0,
     )  # fmt: skip
 
 
 def demo_stage2() -> TrainConfig:
-    """Our stage 2 of the embedded default: dense, then K from 3/4 N to 32 together with tau 1 -> 0.05, then hard."""
+    """Our stage 2 of the embedded default: dense, then K from 3/4 N to 32 together with tau 1 -> 0.05, then hard.
+
+    Two bags in five are real slides, and of the mosaics of real tiles ever more have any tissue as background.
+    """
     return TrainConfig(
-        stage=2, out="runs/demo2", init="runs/demo1/checkpoints/last", steps=400, accumulation=12, questions_per_bag=3,
-        dim=256, lr=1e-3, lr_lora=1e-3, lora_rank=16, lora_alpha=32, dense=0.3, anneal=0.45, hard=0.25, tau_start=1.0,
-        tau_end=0.05, k_start=0.75, patches_start=12, patches=192, curriculum=0.75, checkpoint_every=10,
+        stage=2, out="runs/demo2", init="runs/demo1/checkpoints/last", steps=280, accumulation=12, questions_per_bag=3,
+        dim=256, lr=1e-3, lr_lora=1e-3, lora_rank=16, lora_alpha=32, dense=0.25, anneal=0.35, hard=0.4, tau_start=1.0,
+        tau_end=0.05, k_start=0.75, patches_start=12, patches=80, patches_hard=384, curriculum=0.6, real_slides=0.4,
+        open_world=0.5, keep_aligned=0.3, checkpoint_every=20,
     )  # fmt: skip
 
 

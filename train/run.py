@@ -20,7 +20,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -37,12 +37,14 @@ from sparsewsi.files import append_line, write_json
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.llm import default_device
 from sparsewsi.model.sparse_wsi import SparseWSI
-from train.align import align
+from train.align import Alignment, align
 from train.checkpoint import latest, load_state, save_state
 from train.config import MAY_CHANGE, RECIPES, TrainConfig
 from train.data.bank import Bank, load_bank
 from train.data.example import Example
+from train.data.open_world import Mixture, OpenWorld, absent_slides
 from train.data.questions import open_training_set
+from train.data.real import SlideStream, load_slides
 from train.data.slides import SlideVQADataset
 from train.data.stream import MosaicStream
 from train.flags import run_command
@@ -63,7 +65,7 @@ from train.stage import (
 )
 
 
-def open_data(config: TrainConfig) -> tuple[MosaicStream | SlideVQADataset, tuple[Bank, ...], int, str]:
+def open_data(config: TrainConfig) -> tuple[MosaicStream | Mixture | SlideVQADataset, tuple[Bank, ...], int, str]:
     """What to train on, the banks if it comes from these, feature dim and encoder."""
     banks = tuple(load_bank(Path(path), "train") for path in config.banks)
     if bool(banks) == bool(config.data):
@@ -80,9 +82,30 @@ def open_data(config: TrainConfig) -> tuple[MosaicStream | SlideVQADataset, tupl
             found = ", ".join(f"{name} ({dim})" for name, dim in sorted(kinds))
             raise ValueError(f"the banks hold features of different encoders: {found}. Pass banks of one.")
         stream = MosaicStream(banks, config.seed, config.stage, config.questions_per_bag, config.other_tissue)
+        if config.slides or config.open_world:
+            stream = mix(config, stream, banks)
         return stream, banks, banks[0].features.shape[1], banks[0].encoder
     stream = open_training_set(config.data, config.features, config.seed, config.questions_per_bag)
     return stream, (), stream.feature_dim, stream.encoder
+
+
+def mix(config: TrainConfig, closed: MosaicStream, banks: Sequence[Bank]) -> Mixture:
+    """The stream with mosaics of an open world and real slides, as the settings say."""
+    real, without = None, None
+    if config.slides:
+        bank, slides = load_slides(Path(config.slides), "train")
+        if (bank.encoder, bank.features.shape[1]) != (banks[0].encoder, banks[0].features.shape[1]):
+            raise ValueError(
+                f"{config.slides} holds features of {bank.encoder}, the banks those of {banks[0].encoder}."
+            )
+        slides = tuple(slide for slide in slides if any(slide.facts.values()))
+        real = SlideStream(bank, slides, config.seed, config.questions_per_bag)
+        clean = [slide.slide for slide in slides if slide.facts["carcinoma"] == slide.facts["malignant"] == "No"]
+        without = absent_slides(bank, clean)
+    labelled = [bank for bank in banks if bank.origin == "real"]
+    opened = OpenWorld(labelled[0], without, config.seed, config.questions_per_bag) if labelled else None
+    total = config.steps * config.accumulation * world_size()
+    return Mixture(closed, opened, real, total, config.open_world, config.real_slides)
 
 
 def complete_settings(config: TrainConfig, feature_dim: int, encoder: str) -> TrainConfig:
@@ -102,7 +125,9 @@ def complete_settings(config: TrainConfig, feature_dim: int, encoder: str) -> Tr
                 f"takes those of {model.encoder} ({model.feature_dim}). Train stage 1 on the same features."
             )
         config = config.with_model(model)
-    config = replace(config, contents=digest_of(*map(Path, config.banks + config.data)))
+    config = replace(
+        config, contents=digest_of(*map(Path, [*config.banks, *config.data, *filter(None, [config.slides])]))
+    )
     check_settings(Path(config.out) / "train_config.json", asdict(config), MAY_CHANGE, may_be_new=True)
     return config
 
@@ -151,6 +176,7 @@ def prepare(
     feature_dim: int,
     encoder: str,
     sparselearn_class: type[SparseLearn] = SparseLearn,
+    real: SlideStream | None = None,
 ) -> tuple[StageModule, torch.optim.Optimizer, int]:
     """Modules and optimizer as they are at the start of a run or after its last checkpoint; and the steps done."""
     checkpoint = latest(Path(config.out))
@@ -161,10 +187,12 @@ def prepare(
         model = SparseWSI.from_pretrained(checkpoint / "model", llm=(model.llm, model.tokenizer))  # type: ignore[arg-type]
         freeze(model, config)
     if config.align and not checkpoint:
-        align(model, banks, config.align, config.seed)
+        align(model, banks, config.align, config.seed, real=real)
     if config.fsdp:
         shard(model.llm, default_device())
     stage = StageModule(model, sparselearn).train()
+    if config.keep_aligned:
+        stage.alignment = Alignment(model, banks, real)
     for part in (model.slide_encoder, model.scorer, model.projector, sparselearn):
         part.to(model.device)
     share_weights(stage)
@@ -184,7 +212,9 @@ def train(config: TrainConfig, sparselearn_class: type[SparseLearn] = SparseLear
         raise ValueError("--trackio needs trackio. pip install trackio, or leave it out: metrics.jsonl holds the same.")
     stream, banks, feature_dim, encoder = open_data(config)
     config = complete_settings(config, feature_dim, encoder)
-    stage, optimizer, done = prepare(config, banks, feature_dim, encoder, sparselearn_class)
+    stage, optimizer, done = prepare(
+        config, banks, feature_dim, encoder, sparselearn_class, getattr(stream, "real", None)
+    )
     if done >= config.steps and rank() == 0:
         print(f"Nothing is left to train: {out} has its {done} steps. Choose another --out to train anew.")
 

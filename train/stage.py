@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.llm import default_device, default_dtype, load_llm
-from sparsewsi.model.selector import hard_topk
+from sparsewsi.model.selector import hard_topk, mmr
 from sparsewsi.model.sparse_wsi import SparseWSI
+from train.align import Alignment
 from train.checkpoint import load_state
 from train.config import TrainConfig
 from train.data.example import Example
@@ -34,6 +36,7 @@ class StageModule(nn.Module):
     def __init__(self, model: SparseWSI, sparselearn: SparseLearn):
         super().__init__()
         self.model, self.sparselearn = model, sparselearn
+        self.alignment: Alignment | None = None  # what every step is to keep of the alignment
 
     def forward(
         self,
@@ -82,6 +85,8 @@ def build(
             dim=config.dim,
             slide_encoder=config.slide_encoder,
             scorer_attention=config.scorer_attention,
+            scorer_relative=config.scorer_relative,
+            diversity=config.diversity,
             position=config.position,
             max_position=config.max_position,
             num_tokens=config.num_tokens,
@@ -166,12 +171,12 @@ def train_step(
 ) -> dict[str, float]:
     """Accumulate the gradient of one step; the loss is normalised over all answer tokens of all processes.
 
-    examples: this process's bags. keep: what a hard step keeps of them, keep_hard_topk unless given. The noise of a bag
+    examples: this process's bags. keep: what a hard step keeps of them, keep_selected unless given. The noise of a bag
     is seeded by its number among all bags of the step.
     """
     model = stage.model
     if config.is_hard(step):
-        examples = [(keep or keep_hard_topk)(model, example) for example in examples]
+        examples = [(keep or keep_selected)(model, example) for example in examples]
     packed = [pack(model.tokenizer, example, model.config.position, model.max_position) for example in examples]
     total, tokens = sum_over_processes(
         sum(len(part.targets) for part in packed), sum(len(part.order) for part in packed)
@@ -189,6 +194,9 @@ def train_step(
         part = stage(bags, join([packed[number] for number in group]), tau, ks, generators) / total
         part.backward()
         loss += part.detach()
+    if stage.alignment is not None:
+        extra = config.keep_aligned * stage.alignment.loss(np.random.default_rng((config.seed, 17, step, rank())))
+        (extra / world_size()).backward()
     sum_gradients(stage)
     return {
         "loss": sum_over_processes(float(loss))[0],
@@ -201,10 +209,11 @@ def train_step(
 
 
 @torch.no_grad()
-def keep_hard_topk(model: SparseWSI, example: Example) -> Example:
+def keep_selected(model: SparseWSI, example: Example) -> Example:
     """The example with the patches that inference would keep."""
     x = model.encode(example.features)
-    return example.keep(hard_topk(model.score(x), model.config.num_tokens).cpu())  # where features and indices are
+    scores = model.score(x).cpu()  # where features and indices are
+    return example.keep(mmr(scores, example.features, model.config.num_tokens, model.config.diversity))
 
 
 @torch.no_grad()

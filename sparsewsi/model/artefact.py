@@ -1,6 +1,6 @@
 """The files of a model: what save_pretrained writes, from_pretrained reads and push_to_hub uploads.
 
-my-model/config.json  model.safetensors  adapter/  novelty.safetensors  README.md
+my-model/config.json  model.safetensors  adapter/  novelty.safetensors  limits.json  README.md
 """
 
 import dataclasses
@@ -20,8 +20,17 @@ from transformers import PreTrainedModel
 from sparsewsi.files import replacing, replacing_folder
 from sparsewsi.model import novelty
 from sparsewsi.model.config import SparseWSIConfig, Unavailable
+from sparsewsi.model.limits import Limits
 
-FILES = ("config.json", "model.safetensors", "adapter", "novelty.safetensors", "README.md", ".gitattributes")
+FILES = (
+    "config.json",
+    "model.safetensors",
+    "adapter",
+    "novelty.safetensors",
+    "limits.json",
+    "README.md",
+    ".gitattributes",
+)
 
 
 def save(
@@ -30,6 +39,7 @@ def save(
     state: Mapping[str, Tensor],
     llm: PreTrainedModel | PeftModel,
     trained_on: novelty.Summary | None,
+    limits: Limits,
     dtype: torch.dtype,
     card: str | None,
 ) -> None:
@@ -43,6 +53,8 @@ def save(
         _save_tensors(state, new / "model.safetensors", dtype)
         if trained_on is not None:
             novelty.save(trained_on, new)
+        if limits != Limits():
+            limits.save(new)
         if isinstance(llm, PeftModel):
             _save_adapter(llm, new / "adapter", config.llm, dtype)
         for name in ("README.md", ".gitattributes"):
@@ -65,7 +77,7 @@ def find(folder_or_repo: str | Path, revision: str | None) -> Path:
         raise ValueError(f"the model folder {name} does not exist. Pass a folder or a hub id (owner/name).")
     from huggingface_hub import snapshot_download
 
-    patterns = ["config.json", "model.safetensors", "adapter/*", "novelty.safetensors", "README.md"]
+    patterns = ["config.json", "model.safetensors", "adapter/*", "novelty.safetensors", "limits.json", "README.md"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:

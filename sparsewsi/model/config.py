@@ -45,6 +45,8 @@ class SparseWSIConfig:
     scorer_layers: int = 2
     scorer_dim: int | None = None  # None: min(dim, 512)
     scorer_attention: str = "local"
+    scorer_relative: bool = False  # ours: the scorer also sees each token against its slide's mean and spread
+    diversity: float = 0.0  # ours: weight of likeness in maximal marginal relevance; 0: the paper's hard top-K
     heads: int = 8
     position: str = "scaled"  # "scaled" differs from the paper's "original" only where the ids would pass max_position
     max_position: int | None = None  # budget for all position ids; None: the LLM's max_position_embeddings
@@ -64,13 +66,15 @@ class SparseWSIConfig:
         for name in ("llm", "encoder", "note"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a text, got {getattr(self, name)!r}.")
-        for name in ("multi_turn", "demo"):
+        for name in ("multi_turn", "demo", "scorer_relative"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}.")
         if not _is_whole(self.slide_encoder_layers) or self.slide_encoder_layers < 0:
             raise ValueError(f"slide_encoder_layers must be 0 or more, got {self.slide_encoder_layers!r}.")
         if not isinstance(self.mpp, int | float) or not 0 < self.mpp < float("inf"):
             raise ValueError(f"mpp must be a positive number of um/px, got {self.mpp!r}.")
+        if not isinstance(self.diversity, int | float) or not 0 <= self.diversity < float("inf"):
+            raise ValueError(f"diversity must be a number of at least 0, got {self.diversity!r}.")
         if self.scorer_attention == "global" and self.scorer_width % self.heads:
             raise ValueError(f"the scorer's width {self.scorer_width} must be a multiple of heads, got {self.heads}.")
         if self.slide_encoder == "longnet" and self.dim % self.heads:

@@ -5,13 +5,15 @@ Shapes: ... any leading axes, N patches, D width of a token, K kept.
 
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROWS = 8192  # patches handled at once where a whole slide in float32 would be too much
+SPREAD = 0.1  # of tokens of unit variance, below which a slide's spread counts as this
+DIVERSITY = 1.0  # weight of likeness where a model states none
 WINDOW = 1024  # patches among which redundancy looks for likes: neighbours in raster order, later in what is left
 
 
@@ -58,24 +60,52 @@ class Scorer(nn.Module):
 
     hidden: width inside, default min(dim, 512), with a linear layer in front where it differs from dim.
     attention: "local", each patch alone (the paper's localized scorer), or "global".
+    relative: beside each token its distance from the slide's mean token in standard deviations of the slide (ours), so
+              that what is unusual for a slide can be told whatever its stain.
     """
 
-    def __init__(self, dim: int, layers: int = 2, hidden: int | None = None, heads: int = 8, attention: str = "local"):
+    def __init__(
+        self,
+        dim: int,
+        layers: int = 2,
+        hidden: int | None = None,
+        heads: int = 8,
+        attention: str = "local",
+        relative: bool = False,
+    ):
         super().__init__()
         hidden = hidden or min(dim, 512)
         if attention not in ("local", "global"):
             raise ValueError(f"attention is {attention!r}; choose local or global.")
         if attention == "global" and hidden % heads:
             raise ValueError(f"the width must be a multiple of heads, got width {hidden} and {heads} heads.")
-        self.attention = attention
-        self.inlet = nn.Identity() if hidden == dim else nn.Linear(dim, hidden)
+        self.attention, self.relative = attention, relative
+        width = 2 * dim if relative else dim
+        self.inlet = nn.Identity() if hidden == width else nn.Linear(width, hidden)
         self.blocks = nn.Sequential(*(Block(hidden, heads, attention) for _ in range(layers)))
         self.norm = nn.LayerNorm(hidden)
         self.head = nn.Linear(hidden, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, slide: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """slide: mean and spread (..., 1, D) of all tokens of the slide where x holds only some, see describe_slide."""
         with torch.autocast(x.device.type, enabled=False):  # bf16 scores swap one of 32 patches at N = 100,000
-            return self.head(self.norm(self.blocks(self.inlet(x.float())))).squeeze(-1)
+            x = x.float()
+            if self.relative:
+                mean, spread = slide or describe_slide([x])
+                x = torch.cat([x, (x - mean) / spread], dim=-1)
+            return self.head(self.norm(self.blocks(self.inlet(x)))).squeeze(-1)
+
+
+def describe_slide(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and spread, (..., 1, D) float32, of a slide's tokens given in parts (..., n, D)."""
+    n, total, squares = 0, torch.zeros(()), torch.zeros(())
+    for part in parts:
+        n += part.shape[-2]
+        total = total.to(part.device) + part.double().sum(-2, keepdim=True)
+        squares = squares.to(part.device) + part.double().square().sum(-2, keepdim=True)
+    mean = total / max(1, n)
+    variance = (squares / max(1, n) - mean.square()).clamp(min=0)
+    return mean.float(), (variance + SPREAD**2).sqrt().float()
 
 
 def hard_topk(scores: Tensor, k: int) -> Tensor:
@@ -91,6 +121,30 @@ def hard_topk(scores: Tensor, k: int) -> Tensor:
         raise ValueError(f"{int(torch.isnan(scores).sum())} of {len(scores)} scores are NaN. Check the features.")
     # torch.topk promises nothing about ties; a stable sort does.
     return scores.sort(descending=True, stable=True).indices[:k].sort().values
+
+
+def mmr(scores: Tensor, features: Tensor, k: int, weight: float) -> Tensor:
+    """k patches by maximal marginal relevance: high scores, but no two alike (ours; the paper keeps the top K).
+
+    One after another: the patch with the highest z-scored score less `weight` times its largest cosine to what is kept
+    (Carbonell and Goldstein, SIGIR 1998), of features (N, D) less their mean over the slide. weight 0 is hard_topk.
+    Cost O(N K D). Returns (min(k, N),) ascending; ties go to the lower index.
+    """
+    if weight == 0 or k >= len(scores):
+        return hard_topk(scores, k)
+    hard_topk(scores, k)  # for its errors
+    z = (scores.double() - scores.double().mean()) / scores.double().std().clamp(min=1e-9)
+    mean = sum(part.double().sum(0) for part in features.split(ROWS)) / len(features)
+    closest = torch.full_like(z, -1.0)  # largest cosine to a kept patch
+    kept: list[int] = []
+    for _ in range(k):
+        value = z - weight * closest
+        value[kept] = -torch.inf
+        kept.append(int((value == value.max()).nonzero()[0]))  # of equal ones the first, which argmax does not promise
+        centre = F.normalize(features[kept[-1]].float() - mean.float(), dim=0)
+        cosine = [F.normalize(part.float() - mean.float(), dim=1) @ centre for part in features.split(ROWS)]
+        closest = torch.maximum(closest, torch.cat(cosine).double())
+    return torch.tensor(kept).sort().values
 
 
 def random(features: Tensor, coords: Tensor, k: int, seed: int = 0) -> Tensor:
@@ -207,6 +261,7 @@ def _likest(window: Tensor) -> tuple[Tensor, Tensor]:
     return found.values, found.indices
 
 
+LEARNED = ("learned", "topk", "mmr")  # selectors that take the model's scores, see SparseWSI.select
 # name -> f(features (N, D) or tokens, coords (N, 2), k, seed) -> (min(k, N),) ascending indices
 SELECTORS: dict[str, Callable[[Tensor, Tensor, int, int], Tensor]] = {
     "random": random,
@@ -219,6 +274,15 @@ SELECTORS: dict[str, Callable[[Tensor, Tensor, int, int], Tensor]] = {
 
 
 def check_selector(name: str) -> None:
-    """Raise ValueError unless the name is "learned" or a key of SELECTORS."""
-    if name != "learned" and name not in SELECTORS:
-        raise ValueError(f"the selector is {name!r}; choose one of learned, {', '.join(SELECTORS)}.")
+    """Raise ValueError unless the name is one of LEARNED or a key of SELECTORS."""
+    if name not in LEARNED and name not in SELECTORS:
+        raise ValueError(f"the selector is {name!r}; choose one of {', '.join((*LEARNED, *SELECTORS))}.")
+
+
+def select_learned(name: str, scores: Tensor, features: Tensor, k: int, diversity: float) -> Tensor:
+    """The k patches that one of LEARNED keeps, given the model's scores (N,) and its diversity (see SparseWSIConfig).
+
+    "learned": the model's own way; "topk": the highest scores, as the paper has it; "mmr": high ones, no two alike.
+    """
+    weights = {"learned": diversity, "topk": 0.0, "mmr": diversity or DIVERSITY}
+    return mmr(scores, features, k, weights[name])

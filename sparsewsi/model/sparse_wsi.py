@@ -24,14 +24,16 @@ from transformers import (
 )
 
 from sparsewsi.bags.bag import Bag, check_bag
-from sparsewsi.model import artefact, evidence, novelty
+from sparsewsi.model import artefact, evidence, limits, novelty
 from sparsewsi.model.config import SparseWSIConfig, name_model
 from sparsewsi.model.evidence import Evidence
+from sparsewsi.model.limits import Limits
 from sparsewsi.model.llm import load_llm
 from sparsewsi.model.prompt import Prompt, build_prompt, end_of_turn, text_ids, visual_positions
 from sparsewsi.model.selection import Selection
-from sparsewsi.model.selector import ROWS, SELECTORS, Scorer, check_selector, hard_topk
+from sparsewsi.model.selector import LEARNED, ROWS, SELECTORS, Scorer, check_selector, describe_slide, select_learned
 from sparsewsi.model.slide_encoder import SlideEncoder
+from sparsewsi.model.words import Words, find_nearest, place_words
 
 PARTS = ("slide_encoder", "scorer", "projector")  # what model.safetensors holds
 MAX_NEW_TOKENS = 128
@@ -41,6 +43,7 @@ class SparseWSI(nn.Module):
     """Slide encoder, scorer and projector (float32) in front of a causal LLM (in its own dtype)."""
 
     llm: PreTrainedModel | PeftModel
+    limits: Limits = Limits()  # what it was validated on
     trained_on: novelty.Summary | None = None  # what its training features looked like, if the artefact says so
     name: str = "unsaved model"  # what people are told: the last part of its folder's path, or its repository
     weights_sha256: str | None = None  # of the files it was loaded from, see artefact.weights_digest
@@ -53,7 +56,14 @@ class SparseWSI(nn.Module):
         self.slide_encoder = SlideEncoder(
             config.feature_dim, config.dim, config.slide_encoder_layers, config.slide_encoder, config.heads
         )
-        self.scorer = Scorer(config.dim, config.scorer_layers, config.scorer_dim, config.heads, config.scorer_attention)
+        self.scorer = Scorer(
+            config.dim,
+            config.scorer_layers,
+            config.scorer_dim,
+            config.heads,
+            config.scorer_attention,
+            config.scorer_relative,
+        )
         self.projector = nn.Sequential(
             nn.Linear(config.dim, width), nn.GELU(), nn.Linear(width, width), nn.LayerNorm(width)
         )
@@ -79,15 +89,18 @@ class SparseWSI(nn.Module):
         return torch.cat([self.slide_encoder(part.to(self.device, torch.float32)) for part in parts])
 
     def score(self, x: Tensor) -> Tensor:
-        """(N, D_v) -> (N,) float32; in parts where no patch sees another."""
+        """(N, D_v) of a whole slide -> (N,) float32; in parts where no patch sees another."""
         parts = x.split(ROWS) if self.scorer.attention == "local" and len(x) else (x,)
-        return torch.cat([self.scorer(part) for part in parts])
+        slide = describe_slide(parts) if self.scorer.relative else None
+        return torch.cat([self.scorer(part, slide) for part in parts])
 
     @torch.no_grad()
     def select(self, bag: Bag, k: int | None = None, selector: str = "learned", seed: int = 0) -> Selection:
-        """The k patches (default: config.num_tokens) that the learned scorer, or another selector, keeps.
+        """The k patches (default: config.num_tokens) that the model's own selection, or another one, keeps.
 
-        selector: "learned" or a key of SELECTORS; the seed matters to those that draw.
+        selector: "learned" the model's own: the highest scores or, if it has a diversity, "mmr"; "topk" the highest
+        scores (the paper's); "mmr" high scores but no two alike; or a key of SELECTORS, where the seed matters to those
+        that draw.
         Raises ValueError for a bag without patches, of another encoder or dimension, and for an unknown selector.
         """
         check_bag(bag, self.config.encoder, self.config.feature_dim)
@@ -100,12 +113,14 @@ class SparseWSI(nn.Module):
             raise ValueError(f"k must be at least 1, got {k}.")
         x = None
         if self.slide_encoder.pointwise and self.scorer.attention == "local":  # memory must not grow with N
-            scores = torch.cat([self.score(self.encode(part)).cpu() for part in bag.features.split(ROWS)])
+            parts = bag.features.split(ROWS)
+            slide = describe_slide(map(self.encode, parts)) if self.scorer.relative else None
+            scores = torch.cat([self.scorer(self.encode(part), slide).cpu() for part in parts])
         else:
             x = self.encode(bag.features)
             scores = self.score(x).cpu()
-        if selector == "learned":
-            indices = hard_topk(scores, k)
+        if selector in LEARNED:
+            indices = select_learned(selector, scores, bag.features, k, self.config.diversity)
         else:
             indices = SELECTORS[selector](bag.features, bag.coords, k, seed)
         tokens = self.encode(bag.features[indices]) if x is None else x[indices.to(x.device)]
@@ -126,6 +141,31 @@ class SparseWSI(nn.Module):
         if self.slide_encoder.pointwise:
             return self.encode(bag.features[indices]).cpu()
         return self.encode(bag.features).cpu()[indices]
+
+    @torch.no_grad()
+    def words(self, bag: Bag) -> Words:
+        """The nearest word of each of all N patches, of limits.vocabulary; costs no pass of the LLM (ours).
+
+        Raises ValueError for a model without a vocabulary and for a bag of another encoder or dimension.
+        """
+        check_bag(bag, self.config.encoder, self.config.feature_dim)
+        if not self.limits.vocabulary:
+            raise ValueError(f"{self.name} has no words for patches: its limits.json names no vocabulary.")
+        if not self.slide_encoder.pointwise:
+            raise ValueError(f"{self.name} encodes no patch alone, so that none has a word of its own.")
+        table = self.place_words(self.limits.vocabulary)
+        found = [
+            find_nearest(self.projector(self.encode(part)), table, self.limits.alike)
+            for part in bag.features.split(ROWS)
+        ]
+        nearest, cosine = (
+            (torch.cat(parts).cpu() for parts in zip(*found)) if found else (torch.empty(0).long(), torch.empty(0))
+        )
+        return Words(self.limits.vocabulary, nearest, cosine)
+
+    def place_words(self, words: Sequence[str]) -> Tensor:
+        """Directions (C, H) of words among the LLM's input embeddings."""
+        return place_words(_embedding(self.llm).weight.detach(), lambda text: text_ids(self.tokenizer, text), words)
 
     # ---- what the LLM sees
 
@@ -162,12 +202,15 @@ class SparseWSI(nn.Module):
     ) -> Iterator[str]:
         """The assistant's next turn, piece by piece; greedy and at most 128 tokens unless told otherwise.
 
-        messages: the whole chat so far, the user's question last; its options, if any, are listed under it. Each call
+        messages: the whole chat so far, the user's question last; its options, if any, are listed under it. With two
+        options or more the answer is the likeliest of them, as option_probs finds it, and never other words. Each call
         costs K visual tokens + the text. generate_kwargs go to transformers' generate.
         Closing the iterator stops the generation within about one token. Bad messages raise ValueError here, an error
         while generating is raised by the iterator.
         """
         prompt = build_prompt(self.tokenizer, messages, options)
+        if options and sum(bool(option.strip()) for option in options) > 1:
+            return self._choose(selection, prompt, options)
         settings = {"do_sample": False, "max_new_tokens": MAX_NEW_TOKENS, **generate_kwargs}
         with torch.no_grad():
             embeds, positions, mask = self.inputs(
@@ -219,10 +262,17 @@ class SparseWSI(nn.Module):
         config.option_scoring: "text": softmax over the mean log-likelihood per token of the option's text, with the end
         of the turn, as the assistant's answer; "letter": softmax over the logits of the options' letters.
         """
-        real = [number for number, option in enumerate(options) if option.strip()]
-        if not real:
+        if not any(option.strip() for option in options):
             raise ValueError(f"option_probs needs at least one option that is not empty, got {list(options)!r}.")
         prompt = build_prompt(self.tokenizer, [{"role": "user", "content": question}], options)
+        return self._option_probs(selection, prompt, options)
+
+    def _choose(self, selection: Selection, prompt: Prompt, options: Sequence[str]) -> Iterator[str]:
+        with torch.no_grad():
+            yield options[int(self._option_probs(selection, prompt, options).argmax())].strip()
+
+    def _option_probs(self, selection: Selection, prompt: Prompt, options: Sequence[str]) -> Tensor:
+        real = [number for number, option in enumerate(options) if option.strip()]
         if self.config.option_scoring == "letter":
             scores = self._letter_logits(selection, prompt, real)
         else:
@@ -341,7 +391,7 @@ class SparseWSI(nn.Module):
         writes a minimal one. Raises ValueError if the folder holds anything that is not a model's, so that nothing else
         is ever replaced.
         """
-        artefact.save(folder, self.config, self.trained_state(), self.llm, self.trained_on, dtype, card)
+        artefact.save(folder, self.config, self.trained_state(), self.llm, self.trained_on, self.limits, dtype, card)
 
     @classmethod
     def from_pretrained(
@@ -367,7 +417,7 @@ class SparseWSI(nn.Module):
         state = artefact.load_weights(folder, model.trained_state())
         model.load_state_dict(state, strict=False)  # the LLM's weights are the only ones missing: checked above
         model.llm = artefact.load_adapter(folder, base)
-        model.trained_on = novelty.load(folder)
+        model.trained_on, model.limits = novelty.load(folder), limits.load(folder)
         model.name, model.weights_sha256 = name_model(folder_or_repo), artefact.weights_digest(folder)
         return model.eval()
 

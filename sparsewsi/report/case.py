@@ -25,7 +25,7 @@ from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.evidence import Evidence
 from sparsewsi.model.novelty import Summary
 from sparsewsi.model.selection import Selection
-from sparsewsi.model.selector import SELECTORS, check_selector, hard_topk
+from sparsewsi.model.selector import LEARNED, SELECTORS, check_selector, select_learned
 from sparsewsi.report import html, plots, qupath, record, table, umap
 from sparsewsi.report.answer import Answer, summarise, word_notice
 from sparsewsi.report.doubts import find_doubts
@@ -157,8 +157,8 @@ class Case:
         room = max(0, k - len(stay))
         if not room or not len(rest):
             filled = rest[:0]
-        elif selector == "learned":
-            filled = rest[hard_topk(scores[rest], room)]
+        elif selector in LEARNED:
+            filled = rest[select_learned(selector, scores[rest], bag.features[rest], room, self.config.diversity)]
         else:
             filled = rest[SELECTORS[selector](bag.features[rest], bag.coords[rest], room, 0)]
         indices = torch.cat([stay, filled]).sort().values

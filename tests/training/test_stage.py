@@ -16,7 +16,7 @@ from train.data.bank import load_bank
 from train.data.example import Example, Question
 from train.data.packing import answer_logits, attention_mask, join, pack, passes
 from train.data.stream import MosaicStream
-from train.stage import StageModule, answer_loss, build, choose_sparsity, keep_hard_topk, train_step
+from train.stage import StageModule, answer_loss, build, choose_sparsity, keep_selected, train_step
 
 
 def test_packed_questions_cost_what_separate_ones_cost(settings: TrainConfig) -> None:
@@ -175,7 +175,7 @@ def test_the_last_steps_see_what_inference_keeps(settings: TrainConfig, bank_fil
     model, sparselearn = build(config, 24, "made-up")
     torch.nn.init.normal_(model.scorer.head.weight)
     example = MosaicStream((load_bank(bank_file, "train"),), 0, 1).example(0, 50)
-    short = keep_hard_topk(model, example)
+    short = keep_selected(model, example)
     coords = torch.arange(100, dtype=torch.int32).reshape(50, 2)
     selection = model.select(Bag(example.features, coords, 224, 0.5, "made-up", "mosaic"))
     assert torch.equal(short.rows, selection.indices)

@@ -4,7 +4,7 @@ M patches in the bank, D feature dim.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -77,10 +77,11 @@ def write_bank(
     encoder: str,
     origin: str,
     vocabulary: Vocabulary | None = None,
+    more: Mapping[str, str] | None = None,
 ) -> None:
     """Encode patches and write features (M, D) fp16 with their kinds, sources and splits as one safetensors file.
 
-    vocabulary: the words of an origin that kinds.py does not know
+    vocabulary: the words of an origin that kinds.py does not know. more: further metadata.
     """
     features, rows, batch = [], [], []
 
@@ -104,6 +105,7 @@ def write_bank(
         "splits": json.dumps(splits),
         "encoder": encoder,
         "origin": origin,
+        **(more or {}),
     }
     if vocabulary is not None:
         metadata["vocabulary"] = json.dumps(asdict(vocabulary))

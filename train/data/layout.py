@@ -72,3 +72,27 @@ def draw_rows(kinds: np.ndarray, held: np.ndarray, sources: np.ndarray, rng: np.
         want = int((kinds == kind).sum())
         rows[kinds == kind] = rng.choice(pool, want, replace=want > len(pool))
     return rows
+
+
+def lay_out_regions(background: Sequence[str], n: int, rng: np.random.Generator) -> np.ndarray:
+    """Kinds (n,) of a near-square raster in contiguous, ragged regions of any size, one for each kind of background."""
+    side = int(np.ceil(np.sqrt(n)))
+    yx = np.stack(np.divmod(np.arange(n), side), 1)[:, None]  # (n, 1, 2)
+    centres = rng.uniform(0, side, (len(background), 2))
+    reach = rng.uniform(0.5, 2, len(background))  # so that regions differ in size
+    distance = np.hypot(*np.moveaxis(yx - centres, -1, 0)) / reach + rng.normal(0, 0.06 * side, (n, len(background)))
+    return np.array(background)[distance.argmin(1)]
+
+
+def add_focus(
+    kinds: np.ndarray, kind: str, size: int, background: Sequence[str], rng: np.random.Generator
+) -> np.ndarray:
+    """The layout (n,) with one compact focus of a kind in place of background."""
+    side = int(np.ceil(np.sqrt(len(kinds))))
+    yx = np.stack(np.divmod(np.arange(len(kinds)), side), 1)
+    free = np.flatnonzero(np.isin(kinds, background))
+    centre = yx[rng.choice(free)]
+    near = free[(np.hypot(*(yx[free] - centre).T) + rng.uniform(0, 1, len(free))).argsort()[:size]]
+    kinds = kinds.astype(f"<U{max(kinds.dtype.itemsize // 4, len(kind))}")
+    kinds[near] = kind
+    return kinds

@@ -1,0 +1,93 @@
+"""What a model was validated on, and how far its answers can be believed: limits.json of an artefact.
+
+A kind of question is known by the words in it. Nothing here loads a model.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsewsi.files import write_json
+
+FILE = "limits.json"
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How a model did on questions of one kind about slides that it had not seen.
+
+    words: regular expressions, one of which a question of this kind matches
+    right, low, high: share of right answers and its 95 % interval, over the cases asked
+    least: probability of the likeliest option below which the answer counts as not sure
+    right_when_sure, sure: share of right answers among the others, and share of these
+    """
+
+    kind: str
+    words: tuple[str, ...]
+    slides: int
+    cases: int
+    right: float
+    low: float
+    high: float
+    least: float = 0.0
+    right_when_sure: float = 0.0
+    sure: float = 1.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The kinds of question a model was validated on, and the words it has for patches.
+
+    vocabulary: words for tissue. alike: cosine to the nearest word below which a patch has none.
+    """
+
+    kinds: tuple[Limit, ...] = ()
+    vocabulary: tuple[str, ...] = ()
+    alike: float = 0.0
+
+    def find(self, question: str) -> Limit | None:
+        """The kind of a question, None where it is of no validated one."""
+        text = question.lower()
+        return next((limit for limit in self.kinds if any(re.search(word, text) for word in limit.words)), None)
+
+    def judge(self, question: str, probs: Sequence[float] = ()) -> str:
+        """A sentence that belongs beside an answer: not sure, how often such answers were right, or not validated.
+
+        probs: of the options, where there are any.
+        """
+        if not self.kinds:
+            return ""
+        found = self.find(question)
+        if found is None:
+            return "Answers to this kind of question were not validated: take this one as no more than a guess."
+        asked = f"{found.slides} slides of {found.cases} cases that the model had not seen"
+        if probs and max(probs) < found.least:
+            return (
+                f"Not sure: no option has {found.least:.0%} or more. Of all answers of this kind {found.right:.0%} "
+                f"were right ({found.low:.0%} to {found.high:.0%}, {asked})."
+            )
+        right = found.right_when_sure if probs and found.least else found.right
+        return f"Of such answers {right:.0%} were right on {asked}."
+
+    def save(self, folder: str | Path) -> None:
+        """Write FILE into a model's folder."""
+        write_json(Path(folder) / FILE, dataclasses.asdict(self), indent=2)
+
+
+def load(folder: str | Path) -> Limits:
+    """The limits in a model's folder, empty where there are none. Raises ValueError for a broken file."""
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return Limits()
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        kinds = tuple(Limit(**kind | {"words": tuple(kind["words"])}) for kind in told["kinds"])
+        for limit in kinds:
+            for word in limit.words:
+                re.compile(word)
+        return Limits(kinds, tuple(told["vocabulary"]), float(told["alike"]))
+    except (ValueError, TypeError, KeyError, re.error) as error:
+        raise ValueError(f"{path} is damaged ({error}). Copy or download it again.") from error
