@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparsewsi.model.selector import SELECTORS, Block, Scorer, hard_topk
+from sparsewsi.model.selector import SELECTORS, Block, Scorer, describe_slide, hard_topk, mmr
 
 
 def bag_like(n: int, dim: int = 8, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -220,3 +220,31 @@ def test_redundancy_is_plain_bipartite_merging_where_one_window_holds_all() -> N
         means = {i: sum(part[1] * part[2] for part in parts) / weights[i] for i, parts in groups.items()}
         tokens = [(t[0], weights.get(t[0], t[1]), means.get(t[0], t[2])) for t in tokens if t[0] not in gone]
     assert SELECTORS["redundancy"](features.double(), coords, 7, 0).tolist() == [t[0] for t in tokens]
+
+
+# ---- ours: relevance without repetition, and scores against the slide
+
+
+def test_mmr_is_the_top_k_where_likeness_does_not_count() -> None:
+    features, _ = bag_like(300)
+    scores = torch.randn(300, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(mmr(scores, features, 32, 0.0), hard_topk(scores, 32))
+    assert mmr(scores, features, 400, 2.0).tolist() == list(range(300))
+
+
+def test_mmr_keeps_one_of_what_is_alike_before_a_second() -> None:
+    features = torch.eye(6).repeat_interleave(10, 0)
+    scores = torch.arange(6.0).repeat_interleave(10)
+    kept = mmr(scores, features, 6, 5.0)
+    assert sorted((kept // 10).tolist()) == list(range(6))
+    assert set((hard_topk(scores, 6) // 10).tolist()) == {5}
+
+
+def test_a_relative_scorer_scores_a_slide_in_parts_as_in_one() -> None:
+    scorer = trained(Scorer(8, relative=True))
+    x = torch.randn(50, 8, generator=torch.Generator().manual_seed(2))
+    whole = scorer(x)
+    slide = describe_slide(x.split(20))
+    parts = torch.cat([scorer(part, slide) for part in x.split(20)])
+    assert torch.allclose(whole, parts, atol=1e-5)
+    assert not torch.allclose(whole[:20], scorer(x[:20]), atol=1e-3)

@@ -18,10 +18,11 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from sparsewsi.bags.bag import Bag
 from sparsewsi.model.config import SparseWSIConfig
+from sparsewsi.model.limits import Limits
 from sparsewsi.model.llm import load_llm
 from sparsewsi.model.prompt import build_prompt, end_of_turn, text_ids
 from sparsewsi.model.selection import Selection
-from sparsewsi.model.selector import ROWS, SELECTORS
+from sparsewsi.model.selector import ROWS, SELECTORS, hard_topk
 from sparsewsi.model.sparse_wsi import SparseWSI
 
 CONFIG = SparseWSIConfig(feature_dim=24, dim=32, num_tokens=8, heads=4)
@@ -226,7 +227,7 @@ def test_bags_that_cannot_be_selected_from_are_refused_in_words(model: SparseWSI
         model.select(make_bag(encoder="uni"))
     with pytest.raises(ValueError, match="dimension 16"):
         model.select(make_bag(dim=16))
-    with pytest.raises(ValueError, match="choose one of learned, random"):
+    with pytest.raises(ValueError, match="choose one of learned, topk, mmr, random"):
         model.select(make_bag(), selector="attention")
     with pytest.raises(ValueError, match="k must be at least 1"):
         model.select(make_bag(), k=0)
@@ -418,3 +419,29 @@ def test_letters_are_scored_by_the_next_token(make_model: MakeModel) -> None:
     found = model.option_probs(selection, CHAT[0]["content"], ["liver", "", "fat"])
     assert torch.allclose(found[[0, 2]], expected, atol=1e-5)
     assert found[1] == 0
+
+
+def test_with_options_the_answer_is_the_likeliest_of_them(model: SparseWSI) -> None:
+    selection = model.select(make_bag())
+    probs = model.option_probs(selection, CHAT[0]["content"], OPTIONS)
+    assert "".join(model.answer(selection, [CHAT[0]], OPTIONS)) == OPTIONS[int(probs.argmax())]
+
+
+def test_the_models_own_selection_is_mmr_where_it_has_a_diversity(make_model: MakeModel) -> None:
+    model = make_model(dataclasses.replace(CONFIG, diversity=2.0, scorer_relative=True))
+    bag = make_bag()
+    own, top = model.select(bag), model.select(bag, selector="topk")
+    assert torch.equal(own.indices, model.select(bag, selector="mmr").indices)
+    assert not torch.equal(own.indices, top.indices)
+    assert torch.equal(top.indices, hard_topk(own.scores, 8))
+
+
+def test_every_patch_gets_its_nearest_word(make_model: MakeModel) -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match="no words for patches"):
+        model.words(make_bag())
+    model.limits = Limits(vocabulary=("liver", "fat"), alike=-1.0)
+    words = model.words(make_bag())
+    assert set(words.nearest.tolist()) <= {0, 1}
+    model.limits = Limits(vocabulary=("liver", "fat"), alike=1.1)
+    assert set(model.words(make_bag()).nearest.tolist()) == {-1}

@@ -77,7 +77,7 @@ class OpenWorld:
         if real:
             assert self.slides is not None
             names = sorted(set(map(str, self.slides.kinds)))
-            background = [str(name) for name in rng.choice(names, rng.integers(1, 4), replace=False)]
+            background = [str(name) for name in rng.choice(names, min(len(names), rng.integers(1, 4)), replace=False)]
         else:
             possible = [kind for kind in sorted(set(map(str, self.bank.kinds))) if kind != GLASS]
             if not wanted:
@@ -86,11 +86,11 @@ class OpenWorld:
             background = [str(kind) for kind in rng.choice(possible, count, replace=False)]
         others = [kind for kind in askable if kind not in (*background, "carcinoma")]
         needles = [
-            str(kind) for kind in rng.choice(others, min(len(others) - 2, int(rng.integers(0, 3))), replace=False)
+            str(kind) for kind in rng.choice(others, max(0, min(len(others) - 2, int(rng.integers(0, 3)))), replace=False)
         ]
         if wanted and "carcinoma" not in background:
             needles.append("carcinoma")
-        if not needles:
+        if not needles and others:
             needles.append(str(rng.choice(others)))
         kinds = lay_out_regions(background, n, rng)
         for kind in rng.permutation(needles):

@@ -31,7 +31,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from sparsewsi.bags.bag import Bag, save_bag
-from sparsewsi.bags.encoders import PatchEncoder
+from sparsewsi.bags.patch_encoder import PatchEncoder
 from train.data.bank import Bank, load_bank, write_bank
 from train.data.example import Example, Question
 from train.data.stream import place_rows

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from sparsewsi.bags.bag import Bag, load_bag
+from sparsewsi.bags.bag import Bag
+from sparsewsi.bags.foreign import load_bag
 from sparsewsi.files import append_line, read_lines, write_text
 from sparsewsi.model.limits import Limit, Limits
 from sparsewsi.model.prompt import text_ids
@@ -280,7 +281,7 @@ def make_mosaics(
         questions = {question.family: question for question in world.questions(drawn.facts, drawn.certain, rng)}
         families = [family for family in ("present", "absent", "contains", "diagnosis") if family in questions]
         wanted = ("present", "absent", "contains", "diagnosis")[number % 4]
-        if wanted not in families:
+        if wanted not in families or not drawn.needles:
             continue
         bag = Bag(drawn.features, coords, 224, 0.5, bank.encoder, f"open mosaic {number}, seed {seed}")
         number += 1

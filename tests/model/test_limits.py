@@ -1,0 +1,46 @@
+"""What an artefact says of its own answers, and the words it has for patches."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsewsi.model import limits
+from sparsewsi.model.limits import Limit, Limits
+from sparsewsi.model.words import UNKNOWN, Words, find_nearest
+
+MALIGNANT = Limit("malignant", ("malignan", r"\bcancer"), 10, 8, 0.8, 0.6, 0.95, 0.7, 0.9, 0.75)
+TOLD = Limits((MALIGNANT,), ("liver", "mucin"), 0.4)
+
+
+def test_a_kind_of_question_is_known_by_its_words() -> None:
+    assert TOLD.find("Is there any MALIGNANCY here?") is MALIGNANT
+    assert TOLD.find("does it hold cancer") is MALIGNANT
+    assert TOLD.find("Which organ is this?") is None
+
+
+def test_an_answer_comes_with_what_validation_found() -> None:
+    assert TOLD.judge("Is it malignant?", [0.4, 0.6]).startswith("Not sure")
+    assert "90%" in TOLD.judge("Is it malignant?", [0.1, 0.9])
+    assert "80%" in TOLD.judge("Is it malignant?")
+    assert "not validated" in TOLD.judge("How old is the patient?", [0.5, 0.5])
+    assert Limits().judge("Is it malignant?") == ""
+
+
+def test_limits_survive_their_file_and_a_broken_one_is_named(tmp_path: Path) -> None:
+    assert limits.load(tmp_path) == Limits()
+    TOLD.save(tmp_path)
+    assert limits.load(tmp_path) == TOLD
+    (tmp_path / limits.FILE).write_text(json.dumps({"kinds": [{"words": ["("]}], "vocabulary": [], "alike": 0}))
+    with pytest.raises(ValueError, match="limits.json is damaged"):
+        limits.load(tmp_path)
+
+
+def test_a_patch_that_is_near_no_word_has_none() -> None:
+    table = torch.eye(3)[:2]
+    nearest, cosine = find_nearest(torch.tensor([[2.0, 0, 0], [0.1, 1, 0], [0, 0, 5]]), table, 0.4)
+    assert nearest.tolist() == [0, 1, -1]
+    assert cosine[2] == 0
+    words = Words(("liver", "mucin"), torch.tensor([0, 0, -1, 1]), torch.ones(4))
+    assert words.shares == {"liver": 0.5, UNKNOWN: 0.25, "mucin": 0.25}
