@@ -134,15 +134,15 @@ def mmr(scores: Tensor, features: Tensor, k: int, weight: float) -> Tensor:
         return hard_topk(scores, k)
     hard_topk(scores, k)  # for its errors
     z = (scores.double() - scores.double().mean()) / scores.double().std().clamp(min=1e-9)
-    mean = sum(part.double().sum(0) for part in features.split(ROWS)) / len(features)
+    mean, _ = describe_slide(features.split(ROWS))  # (1, D)
     closest = torch.full_like(z, -1.0)  # largest cosine to a kept patch
     kept: list[int] = []
     for _ in range(k):
         value = z - weight * closest
         value[kept] = -torch.inf
         kept.append(int((value == value.max()).nonzero()[0]))  # of equal ones the first, which argmax does not promise
-        centre = F.normalize(features[kept[-1]].float() - mean.float(), dim=0)
-        cosine = [F.normalize(part.float() - mean.float(), dim=1) @ centre for part in features.split(ROWS)]
+        centre = F.normalize(features[kept[-1]].float() - mean[0], dim=0)
+        cosine = [F.normalize(part.float() - mean, dim=1) @ centre for part in features.split(ROWS)]
         closest = torch.maximum(closest, torch.cat(cosine).double())
     return torch.tensor(kept).sort().values
 

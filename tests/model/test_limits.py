@@ -33,7 +33,7 @@ def test_limits_survive_their_file_and_a_broken_one_is_named(tmp_path: Path) -> 
     TOLD.save(tmp_path)
     assert limits.load(tmp_path) == TOLD
     (tmp_path / limits.FILE).write_text(json.dumps({"kinds": [{"words": ["("]}], "vocabulary": [], "alike": 0}))
-    with pytest.raises(ValueError, match="limits.json is damaged"):
+    with pytest.raises(ValueError, match="is damaged"):
         limits.load(tmp_path)
 
 

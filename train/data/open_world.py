@@ -85,9 +85,8 @@ class OpenWorld:
             count = int(rng.integers(FEWEST, min(MOST, len(possible) - 4) + 1))
             background = [str(kind) for kind in rng.choice(possible, count, replace=False)]
         others = [kind for kind in askable if kind not in (*background, "carcinoma")]
-        needles = [
-            str(kind) for kind in rng.choice(others, max(0, min(len(others) - 2, int(rng.integers(0, 3)))), replace=False)
-        ]
+        most = max(0, min(len(others) - 2, int(rng.integers(0, 3))))
+        needles = [str(kind) for kind in rng.choice(others, most, replace=False)]
         if wanted and "carcinoma" not in background:
             needles.append("carcinoma")
         if not needles and others:

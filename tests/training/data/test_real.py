@@ -13,7 +13,18 @@ from train.data.example import Question
 from train.data.open_world import OpenWorld, absent_slides
 from train.data.real import KINDS, SlideFacts, SlideStream, ask, describe, read_facts
 
-COLUMNS = "slide case role malignant carcinoma_present neoplasm organ_group category diagnosis list_note".split()
+COLUMNS = [
+    "slide",
+    "case",
+    "role",
+    "malignant",
+    "carcinoma_present",
+    "neoplasm",
+    "organ_group",
+    "category",
+    "diagnosis",
+    "list_note",
+]
 
 
 def write_csv(folder: Path, *rows: str) -> None:
@@ -78,7 +89,8 @@ def test_an_example_depends_on_its_number_alone_and_holds_patches_of_one_slide()
 
 def test_a_description_says_what_was_published_and_no_more() -> None:
     first = slides()[0]
-    assert describe(first) == Question("Describe this slide.", "Tissue of the liver with a malignant tumour.", (), "caption")
+    told = "Tissue of the liver with a malignant tumour."
+    assert describe(first) == Question("Describe this slide.", told, (), "caption")
     unknown = replace(first, facts=dict.fromkeys(KINDS, ""))
     assert describe(unknown).answer == "Tissue."
 
