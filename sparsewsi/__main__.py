@@ -97,10 +97,9 @@ def run_extract(words: Sequence[str]) -> int:
 
 def run_app(words: Sequence[str]) -> int:
     """The command app; returns the exit status."""
-    from app import main as serve
+    from sparsewsi.web.serve import main as serve
 
-    sys.argv = ["sparsewsi app", *words]
-    return serve()
+    return serve(words)
 
 
 @contextmanager
