@@ -14,7 +14,6 @@ efficientnet-lite0-he.safetensors (fp16), which load_encoder finds in sparsewsi/
 B pictures, D feature dim. Pixels are uint8 RGB.
 """
 
-import argparse
 import copy
 import csv
 import hashlib
@@ -38,8 +37,10 @@ from sparsewsi import phantom
 from sparsewsi.bags.efficientnet import HE, build_lite0, fold_lite0, imagenet_weights, pixels_to_lite0
 from sparsewsi.bags.patch_encoder import fast_dtype
 from sparsewsi.files import append_line, replacing, write_json
-from train.command import alone_in, run_command
-from train.data.mosaic import SPLIT_FILE, labelled_tiles, phantom_seeds
+from train.data.bank import list_phantom_seeds
+from train.data.tiles import SPLIT_FILE, find_tiles
+from train.flags import add_flag, make_parser, run_command
+from train.run_folder import cut_metrics, hold
 
 SIDE = 224
 PER_PHANTOM = 4  # patches of a kind of a phantom
@@ -99,9 +100,7 @@ def slide_rows(folder: Path, role: str) -> list[dict[str, str]]:
 
 def pictures(tiles: Path, slides: Path, most: int) -> list[Picture]:
     """The labelled tiles and the patches of slides that may be learned from, about `most` of a slide."""
-    found = [
-        Picture("tile", tile.kind, tile.source, tile.file) for tile in labelled_tiles(tiles) if tile.split == "train"
-    ]
+    found = [Picture("tile", tile.kind, tile.source, tile.file) for tile in find_tiles(tiles) if tile.split == "train"]
     for row in slide_rows(slides, "train"):
         file = slides / "patches" / f"{row['slide']}.zip"
         with zipfile.ZipFile(file) as archive:
@@ -217,7 +216,7 @@ class Plan:
 
 def make_plan(tiles: Path, slides: Path, recipe: Recipe) -> Plan:
     """Everything a recipe learns from."""
-    kinds = tuple((seed, kind) for seed in phantom_seeds("train", recipe.phantoms) for kind in phantom.KINDS)
+    kinds = tuple((seed, kind) for seed in list_phantom_seeds("train", recipe.phantoms) for kind in phantom.KINDS)
     return Plan(tuple(pictures(tiles, slides, recipe.of_a_slide)), kinds, recipe.copies)
 
 
@@ -386,6 +385,7 @@ def train(network: Any, plan: Plan, targets: Targets, rows: np.ndarray, recipe: 
         for name, part in parts.items():
             part.load_state_dict(state[name])
         first = state["step"]
+    cut_metrics(log, first)
     dtype = fast_dtype(torch.device("cpu"))
     per_copy, phantoms = len(plan.pictures), PER_PHANTOM * len(plan.phantoms)
     tail.train()
@@ -449,10 +449,10 @@ def save_weights(network: Any, path: Path, recipe: Recipe) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--tiles", type=Path, required=True, help="folder with atlas/ and crc_tissue/")
     parser.add_argument("--slides", type=Path, required=True, help="folder with slides.csv and patches/")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run; 1 GB for the default recipe")
+    add_flag(parser, "--out", help="folder of the run; 0.3 GB for the default recipe")
     parser.add_argument("--threads", type=int, help="of torch")
     for field in fields(Recipe):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
@@ -460,7 +460,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     recipe = Recipe(**{field.name: getattr(arguments, field.name) for field in fields(Recipe)})
-    with alone_in(arguments.out):
+    with hold(arguments.out):
         run(arguments.tiles, arguments.slides, recipe, arguments.out)
 
 

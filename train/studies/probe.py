@@ -11,7 +11,6 @@ Intervals: 95 % percentiles of a bootstrap over held-out slides (tiles) or cases
 Features are kept in --out, so that a second call is quick.
 """
 
-import argparse
 import csv
 import io
 import json
@@ -31,8 +30,8 @@ from sklearn.preprocessing import StandardScaler
 from sparsewsi.bags.encoders import load_encoder
 from sparsewsi.bags.patch_encoder import PatchEncoder
 from sparsewsi.files import replacing
-from train.command import run_command
-from train.data.mosaic import SPLIT_FILE, Tile, dihedral, labelled_tiles
+from train.data.tiles import SPLIT_FILE, Tile, find_tiles, turn_tile
+from train.flags import add_flag, make_parser, run_command
 
 DRAWS = 2_000
 STRENGTH = {"tiles": 1e-2, "slides": 1e-3}  # C of the regressions; weaker where there are few examples
@@ -49,7 +48,7 @@ class Features:
 
 def read_tiles(folder: Path) -> list[Tile]:
     """The labelled tiles, glass apart."""
-    return [tile for tile in labelled_tiles(folder) if tile.kind != "background"]
+    return [tile for tile in find_tiles(folder) if tile.kind != "background"]
 
 
 def read_slides(folder: Path) -> list[dict[str, str]]:
@@ -73,7 +72,7 @@ def compute_features(encoder: PatchEncoder, tiles: Sequence[Tile], slides: Seque
     """Encode the middle of every tile and all patches of every slide."""
     of_tiles = []
     for start in range(0, len(tiles), BATCH):
-        middles = [dihedral(Image.open(tile.file).convert("RGB"))[0] for tile in tiles[start : start + BATCH]]
+        middles = [turn_tile(Image.open(tile.file).convert("RGB"))[0] for tile in tiles[start : start + BATCH]]
         of_tiles.append(encoder(np.stack(middles)).numpy())
     of_slides = []
     for row in slides:
@@ -181,12 +180,12 @@ def slide_rows(found: Sequence[Features], slides: Sequence[dict], split: str) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--tiles", type=Path, required=True, help="folder with atlas/ and crc_tissue/")
     parser.add_argument("--slides", type=Path, required=True, help="folder with slides.csv and patches/")
     parser.add_argument("--encoders", nargs="+", default=["efficientnet-lite0", "efficientnet-lite0-he"])
     parser.add_argument("--test", action="store_true", help="ask the test slides; once, when everything is chosen")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the features")
+    add_flag(parser, "--out", help="folder for the features")
     arguments = parser.parse_args()
     tiles, slides = read_tiles(arguments.tiles), read_slides(arguments.slides)
     found = [load_features(name, tiles, slides, arguments.slides, arguments.out) for name in arguments.encoders]
