@@ -94,6 +94,11 @@ def run(code: str) -> None:
 # ---- who may import whom
 
 
+def test_what_is_imported_of_ours_is_there() -> None:
+    for name in modules():
+        assert not {o for o in imported(name) if o.split(".")[0] in ("sparsewsi", "train") and o not in modules()}, name
+
+
 def test_every_file_is_in_a_room() -> None:
     assert {room(name) for name in in_package()} <= set(ROAD)
 
