@@ -30,12 +30,12 @@ from sklearn.preprocessing import StandardScaler
 from sparsewsi.bags.encoders import load_encoder
 from sparsewsi.bags.patch_encoder import PatchEncoder
 from sparsewsi.files import replacing
-from train.data.tiles import SPLIT_FILE, Tile, find_tiles, turn_tile
+from train.data.tiles import SPLIT_FILE, Tile, augment_tile, find_tiles, turn_tile
 from train.flags import add_flag, make_parser, run_command
 
 DRAWS = 2_000
 STRENGTH = {"tiles": 1e-2, "slides": 1e-3}  # C of the regressions; weaker where there are few examples
-BATCH = 64
+COPIES = 2
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Features:
     """What one encoder makes of all tiles and of all slides."""
 
     tiles: np.ndarray  # (tiles, D)
+    copies: np.ndarray  # (train tiles * COPIES, D), restained, scaled and turned as feature banks have them
     slides: np.ndarray  # (slides, D), the mean of a slide's patches
 
 
@@ -69,16 +70,18 @@ def slide_patches(path: Path) -> np.ndarray:
 
 
 def compute_features(encoder: PatchEncoder, tiles: Sequence[Tile], slides: Sequence[dict], folder: Path) -> Features:
-    """Encode the middle of every tile and all patches of every slide."""
-    of_tiles = []
-    for start in range(0, len(tiles), BATCH):
-        middles = [turn_tile(Image.open(tile.file).convert("RGB"))[0] for tile in tiles[start : start + BATCH]]
-        of_tiles.append(encoder(np.stack(middles)).numpy())
+    """Encode the middle of every tile, restained copies of train tiles and all patches of every slide."""
+    of_tiles, of_copies = [], []
+    for number, tile in enumerate(tiles):
+        image, rng = Image.open(tile.file).convert("RGB"), np.random.default_rng((0, number))
+        of_tiles.append(turn_tile(image)[0])
+        of_copies += [augment_tile(image, rng) for _ in range(COPIES if tile.split == "train" else 0)]
     of_slides = []
     for row in slides:
         of_slides.append(encoder(slide_patches(folder / "patches" / f"{row['slide']}.zip")).numpy().mean(0))
         print(f"{encoder.name}: {len(of_slides)} of {len(slides)} slides", flush=True)
-    return Features(np.concatenate(of_tiles), np.stack(of_slides))
+    encoded = [encoder(np.stack(pictures)).numpy() for pictures in (of_tiles, of_copies)]
+    return Features(encoded[0], encoded[1], np.stack(of_slides))
 
 
 def load_features(name: str, tiles: Sequence[Tile], slides: Sequence[dict], folder: Path, out: Path) -> Features:
@@ -87,7 +90,7 @@ def load_features(name: str, tiles: Sequence[Tile], slides: Sequence[dict], fold
     if not path.is_file():
         made = compute_features(load_encoder(name), tiles, slides, folder)
         with replacing(path) as partial:
-            save_file({"tiles": made.tiles, "slides": made.slides}, partial)
+            save_file(vars(made), partial)
     kept = Features(**load_file(path))
     if (len(kept.tiles), len(kept.slides)) != (len(tiles), len(slides)):
         raise ValueError(f"{path} holds features of other tiles or slides. Delete it and try again.")
@@ -145,14 +148,22 @@ def tile_rows(found: Sequence[Features], tiles: Sequence[Tile], split: str) -> l
     )
     shared = sorted(set(kinds[splits == "train"]) & set(kinds[splits == split]))
     learn, held = (np.isin(kinds, shared) & (splits == part) for part in ("train", split))
-    said = [fit(one.tiles[learn], kinds[learn], STRENGTH["tiles"]).predict(one.tiles[held]) for one in found]
-    lines = [
-        state(f"tissue of a tile, {len(shared)} kinds: {name}", measure, kinds[held], said, sources[held])
-        for name, measure in (("accuracy", accuracy), ("macro recall", macro_recall))
-    ]
+    of_copy = np.repeat(np.flatnonzero(splits == "train"), COPIES)  # the tile of each copy
+    copies = np.isin(kinds[of_copy], shared)
+    lines = []
+    for how in ("tissue of a tile", "the same, learned from restained copies as well"):
+        said = []
+        for one in found:
+            x, y = one.tiles[learn], kinds[learn]
+            if lines:
+                x, y = np.concatenate([x, one.copies[copies]]), np.concatenate([y, kinds[of_copy][copies]])
+            said.append(fit(x, y, STRENGTH["tiles"]).predict(one.tiles[held]))
+        for name, measure in (("accuracy", accuracy), ("macro recall", macro_recall)):
+            lines.append(state(f"{how}, {len(shared)} kinds: {name}", measure, kinds[held], said, sources[held]))
     recalls = [[f"{(one[kinds[held] == kind] == kind).mean():.2f}" for one in said] for kind in shared]
     counts = [(kinds[held] == kind).sum() for kind in shared]
-    return [*lines, "", *(f"{k}: n {n}, recall {', '.join(r)}" for k, n, r in zip(shared, counts, recalls)), ""]
+    listed = [f"{kind}: n {count}, {', '.join(each)}" for kind, count, each in zip(shared, counts, recalls)]
+    return [*lines, "", "Recall with restained copies:", *listed, ""]
 
 
 def slide_rows(found: Sequence[Features], slides: Sequence[dict], split: str) -> list[str]:
