@@ -47,7 +47,6 @@ def as_path(text: str | Path) -> Path:
 
 SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
-FEATURE_SUFFIXES = (".safetensors", ".h5", ".hdf5", ".pt", ".npy", ".csv")  # best first
 
 
 def walk(folder: Path, onerror: Callable[[OSError], None] | None = None) -> Iterator[tuple[Path, list[str]]]:

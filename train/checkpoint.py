@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,28 +24,40 @@ from torch import nn
 from sparsewsi.files import replacing_folder
 from sparsewsi.model import novelty
 from sparsewsi.model.sparse_wsi import SparseWSI
+from train.config import Ended
 from train.data.bank import load_bank
 from train.flags import make_parser, run_command
 from train.sharding import gathered, load_optimizer_state, optimizer_state
 
 
 def save_state(
-    folder: Path, step: int, model: SparseWSI, sparselearn: nn.Module, optimizer: torch.optim.Optimizer
+    folder: Path,
+    step: int,
+    model: SparseWSI,
+    sparselearn: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ended: Ended | None = None,
+    keep: int = 0,
 ) -> Path:
     """Write checkpoints/<step>/{model,state} under a temporary name, rename it, then point checkpoints/last at it.
 
     A process killed at any moment leaves either the old `last` or the new one, never half a checkpoint. Of several
     processes all must call it, as sharded weights are gathered; the first one writes.
+    ended: how the run selected, for a stage that starts from here; keep: older checkpoints than so many go, 0: none
     """
     final = folder / "checkpoints" / f"{step:06d}"
     moments = optimizer_state(optimizer)
     with gathered(model):
         if not dist.is_initialized() or dist.get_rank() == 0:
-            _write(final, step, model, sparselearn, moments)
+            _write(final, step, model, sparselearn, moments, ended)
+            if keep:
+                _remove_old(final.parent, keep)
     return final
 
 
-def _write(final: Path, step: int, model: SparseWSI, sparselearn: nn.Module, moments: dict) -> None:
+def _write(
+    final: Path, step: int, model: SparseWSI, sparselearn: nn.Module, moments: dict, ended: Ended | None
+) -> None:
     """The files of a checkpoint. What a killed process left half written is removed first."""
     for leftover in final.parent.glob(".*.partial"):
         leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover)
@@ -56,7 +68,8 @@ def _write(final: Path, step: int, model: SparseWSI, sparselearn: nn.Module, mom
             weights = {name: value.contiguous() for name, value in sparselearn.state_dict().items()}
             save_file(weights, folder / "state" / "sparselearn.safetensors")
             torch.save(moments, folder / "state" / "optimizer.pt")
-            (folder / "state" / "step.json").write_text(json.dumps({"step": step}))
+            facts = {"step": step} | ({"ended": asdict(ended)} if ended else {})
+            (folder / "state" / "step.json").write_text(json.dumps(facts))
     except (SafetensorError, RuntimeError, OSError) as error:  # three ways to say that the disk is full
         free = shutil.disk_usage(final.parent).free / 1e6
         raise OSError(
@@ -68,6 +81,22 @@ def _write(final: Path, step: int, model: SparseWSI, sparselearn: nn.Module, mom
         shutil.rmtree(last)
     link.symlink_to(final.name)
     os.replace(link, last)
+
+
+def _remove_old(checkpoints: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints, and never the one that `last` points at."""
+    last = (checkpoints / "last").resolve()
+    complete = sorted(path for path in checkpoints.iterdir() if path.name.isdecimal())
+    for path in complete[:-keep]:
+        if path != last:
+            shutil.rmtree(path)
+
+
+def read_ended(checkpoint: Path) -> Ended | None:
+    """How the stage behind a checkpoint selected; None for a model folder, and where an older program wrote it."""
+    path = checkpoint / "state" / "step.json"
+    facts = json.loads(path.read_text()) if path.is_file() else {}
+    return Ended(**facts["ended"]) if "ended" in facts else None
 
 
 def latest(folder: Path) -> Path | None:

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from sparsewsi.files import write_json, write_text
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.sparse_wsi import SparseWSI
+from train.config import MOST_PATCHES
 from train.data.bank import list_phantom_seeds
 from train.data.questions import BENCHMARKS, BadRow, read_closed_questions, report_missing_features
 from train.data.slides import FeatureFolder
@@ -166,7 +167,12 @@ def main() -> None:
     add_flag(parser, "--model")
     parser.add_argument("--data", type=Path, nargs="+", help="named benchmarks, file: the files of questions")
     parser.add_argument("--features", type=Path, help="named benchmarks, file: folder of the slides' feature files")
-    parser.add_argument("--max-patches", type=int, help="of a larger slide, so many patches, evenly spaced")
+    parser.add_argument(
+        "--max-patches",
+        type=int,
+        default=MOST_PATCHES,
+        help=f"of a larger slide, so many patches, evenly spaced; default {MOST_PATCHES:,}, as in training",
+    )
     parser.add_argument("--skip-missing", action="store_true", help="leave out questions about slides without features")
     add_flag(parser, "--bank", help="mosaic: the feature bank")
     add_flag(parser, "--split", help="mosaic: of the bank")

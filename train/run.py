@@ -2,7 +2,9 @@
 
     python -m train.run demo-stage1 --banks runs/real.safetensors runs/phantom.safetensors --out runs/demo1
     python -m train.run demo-stage2 --banks ... --init runs/demo1/checkpoints/last --out runs/demo2
-    python -m train.run stage1 --data captions.json --features features/ --out runs/stage1
+    python -m train.run own-stage1 --data captions.json --features features/ --out runs/stage1
+    python -m train.run own-stage2 --data qa.json --features features/ --out runs/stage2 \\
+        --init runs/stage1/checkpoints/last
 
 The recipe named first gives the settings (train/config.py); flags change them. A run that finds checkpoints in its
 folder goes on from the last one and continues as if it had not been interrupted, whatever killed it. Under `torchrun
@@ -11,8 +13,9 @@ bags a step, and gradients are summed over all bags of all processes: two proces
 accumulation. --fsdp shards an LLM that does not fit (train/sharding.py).
 
 metrics.jsonl gets a line for each step: loss, tau, K and N of the first process's first bag, answer tokens, tokens the
-LLM saw and tokens a second over all processes, gradient norm, seconds, peak memory of the first process (GB; of the GPU
-where there is one), and every tenth step hardness and needle recall. --trackio PROJECT shows the same in trackio.
+LLM saw and tokens a second over all processes, gradient norm, whether the step was skipped because it was not finite,
+seconds, peak memory of the first process (GB; of the GPU where there is one), and every tenth step and at the end
+hardness and needle recall. --trackio PROJECT shows the same in trackio.
 """
 
 import importlib.util
@@ -38,8 +41,8 @@ from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.llm import default_device
 from sparsewsi.model.sparse_wsi import SparseWSI
 from train.align import Alignment, align
-from train.checkpoint import latest, load_state, save_state
-from train.config import MAY_CHANGE, RECIPES, TrainConfig
+from train.checkpoint import latest, load_state, read_ended, save_state
+from train.config import MAY_CHANGE, NOTES, RECIPES, Ended, TrainConfig, read_config
 from train.data.bank import Bank, load_bank
 from train.data.example import Example
 from train.data.open_world import Mixture, OpenWorld, absent_slides
@@ -56,6 +59,7 @@ from train.stage import (
     Keep,
     StageModule,
     build,
+    choose_sparsity,
     find_model_folder,
     freeze,
     learning_rate,
@@ -63,6 +67,10 @@ from train.stage import (
     probe,
     train_step,
 )
+
+MOST_SKIPPED = 3  # steps one after another without a finite loss and gradient
+HARD_ENOUGH = 0.95
+TEXT_ROOM = 512  # tokens of prompt, question and answer
 
 
 def open_data(config: TrainConfig) -> tuple[MosaicStream | Mixture | SlideVQADataset, tuple[Bank, ...], int, str]:
@@ -125,6 +133,14 @@ def complete_settings(config: TrainConfig, feature_dim: int, encoder: str) -> Tr
                 f"takes those of {model.encoder} ({model.feature_dim}). Train stage 1 on the same features."
             )
         config = config.with_model(model)
+        ended = read_ended(Path(start))
+        saved = Path(config.out) / "train_config.json"
+        if ended is not None and saved.is_file() and latest(Path(config.out)):  # it goes on: tau began where it began
+            ended = replace(ended, tau=read_config(saved).tau_start)
+        if ended is not None:
+            config = config.with_selection(ended)
+        elif not config.tau_start:
+            config = replace(config, tau_start=config.tau_end)
     config = replace(
         config, contents=digest_of(*map(Path, [*config.banks, *config.data, *filter(None, [config.slides])]))
     )
@@ -196,8 +212,6 @@ def prepare(
     for part in (model.slide_encoder, model.scorer, model.projector, sparselearn):
         part.to(model.device)
     share_weights(stage)
-    if config.activation_checkpointing:
-        model.llm.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = make_optimizer(stage, config)
     return stage, optimizer, load_state(checkpoint, sparselearn, optimizer) if checkpoint else 0
 
@@ -211,6 +225,11 @@ def train(config: TrainConfig, sparselearn_class: type[SparseLearn] = SparseLear
     if config.trackio and importlib.util.find_spec("trackio") is None:
         raise ValueError("--trackio needs trackio. pip install trackio, or leave it out: metrics.jsonl holds the same.")
     stream, banks, feature_dim, encoder = open_data(config)
+    if config.epochs:
+        if not isinstance(stream, SlideVQADataset):
+            raise ValueError("--epochs needs --data: mosaics have no end. Pass --steps.")
+        bags = config.accumulation * world_size()
+        config = replace(config, steps=max(1, math.ceil(config.epochs * len(stream) / bags)))
     config = complete_settings(config, feature_dim, encoder)
     stage, optimizer, done = prepare(
         config, banks, feature_dim, encoder, sparselearn_class, getattr(stream, "real", None)
@@ -218,31 +237,55 @@ def train(config: TrainConfig, sparselearn_class: type[SparseLearn] = SparseLear
     if done >= config.steps and rank() == 0:
         print(f"Nothing is left to train: {out} has its {done} steps. Choose another --out to train anew.")
 
+    most = count_room(stage.model)
+    if config.patches > most and rank() == 0:
+        print(f"Bags have at most {most:,} patches where the LLM sees all of them: its positions hold no more.")
+
     def load_examples(step: int) -> list[Example]:
         first = (step * world_size() + rank()) * config.accumulation
-        return [stream.example(first + i, config.patches_at(step)) for i in range(config.accumulation)]
+        n = config.patches_at(step)
+        n = n if config.is_hard(step) else min(n, most)
+        return [stream.example(first + i, n) for i in range(config.accumulation)]
 
     steps = range(done, config.steps)
     bar = tqdm(steps, initial=done, total=config.steps, desc=f"stage {config.stage}", disable=rank() > 0 or None)
     held = hold(out) if rank() == 0 else nullcontext()
     with held, record_metrics(config, done) as record, closing(read_ahead(load_examples, steps, most=2)) as loaded:
-        start = time.perf_counter()
+        start, skipped, metrics = time.perf_counter(), 0, {}
         for step, examples in zip(bar, loaded):
             metrics = take_step(stage, optimizer, examples, config, step, keep)
+            skipped = skipped + 1 if metrics["skipped"] else 0
+            if skipped > MOST_SKIPPED:
+                state = f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']}"
+                begin = latest(out) or "the start"
+                raise ValueError(
+                    f"{skipped} steps one after another were skipped, as step {step} has {state}. Lower --lr and run "
+                    f"the command again: it goes on from {begin}."
+                )
             seconds = time.perf_counter() - start
             metrics |= {"step": step, "seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds}
             metrics["peak_memory_gb"] = peak_memory(stage.model.device)
-            if step % 10 == 0:
+            if step % 10 == 0 or step + 1 == config.steps:
                 metrics |= probe(stage, examples[0], config, step)
             record(metrics)
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-                save_state(out, step + 1, stage.model, stage.sparselearn, optimizer)
+                ended = Ended(config.kernel, config.gate, config.denoiser, choose_sparsity(config, step, 1)[0])
+                save_state(out, step + 1, stage.model, stage.sparselearn, optimizer, ended, config.keep)
             start = time.perf_counter()
+    if rank() == 0 and metrics:
+        print(describe_end(config, metrics["hardness"]))
     if dist.is_initialized():
         dist.barrier()
     last = latest(out)
     assert last is not None
     return last
+
+
+def count_room(model: SparseWSI) -> int:
+    """How many patches fit into the LLM's positions beside TEXT_ROOM tokens of text; where there is no end, a lot."""
+    if model.config.position == "original" or model.max_position is None:
+        return sys.maxsize
+    return max(1, model.max_position - TEXT_ROOM)
 
 
 def take_step(
@@ -253,21 +296,33 @@ def take_step(
     step: int,
     keep: Keep | None,
 ) -> dict[str, float]:
-    """One step of the optimizer; returns its metrics. Raises ValueError if loss or gradient is not finite."""
-    torch.manual_seed(config.seed * 1_000_003 + step)  # dropout, if any: the same after a resume
+    """One step of the optimizer; returns its metrics. A step whose loss or gradient is not finite changes nothing."""
+    # Dropout, if any: the same after a resume, another on every process.
+    torch.manual_seed((config.seed * 1_000_003 + step) * world_size() + rank())
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * learning_rate(step, config)
     metrics = train_step(stage, examples, config, step, keep)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     clip = clip_gradients if config.fsdp else nn.utils.clip_grad_norm_
     norm = float(clip(parameters, config.clip))
-    if not math.isfinite(norm) or not math.isfinite(metrics["loss"]):
-        state = f"step {step} has loss {metrics['loss']} and gradient norm {norm}"
-        begin = latest(Path(config.out)) or "the start"
-        raise ValueError(f"{state}. Lower --lr and run the command again: it goes on from {begin}.")
-    optimizer.step()
+    fine = math.isfinite(norm) and math.isfinite(metrics["loss"])  # the same on all processes
+    if fine:
+        optimizer.step()
     optimizer.zero_grad()
-    return metrics | {"grad_norm": norm}
+    return metrics | {"grad_norm": norm, "skipped": int(not fine)}
+
+
+def describe_end(config: TrainConfig, hardness: float) -> str:
+    """How hard the selection became, in a sentence."""
+    reached = f"Hardness at the end is {hardness:.2f}"
+    if hardness >= HARD_ENOUGH:
+        return f"{reached}: training and inference show the LLM the same tokens."
+    if config.dense + config.hard >= 1:
+        return f"{reached}: the stage was dense, and the scorer learned nothing in it."
+    return (
+        f"{reached}, below {HARD_ENOUGH}: in training the LLM saw a softer mixture than it will see at inference. "
+        "Lower --tau_end or lengthen --anneal."
+    )
 
 
 def main() -> None:
@@ -286,6 +341,8 @@ def main() -> None:
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+    if rank() == 0 and name in NOTES:
+        print(NOTES[name], file=sys.stderr)
     last = train(config)
     if rank() == 0:
         print(last)

@@ -4,14 +4,18 @@ N patches, K kept, D_v width of a visual token.
 """
 
 import math
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.llm import default_device, default_dtype, load_llm
@@ -26,6 +30,7 @@ from train.data.packing import Packed, answer_logits, join, pack, passes
 from train.processes import rank, sum_gradients, sum_over_processes, world_size
 from train.sparselearn import SparseLearn, hardness, k_at, soft_topk, tau_at, zscore
 
+CHECKPOINT_ABOVE = 2048  # tokens of a pass
 LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Keep = Callable[[SparseWSI, Example], Example]  # the example with the patches that are kept
 
@@ -91,11 +96,13 @@ def build(
             max_position=config.max_position,
             num_tokens=config.num_tokens,
             multi_turn=False,  # every question is trained on alone, whatever its data
+            option_scoring=config.targets,
         )
         model = SparseWSI(settings, llm, tokenizer)
     else:
         model = SparseWSI.from_pretrained(find_model_folder(config.init), device=place, dtype=dtype)
         model.trained_on = None  # other features are to come
+        model.config = replace(model.config, option_scoring=config.targets)
     sparselearn = sparselearn_class(
         model.config.dim, model.config.num_tokens, kernel=config.kernel, gate=config.gate, denoiser=config.denoiser
     )
@@ -103,13 +110,22 @@ def build(
         state = Path(config.init) / "state"
         if state.is_dir():
             load_state(state.parent, sparselearn)
-        lora = LoraConfig(
-            r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=LORA_LAYERS, task_type="CAUSAL_LM"
-        )
         if not (find_model_folder(config.init) / "adapter").is_dir():
-            model.llm = get_peft_model(model.llm, lora, autocast_adapter_dtype=True)  # type: ignore[assignment]
+            add_lora(model, config)
     freeze(model, config)
     return model, sparselearn
+
+
+def add_lora(model: SparseWSI, config: TrainConfig) -> None:
+    """Put LoRA on all linear layers of the LLM's blocks, in float32."""
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=LORA_LAYERS,
+        task_type="CAUSAL_LM",
+    )
+    model.llm = get_peft_model(model.llm, lora, autocast_adapter_dtype=True)  # type: ignore[assignment]
 
 
 def find_model_folder(path: str | Path) -> Path:
@@ -124,6 +140,9 @@ def freeze(model: SparseWSI, config: TrainConfig) -> None:
     model.slide_encoder.requires_grad_(config.stage == 1)
     for name, parameter in model.llm.named_parameters():
         parameter.requires_grad_(config.stage == 2 and "lora_" in name)
+    for part in model.llm.modules():
+        if isinstance(part, BaseTunerLayer):
+            part.cast_input_dtype_enabled = False  # autocast does it; PEFT's cast would keep a copy in float32
 
 
 def parameter_groups(stage: StageModule, config: TrainConfig) -> list[dict]:
@@ -177,7 +196,10 @@ def train_step(
     model = stage.model
     if config.is_hard(step):
         examples = [(keep or keep_selected)(model, example) for example in examples]
-    packed = [pack(model.tokenizer, example, model.config.position, model.max_position) for example in examples]
+    settings = model.config
+    packed = [
+        pack(model.tokenizer, example, settings.position, model.max_position, config.targets) for example in examples
+    ]
     total, tokens = sum_over_processes(
         sum(len(part.targets) for part in packed), sum(len(part.order) for part in packed)
     )
@@ -187,7 +209,9 @@ def train_step(
     most = max(1009, world_size() * len(examples))  # bags of a step
     first = config.seed * 1_000_003 + step * most + rank() * len(examples)
     # Sharded weights are fetched in every pass by all processes together: the number of passes must not depend on bags.
-    for group in passes(packed, 0 if config.fsdp else config.tokens_per_pass):
+    groups = passes(packed, 0 if config.fsdp else config.tokens_per_pass)
+    checkpoint_activations(model.llm, max(sum(len(packed[number].order) for number in group) for group in groups))
+    for group in groups:
         generators = [torch.Generator(model.device).manual_seed(first + number) for number in group]
         bags = [examples[number] for number in group]
         ks = [choose_sparsity(config, step, len(bag.indices))[1] for bag in bags]
@@ -208,6 +232,25 @@ def train_step(
     }
 
 
+def computes_again(llm: nn.Module) -> bool:
+    """Whether an LLM computes its activations again on the way back."""
+    return any(getattr(part, "gradient_checkpointing", False) for part in llm.modules())
+
+
+def checkpoint_activations(llm: nn.Module, tokens: int) -> None:
+    """Compute activations again on the way back, or keep them, by the longest pass of a step; says when it changes."""
+    wanted = tokens > CHECKPOINT_ABOVE
+    if wanted == computes_again(llm):
+        return
+    if wanted:
+        llm.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    else:
+        llm.gradient_checkpointing_disable()  # type: ignore[operator]
+    if rank() == 0:
+        how = "computes activations again on the way back, to save memory" if wanted else "keeps activations"
+        tqdm.write(f"A pass of {tokens:,} tokens {how}.", file=sys.stderr)
+
+
 @torch.no_grad()
 def keep_selected(model: SparseWSI, example: Example) -> Example:
     """The example with the patches that inference would keep."""
@@ -218,7 +261,10 @@ def keep_selected(model: SparseWSI, example: Example) -> Example:
 
 @torch.no_grad()
 def probe(stage: StageModule, example: Example, config: TrainConfig, step: int) -> dict[str, float]:
-    """What the scorer does to one bag: hardness, and needle recall of the hard top-K where the truth is known."""
+    """What the scorer does to one bag: hardness, and needle recall of the hard top-K where the truth is known.
+
+    Hardness is that of the soft top-K at this step's tau and K; in hard steps at the last ones, in dense steps K / N.
+    """
     n = len(example.indices)
     tau, k = choose_sparsity(config, step, n)
     scores = stage.model.scorer(stage.model.encode(example.features))
@@ -230,5 +276,9 @@ def probe(stage: StageModule, example: Example, config: TrainConfig, step: int) 
         result["recall_chance"] = min(1.0, stage.model.config.num_tokens / n)
     if k is not None:
         alpha = soft_topk(zscore(scores), k, tau, kernel=config.kernel)
-        result["hardness"] = float(hardness(alpha, scores, stage.model.config.num_tokens))
+    elif config.is_hard(step):
+        alpha = soft_topk(zscore(scores), stage.model.config.num_tokens, config.tau_end, kernel=config.kernel)
+    else:
+        alpha = torch.ones_like(scores, dtype=torch.float32)
+    result["hardness"] = float(hardness(alpha, scores, stage.model.config.num_tokens))
     return result

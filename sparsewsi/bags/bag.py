@@ -5,6 +5,7 @@ bags/extract.py makes a bag of a slide, bags/foreign.py reads any tool's feature
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,18 @@ UNKNOWN_ENCODER = "unknown"
 _MAX_FLOAT16 = 65504.0
 
 
+@dataclass(frozen=True)
+class Part:
+    """One slide of a case of several (see join)."""
+
+    slide: str
+    patches: int
+    top: int  # how far its coords lie below where they are on the slide itself, px
+    patch_size: int
+    slide_mpp: float | None
+    slide_size: tuple[int, int] | None
+
+
 @dataclass(frozen=True, eq=False)
 class Bag:
     """One slide after encoding. CPU tensors, deep-copyable; N = 0 is legal (a slide without tissue).
@@ -35,6 +48,7 @@ class Bag:
     mpp_source: where slide_mpp comes from
     slide_size: (W, H) of level 0, px
     note:       what a reader should know, such as positions that the file does not hold
+    parts:      of several slides joined as one case, what each of them contributed, in order; else empty
     Raises ValueError for shapes that do not fit each other, for features that are not finite in float16, for coords
     that are not whole numbers of 32 bits, and for sizes and resolutions that nothing can have.
     """
@@ -49,6 +63,7 @@ class Bag:
     mpp_source: str = "unknown"
     slide_size: tuple[int, int] | None = None
     note: str = ""
+    parts: tuple["Part", ...] = ()
 
     def __post_init__(self) -> None:
         features, coords = self.features, self.coords
@@ -103,6 +118,49 @@ def check_bag(bag: Bag, encoder: str, feature_dim: int) -> None:
         )
 
 
+def join(bags: Sequence[Bag]) -> Bag:
+    """Several slides of a case as one bag, so that K patches are chosen among all of theirs.
+
+    Positions follow on: each slide lies below the one before it, and rows stay in raster order. `locate` tells which
+    slide a patch is of. One bag is returned as it is. Raises ValueError for none, for cases that are joined already,
+    and where encoders or dimensions differ.
+    """
+    if not bags:
+        raise ValueError("there is no slide to join.")
+    first = bags[0]
+    if len(bags) == 1:
+        return first
+    coords, parts, below = [], [], 0
+    for bag in bags:
+        if bag.parts:
+            raise ValueError(f"{bag.slide} is a case of several slides already. Join its slides.")
+        check_bag(bag, first.encoder, first.features.shape[1])
+        shifted = bag.coords + torch.tensor([0, below], dtype=torch.int32)
+        coords.append(shifted)
+        parts.append(Part(bag.slide, len(bag.features), below, bag.patch_size, bag.slide_mpp, bag.slide_size))
+        below = int(shifted[:, 1].max()) + bag.patch_size if len(shifted) else below
+    return replace(
+        first,
+        features=torch.cat([bag.features for bag in bags]),
+        coords=torch.cat(coords),
+        slide=" + ".join(bag.slide for bag in bags),
+        slide_size=None,
+        note=" ".join(dict.fromkeys(bag.note for bag in bags if bag.note)),
+        parts=tuple(parts),
+    )
+
+
+def locate(bag: Bag, row: int) -> tuple[int, int, int]:
+    """(number of the slide, x, y on that slide in level-0 px) of a patch; a bag of one slide is its number 0."""
+    x, y = bag.coords[row].tolist()
+    first = 0
+    for number, part in enumerate(bag.parts):
+        if row < first + part.patches:
+            return number, x, y - part.top
+        first += part.patches
+    return 0, x, y
+
+
 # ---- its file
 
 
@@ -121,7 +179,9 @@ def save_bag(bag: Bag, path: str | Path, made_from: dict[str, Any] | None = None
 
 def describe(bag: Bag) -> dict[str, Any]:
     """Everything of a bag but its tensors, as JSON types."""
-    return asdict(replace(bag, features=bag.features[:0], coords=bag.coords[:0])) | {"features": None, "coords": None}
+    bare = replace(bag, features=bag.features[:0], coords=bag.coords[:0])
+    facts = asdict(bare) | {"features": None, "coords": None}
+    return facts if bag.parts else {name: value for name, value in facts.items() if name != "parts"}
 
 
 def from_facts(features: Tensor, coords: Tensor, text: str, path: Path) -> Bag:
@@ -131,6 +191,8 @@ def from_facts(features: Tensor, coords: Tensor, text: str, path: Path) -> Bag:
         facts.pop("made_from", None)
         size = facts["slide_size"]
         facts |= {"features": features, "coords": coords, "slide_size": tuple(size) if size else None}
+        parts = [Part(**part) for part in facts.get("parts", ())]
+        facts["parts"] = tuple(replace(part, slide_size=part.slide_size and tuple(part.slide_size)) for part in parts)
         return Bag(**facts)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path.name} holds bag metadata that this version cannot read: {error}.") from error

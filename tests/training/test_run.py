@@ -22,10 +22,10 @@ import train.run as run
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.sparse_wsi import SparseWSI
 from train.checkpoint import latest
-from train.config import RECIPES, TrainConfig
+from train.config import NOTES, RECIPES, TrainConfig, read_config
 from train.processes import choose_device
-from train.run import train
-from train.stage import choose_sparsity
+from train.run import count_room, describe_end, train
+from train.stage import StageModule, build, choose_sparsity
 
 
 def metrics(folder: str | Path) -> list[dict]:
@@ -41,6 +41,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(settings: TrainConfig, tmp_pa
     config = settings
     if number == 2:
         config = replace(settings, stage=2, init=str(train(settings)), out=str(tmp_path / "whole"), k_start=0.75)
+        config = replace(config, lora_dropout=0.1, tau_start=0.0)
     train(config)
     broken = replace(config, out=str(tmp_path / "broken"), checkpoint_every=2)
     with pytest.MonkeyPatch.context() as patch:
@@ -224,3 +225,84 @@ def test_a_run_does_not_go_on_with_other_data_of_the_same_name(settings: TrainCo
     save_file(parts | {"features": -parts["features"]}, bank, metadata=facts)
     with pytest.raises(ValueError, match=r"holds a run with other settings: contents was '\w{8}', is '\w{8}'"):
         train(config)
+
+
+def test_the_literal_schedule_says_what_it_did_in_our_trials(
+    settings: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run", *command(replace(settings, steps=1))[3:]])
+    run.main()
+    printed = capsys.readouterr()
+    assert "the paper's literal schedule" in printed.err
+    assert "own-stage1 and own-stage2 are what learned" in printed.err
+    assert "Hardness at the end is" in printed.out
+    assert not {"own-stage1", "demo-stage1"} & set(NOTES)
+
+
+def test_stage_2_begins_where_stage_1_ended(settings: TrainConfig, tmp_path: Path) -> None:
+    first = train(replace(settings, kernel="logistic", denoiser="none", tau_end=0.3))
+    second = replace(settings, stage=2, init=str(first), out=str(tmp_path / "2"), steps=2, tau_start=0.0, dense=0.0)
+    train(second)
+    used = read_config(tmp_path / "2" / "train_config.json")
+    assert (used.kernel, used.denoiser, used.gate, used.tau_start) == ("logistic", "none", "vp", pytest.approx(0.3))
+    assert metrics(second.out)[0]["tau"] == pytest.approx(0.3)
+    train(replace(second, steps=3))  # goes on with the same tau
+    assert read_config(tmp_path / "2" / "train_config.json").tau_start == pytest.approx(0.3)
+    with pytest.raises(ValueError, match=r"gate is 'scale', .* has 'vp'\. Leave out --gate"):
+        train(replace(second, out=str(tmp_path / "3"), gate="scale"))
+
+
+def test_the_newest_checkpoints_are_kept(settings: TrainConfig) -> None:
+    last = train(replace(settings, checkpoint_every=1, keep=2))
+    assert sorted(path.name for path in last.parent.iterdir()) == ["000003", "000004", "last"]
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_several_are_refused(
+    settings: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, broken = run.train_step, {1}
+
+    def train_step(stage: StageModule, examples: list, config: TrainConfig, step: int, keep: object) -> dict:
+        found = real(stage, examples, config, step, keep)  # type: ignore[arg-type]
+        if step in broken:
+            stage.model.projector[0].weight.grad.fill_(torch.nan)  # type: ignore[index,union-attr]
+        return found
+
+    monkeypatch.setattr(run, "train_step", train_step)
+    last = train(replace(settings, checkpoint_every=1, keep=0))
+    assert [step["skipped"] for step in metrics(settings.out)] == [0, 1, 0, 0]
+    before, after, then = (
+        SparseWSI.from_pretrained(last.with_name(name) / "model").trained_state()
+        for name in ("000001", "000002", "000003")
+    )
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not all(torch.equal(after[name], then[name]) for name in after)
+    broken.update(range(20))
+    with pytest.raises(ValueError, match=r"4 steps one after another were skipped, as step 3 has loss .* Lower --lr"):
+        train(replace(settings, steps=20, out=settings.out + "-nan"))
+
+
+def test_hardness_is_told_at_every_end(settings: TrainConfig) -> None:
+    train(settings)
+    assert 0 < metrics(settings.out)[-1]["hardness"] <= 1
+    assert "training and inference show the LLM the same tokens" in describe_end(settings, 0.97)
+    assert "softer mixture" in describe_end(settings, 0.3)
+    assert "the scorer learned nothing" in describe_end(replace(settings, dense=1.0), 0.3)
+
+
+def test_bags_hold_no_more_than_the_llms_positions(settings: TrainConfig) -> None:
+    model, _ = build(settings, 24, "made-up")
+    assert count_room(model) == 4096 - 512
+    model.config = replace(model.config, position="original")
+    assert count_room(model) > 1e9
+
+
+def test_mosaics_have_no_epochs(settings: TrainConfig) -> None:
+    with pytest.raises(ValueError, match="--epochs needs --data"):
+        train(replace(settings, epochs=1.0))
+
+
+def test_settings_of_an_older_program_are_read(settings: TrainConfig, tmp_path: Path) -> None:
+    path = tmp_path / "train_config.json"
+    path.write_text(json.dumps(asdict(settings) | {"activation_checkpointing": False}))
+    assert read_config(path) == settings

@@ -10,11 +10,12 @@ import torch
 
 import train.stage as stages
 from sparsewsi.bags.bag import Bag
+from sparsewsi.model.prompt import text_ids
 from train.align import align, word_of
 from train.config import TrainConfig
 from train.data.bank import load_bank
 from train.data.example import Example, Question
-from train.data.packing import answer_logits, attention_mask, join, pack, passes
+from train.data.packing import answer_logits, attention_mask, join, pack, passes, word_target
 from train.data.stream import MosaicStream
 from train.stage import StageModule, answer_loss, build, choose_sparsity, keep_selected, train_step
 
@@ -197,3 +198,34 @@ def test_of_a_slide_encoder_that_looks_around_hard_steps_keep_what_inference_kee
     train_step(StageModule(model, sparselearn), [example], config, step=7)
     bag = Bag(example.features, torch.zeros(50, 2, dtype=torch.int32), 224, 0.5, "made-up", "mosaic")
     torch.testing.assert_close(seen[0], model.project(model.select(bag).tokens))
+
+
+def test_letters_are_taught_where_they_are_asked_for_and_texts_stay_as_they_are(settings: TrainConfig) -> None:
+    model, _ = build(replace(settings, targets="letter"), 24, "made-up")
+    assert model.config.option_scoring == "letter"
+    closed, opened = Question("Which tissue?", "blood", ("mucin", "blood")), Question("Which organ?", "colon")
+    example = Example(torch.zeros(3, 24), torch.arange(3), 3, (closed, opened))
+    letter, text, plain = (
+        pack(model.tokenizer, example, "original", None, *targets) for targets in (("letter",), ("text",), ())
+    )
+    end = model.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert letter.targets.tolist() == [*text_ids(model.tokenizer, "B"), end, *text_ids(model.tokenizer, "colon"), end]
+    assert torch.equal(text.targets, plain.targets)
+    assert torch.equal(text.text_ids, plain.text_ids)
+    assert word_target(closed, "text") == "blood"
+
+
+def test_a_long_pass_computes_activations_again_and_gives_the_same_gradient(
+    settings: TrainConfig, bank_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    stream = MosaicStream((load_bank(bank_file, "train"),), 0, 1)
+    gradients = []
+    for above in (10_000, 10):
+        monkeypatch.setattr(stages, "CHECKPOINT_ABOVE", above)
+        torch.manual_seed(0)
+        model, sparselearn = build(settings, 24, "made-up")
+        train_step(StageModule(model, sparselearn).train(), [stream.example(0, 20)], settings, step=2)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.projector.parameters() if p.grad is not None]))
+    assert stages.computes_again(model.llm)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    assert "computes activations again on the way back" in capsys.readouterr().err

@@ -6,6 +6,7 @@ another.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from string import ascii_uppercase
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsewsi.model.prompt import build_prompt, end_of_turn, text_ids, visual_positions
 from sparsewsi.model.sparse_wsi import SparseWSI
-from train.data.example import Example
+from train.data.example import Example, Question
 
 
 @dataclass(frozen=True)
@@ -50,25 +51,47 @@ def visible(bag: Tensor, question: Tensor, queries: slice = slice(None)) -> Tens
     return causal & mine & (bag[None, :] == bag[queries, None])
 
 
-def pack(tokenizer: PreTrainedTokenizerBase, example: Example, position: str, max_position: int | None) -> Packed:
+def word_target(question: Question, targets: str) -> str:
+    """The answer as it is taught: its text, or with targets "letter" the letter of the option that it is."""
+    if targets == "letter" and question.options:
+        return ascii_uppercase[question.options.index(question.answer)]
+    return question.answer
+
+
+def pack(
+    tokenizer: PreTrainedTokenizerBase,
+    example: Example,
+    position: str,
+    max_position: int | None,
+    targets: str = "text",
+) -> Packed:
     """Lay all questions of a bag behind one copy of its visual tokens.
 
     Every question sees the prefix, the visual tokens and itself, never another question, and gets the position ids it
     would have alone; the loss is that of separate sequences at the price of one visual prefix.
     """
-    n = len(example.indices)
     end = end_of_turn(tokenizer)
     segments: list[Tensor] = []
     answers: list[int] = []  # answer length of each segment
-    at, prefix = 0, torch.empty(0, dtype=torch.long)
+    prefix = torch.empty(0, dtype=torch.long)
     for question in example.questions:
         prompt = build_prompt(tokenizer, [{"role": "user", "content": question.question}], question.options or None)
-        at, prefix = prompt.at, prompt.ids[: prompt.at]
-        answer = [*text_ids(tokenizer, question.answer), end]
-        segments.append(torch.cat([prompt.ids[at:], torch.tensor(answer, dtype=torch.long)]))
+        prefix = prompt.ids[: prompt.at]
+        answer = [*text_ids(tokenizer, word_target(question, targets)), end]
+        segments.append(torch.cat([prompt.ids[prompt.at :], torch.tensor(answer, dtype=torch.long)]))
         answers.append(len(answer))
     longest = max(len(segment) for segment in segments)
-    visual, start = visual_positions(example.indices, example.num_patches, at, longest, position, max_position)
+    places = visual_positions(example.indices, example.num_patches, len(prefix), longest, position, max_position)
+    return lay_out(prefix, *places, segments, answers)
+
+
+def lay_out(prefix: Tensor, visual: Tensor, start: int, segments: Sequence[Tensor], answers: Sequence[int]) -> Packed:
+    """A prefix, visual tokens and the questions behind them, as one sequence.
+
+    visual: position ids (N,) of the visual tokens; start: the first one of every question. segments: token ids of each
+    question with its answer; answers: how many of them at the end are the answer
+    """
+    at, n = len(prefix), len(visual)
     positions = [torch.arange(at), visual] + [start + torch.arange(len(segment)) for segment in segments]
     owner = [torch.zeros(at + n, dtype=torch.long)] + [torch.full((len(s),), i + 1) for i, s in enumerate(segments)]
     keep, targets, begin = [], [], at + n
@@ -79,8 +102,9 @@ def pack(tokenizer: PreTrainedTokenizerBase, example: Example, position: str, ma
     text = torch.cat([prefix, *segments])
     order = torch.cat([torch.arange(at), len(text) + torch.arange(n), torch.arange(at, len(text))])
     asked = torch.cat(owner)  # (L,)
-    bag = torch.zeros_like(asked)
-    return Packed(text, order, torch.cat(positions), bag, asked, torch.cat(keep), torch.cat(targets))
+    return Packed(
+        text, order, torch.cat(positions), torch.zeros_like(asked), asked, torch.cat(keep), torch.cat(targets)
+    )
 
 
 def join(parts: Sequence[Packed]) -> Packed:

@@ -6,16 +6,15 @@ N patches.
 import functools
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparsewsi.bags.bag import Bag, check_bag
+from sparsewsi.bags.bag import FEATURE_SUFFIXES, Bag, check_bag, join
 from sparsewsi.bags.foreign import load_bag
-from sparsewsi.files import FEATURE_SUFFIXES, IMAGE_SUFFIXES, SLIDE_SUFFIXES, walk
+from sparsewsi.files import IMAGE_SUFFIXES, SLIDE_SUFFIXES, walk
 from train.data.example import Example, Question, Record
 
 _ALL_ENDINGS = (*FEATURE_SUFFIXES, *SLIDE_SUFFIXES, *IMAGE_SUFFIXES, ".dcm")
@@ -79,25 +78,7 @@ class FeatureFolder:
             if not files:
                 raise ValueError(f"no feature file for slide {slide} under {self.folder}. Extract its features.")
             bags += [load_bag(file) for file in files]
-        return stack(bags)
-
-
-def stack(bags: Sequence[Bag]) -> Bag:
-    """Several slides as one bag, each below the one before it, so that rows stay in raster order.
-
-    Raises ValueError where their features do not belong together.
-    """
-    first, *others = bags
-    if not others:
-        return first
-    coords, below = [], 0
-    for bag in bags:
-        check_bag(bag, first.encoder, first.features.shape[1])
-        shifted = bag.coords + torch.tensor([0, below], dtype=torch.int32)
-        coords.append(shifted)
-        below = int(shifted[:, 1].max()) + bag.patch_size if len(shifted) else below
-    features = torch.cat([bag.features for bag in bags])
-    return replace(first, features=features, coords=torch.cat(coords), slide_size=None)
+        return join(bags)
 
 
 def evenly(n: int, most: int | None) -> Tensor:

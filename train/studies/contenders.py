@@ -3,7 +3,6 @@
 N patches, K kept.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +17,7 @@ from sparsewsi.model.selection import Selection
 from sparsewsi.model.selector import SELECTORS
 from sparsewsi.model.sparse_wsi import SparseWSI
 from train.checkpoint import load_state
-from train.config import TrainConfig
+from train.config import read_config
 from train.data.example import Example
 from train.sparselearn import GATES, SparseLearn, gumbel_topk, ste_topk, zscore
 
@@ -128,7 +127,7 @@ class Contender(SparseWSI):
 def load_contender(checkpoint: Path) -> Contender:
     """A checkpoint's model with its training path at the last temperature of the run that made it."""
     checkpoint = checkpoint.resolve()
-    config = TrainConfig(**json.loads((checkpoint.parent.parent / "train_config.json").read_text()))
+    config = read_config(checkpoint.parent.parent / "train_config.json")
     model = Contender.from_pretrained(checkpoint / "model")
     assert isinstance(model, Contender)
     build = choose_sparselearn(config.gate)

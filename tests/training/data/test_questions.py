@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from sparsewsi.bags.bag import Bag, save_bag
+from sparsewsi.bags.bag import Bag, join, save_bag
 from sparsewsi.model.sparse_wsi import SparseWSI
 from train.config import TrainConfig
 from train.data.example import Question, Record
 from train.data.questions import BENCHMARKS, main, read_closed_questions, read_questions, split_options
-from train.data.slides import FeatureFolder, SlideVQADataset, epoch_order, evenly, stack
+from train.data.slides import FeatureFolder, SlideVQADataset, epoch_order, evenly
 from train.flags import run_command
 from train.run import train
 
@@ -225,15 +225,15 @@ def test_slides_are_found_by_the_names_that_files_give_them(tmp_path: Path) -> N
 
 def test_several_slides_are_one_bag_in_raster_order() -> None:
     one, two = made_bag(7), made_bag(5, seed=1)
-    both = stack([one, two])
+    both = join([one, two])
     assert torch.equal(both.features, torch.cat([one.features, two.features]))
     assert both.coords[7:, 1].min() == one.coords[:, 1].max() + one.patch_size
     order = np.lexsort((both.coords[:, 0], both.coords[:, 1]))
     assert order.tolist() == list(range(12))
     with pytest.raises(ValueError, match="dimension 9"):
-        stack([one, made_bag(3, dim=9)])
+        join([one, made_bag(3, dim=9)])
     with pytest.raises(ValueError, match="another"):
-        stack([one, made_bag(3, encoder="another")])
+        join([one, made_bag(3, encoder="another")])
 
 
 @pytest.fixture
@@ -355,10 +355,12 @@ def test_both_stages_train_on_slidechats_files(tmp_path: Path, tiny_llm: Path, c
     assert "captions.json, row 3: slide x has no feature file (1 questions)." in said
     assert "2 questions are left" in said
     questions = [str(write(tmp_path / "questions.json", asked))]
-    last = train(replace(settings, stage=2, out=str(tmp_path / "two"), init=str(first), data=questions))
+    asking = replace(settings, stage=2, out=str(tmp_path / "two"), init=str(first), data=questions, epochs=2.0)
+    last = train(asking)
     config = SparseWSI.from_pretrained(last / "model").config
     assert (config.encoder, config.feature_dim) == ("made-up", 12)
     steps = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert len(steps) == 2  # two epochs of two bags, two a step
     assert {step["n"] for step in steps} <= {9, 20}
     assert all(np.isfinite(step["loss"]) for step in steps)
     with pytest.raises(ValueError, match="either --banks"):

@@ -38,11 +38,11 @@ def test_the_interval_is_of_the_questions_of_one_seed_and_of_the_means_of_severa
 def test_the_interval_of_three_seeds_covers_the_truth() -> None:
     generator = np.random.default_rng(2)
     covered = 0
-    for _ in range(1000):
+    for _ in range(400):
         found = estimate_from_seeds(0.5 + 0.13 * generator.standard_normal(3))  # seeds differ as short trainings do
         assert found is not None
         covered += found.low <= 0.5 <= found.high
-    assert 0.93 < covered / 1000 < 0.97  # a bootstrap over seeds: 0.78
+    assert 0.92 < covered / 400 < 0.98  # a bootstrap over seeds: 0.78
     assert estimate_from_seeds([0.5]) is None
 
 
