@@ -36,8 +36,8 @@ OUTSIDE = {
 STARTERS = ("torchrun", "srun", "sbatch")
 # Added to a command of README, so that it takes seconds.
 SHORT = {
-    "train.run stage1": "--steps 2 --accumulation 1 --llm LLM --dim 32 --num_tokens 4",
-    "train.run stage2": "--steps 2 --accumulation 1 --llm LLM",
+    "train.run own-stage1": "--steps 2 --accumulation 1 --llm LLM --dim 32 --num_tokens 4",
+    "train.run own-stage2": "--steps 2 --accumulation 1 --llm LLM",
     "train.evaluate file": "--rows learned random",
 }
 
