@@ -8,6 +8,7 @@ import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -273,8 +274,12 @@ def damage(path: Path, tile: int, start: float = 0.0) -> None:
         file.write(bytes(length - int(start * length)))
 
 
+def source_of(slide) -> Any:
+    return slide._source
+
+
 def direct(slide, level: int = 0) -> bool:
-    return slide._source._direct(level) is not None
+    return source_of(slide)._direct(level) is not None
 
 
 @pytest.mark.parametrize("kind", ["YCbCr", "RGB", "JPEG 2000"])
@@ -288,21 +293,21 @@ def test_px_read_without_openslide_are_those_of_openslide(tmp_path, kind):
         assert all(direct(slide, level) for level in range(len(slide.level_sizes)))
         for level, (width, height) in enumerate(slide.level_sizes):
             for x, y, w, h in RNG.integers((-90, -90, 1, 1), (width + 20, height + 20, 300, 200), (40, 4)).tolist():
-                theirs = slide._source._read_openslide(level, (x, y), (w, h))
-                np.testing.assert_array_equal(slide._source.read(level, (x, y), (w, h)), theirs)
+                theirs = source_of(slide)._read_openslide(level, (x, y), (w, h))
+                np.testing.assert_array_equal(source_of(slide).read(level, (x, y), (w, h)), theirs)
 
 
 def test_neighbours_that_share_tiles_decode_them_once(tmp_path):
     with open_slide(write_compressed(tmp_path / "a.tiff")) as slide:
         assert direct(slide)
         decoded: list[int] = []
-        grid = slide._source._tiles._grids[0]
+        grid = source_of(slide)._tiles._grids[0]
 
         def decode(data: bytes, number: int) -> np.ndarray:
             decoded.append(number)
             return grid.decode(data, number)
 
-        slide._source._tiles._grids[0] = dataclasses.replace(grid, decode=decode)
+        source_of(slide)._tiles._grids[0] = dataclasses.replace(grid, decode=decode)
         for y in range(0, 480, 40):
             for x in range(0, 760, 40):
                 slide.read((x, y), (40, 40), 0.5)
@@ -345,7 +350,7 @@ def test_what_does_not_agree_with_openslide_is_left_to_it(tmp_path, monkeypatch)
     monkeypatch.setattr(TiffTiles, "read", lambda *args: read(*args) ^ 1)
     with open_slide(path) as slide:
         assert not direct(slide)
-        theirs = slide._source._read_openslide(0, (0, 0), (800, 500))
+        theirs = source_of(slide)._read_openslide(0, (0, 0), (800, 500))
         np.testing.assert_array_equal(slide.read((0, 0), (800, 500), 0.5), theirs)
     with open_slide(write_tiff(tmp_path / "b.tiff", [NOISE])) as slide:  # deflate
         assert not direct(slide)

@@ -178,6 +178,7 @@ def test_the_last_steps_see_what_inference_keeps(settings: TrainConfig, bank_fil
     short = keep_selected(model, example)
     coords = torch.arange(100, dtype=torch.int32).reshape(50, 2)
     selection = model.select(Bag(example.features, coords, 224, 0.5, "made-up", "mosaic"))
+    assert short.rows is not None
     assert torch.equal(short.rows, selection.indices)
     assert torch.equal(short.indices, example.indices[selection.indices])
     assert short.kinds == tuple(example.kinds[i] for i in selection.indices)
