@@ -15,7 +15,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from sparsewsi.bags.bag import read_patches
+from sparsewsi.bags.extract import read_patches
 from sparsewsi.slides import confined
 from sparsewsi.slides.confined import ConfinedSlide
 from sparsewsi.slides.refusals import SlideError
