@@ -8,6 +8,8 @@ several sets of wrong options; a mosaic of an open world is asked one question. 
 are ways to keep 32 patches, all patches, the majority answer, and a logistic regression on mean-pooled features of the
 train split (its strength chosen by cross-validation over train cases). Intervals resample cases, 2.5 to 97.5 %.
 
+--limits writes what the artefact says of itself into its folder, from the slides asked: pass it with --split val.
+
 The folder --out gets a line a slide and row (slides.jsonl) and a line a mosaic (mosaics.jsonl) as they are answered; a
 run that was stopped goes on.
 """
@@ -31,16 +33,20 @@ from sparsewsi.model.prompt import text_ids
 from sparsewsi.model.selection import Selection
 from sparsewsi.model.selector import mmr
 from sparsewsi.model.sparse_wsi import SparseWSI
+from sparsewsi.model.words import UNKNOWN
+from train.align import word_of
 from train.data.bank import Bank, load_bank
 from train.data.example import Example, Question
-from train.data.open_world import OpenWorld, absent_slides
+from train.data.open_world import GLASS, OpenWorld, absent_slides
 from train.data.packing import answer_logits, pack
 from train.data.real import CHOICES, KINDS, WORDINGS, YES_NO, SlideFacts, ask, load_slides, slide_bag, slide_rows
+from train.data.stream import place_rows
 from train.eval.table import write_table
 from train.flags import add_flag, make_parser, run_command
 from train.stage import find_model_folder
 
 ROWS = ("learned", "topk", "mmr", "random", "farthest", "all")
+ALIKE = 0.4  # cosine from which on a patch has a word: on validation tiles, where 3 of 4 words are then right
 SETS = 4  # sets of wrong options of a choice
 TOGETHER = 4  # questions in a pass
 
@@ -419,13 +425,13 @@ def _interval(found: tuple[float, float, float], unit: int) -> str:
 
 
 PATTERNS = {
+    "neoplasm": ("neoplas", "benign or malignant", r"^(?!.*malignan).*\btumou?r"),
     "malignant": ("malignan", r"\bcancer"),
     "carcinoma": ("carcinoma",),
-    "neoplasm": ("neoplas", r"\btumou?r"),
     "organ": (r"\borgan\b", "where was this tissue", r"tissue (come|taken) from"),
     "category": ("category of disease", "kind of disease", "sort of process"),
 }
-GOAL = {"malignant": 0.9, "carcinoma": 0.9, "neoplasm": 0.9, "organ": 0.8, "category": 0.8}
+GOAL = {"neoplasm": 0.85, "malignant": 0.85, "carcinoma": 0.85, "organ": 0.75, "category": 0.75}
 
 
 def make_limits(records: Sequence[dict[str, Any]], vocabulary: Sequence[str], alike: float) -> Limits:
@@ -455,6 +461,30 @@ def make_limits(records: Sequence[dict[str, Any]], vocabulary: Sequence[str], al
     return Limits(tuple(kinds), tuple(vocabulary), alike)
 
 
+def list_vocabulary(path: Path) -> list[str]:
+    """Words of the kinds of a bank that live on two slides or more, whatever their split."""
+    sources = defaultdict(set)
+    for split in ("train", "val", "test"):
+        bank = load_bank(path, split)
+        for kind, source in zip(bank.kinds, bank.sources):
+            sources[str(kind)].add(str(source))
+    return sorted(word_of(kind) for kind, found in sources.items() if len(found) > 1 and kind != GLASS)
+
+
+def table_of_words(model: SparseWSI, bank: Bank) -> str:
+    """Markdown: how often the nearest word of a labelled patch is that of its kind, and how many patches have one."""
+    words, lines = model.words(place_rows(bank, np.arange(len(bank.kinds)))), []
+    told = np.array([words.word(number) for number in words.nearest.tolist()])
+    for kind in [*sorted(set(map(str, bank.kinds)) - {GLASS}), ""]:
+        some = bank.kinds == kind if kind else bank.kinds != GLASS
+        named = some & (told != UNKNOWN)
+        right = np.array([word_of(str(each)) for each in bank.kinds]) == told
+        known = not kind or word_of(kind) in model.limits.vocabulary
+        share = f"{right[named].mean():.0%}" if named.any() and known else "" if known else "no word"
+        lines.append([word_of(kind) if kind else "all", some.sum(), f"{named.sum() / some.sum():.0%}", share])
+    return write_table(["kind", "views of patches", "with a word", "right of these"], lines)
+
+
 def main() -> None:
     parser = make_parser(__doc__)
     add_flag(parser, "--model")
@@ -466,6 +496,7 @@ def main() -> None:
     add_flag(parser, "--questions", help="number of mosaics; 0: none")
     add_flag(parser, "--n", default=1024)
     add_flag(parser, "--seed")
+    parser.add_argument("--limits", action="store_true", help="write limits.json into the model's folder")
     add_flag(parser, "--out")
     given = parser.parse_args()
     torch.manual_seed(0)
@@ -487,6 +518,11 @@ def main() -> None:
             model, bags, asked, slides, given.rows, model.config.num_tokens, given.out / "slides.jsonl"
         )
         records += probe_slides(load_slides(given.slides, "train"), bags, asked, slides)
+        if given.limits:
+            if not given.bank:
+                parser.error("--limits needs --bank, for the words that the model has for patches")
+            model.limits = make_limits(records, list_vocabulary(given.bank), ALIKE)
+            model.limits.save(find_model_folder(given.model))
         text.append(table_of_slides(records + add_majority(records), model.limits))
     if given.bank and given.questions:
         clean = None
@@ -500,6 +536,8 @@ def main() -> None:
             model, mosaics, given.questions, rows, model.config.num_tokens, given.out / "mosaics.jsonl"
         )
         text.append(table_of_mosaics(records))
+    if given.bank and model.limits.vocabulary:
+        text.append(table_of_words(model, load_bank(given.bank, given.split)))
     write_text(given.out / "table.md", "\n\n".join(text) + "\n")
     print("\n\n".join(text))
 
