@@ -17,6 +17,7 @@ class Answer:
     probs:    one per option, sums to 1
     effects:  Evidence.effects, one per selection.indices; empty where no evidence was asked for
     evidence: Evidence.sentence, what the effects mean
+    limit:    Limits.judge, how far such answers can be believed
     """
 
     question: str
@@ -25,6 +26,7 @@ class Answer:
     probs: tuple[float, ...] = ()
     effects: tuple[float, ...] = ()
     evidence: str = ""
+    limit: str = ""
 
 
 def word_notice(config: SparseWSIConfig) -> str:

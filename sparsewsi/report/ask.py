@@ -96,8 +96,8 @@ def _put(case: Case, model: Reader, question: str, options: Sequence[str], evide
     answer = case.measure(model, messages, "".join(pieces), options, evidence=evidence)
     for option, prob in zip(answer.options, answer.probs):
         print(f"   {prob:6.1%}  {option}")
-    if answer.evidence:
-        print(answer.evidence)
+    for sentence in filter(None, (answer.limit, answer.evidence)):
+        print(sentence)
     return answer
 
 

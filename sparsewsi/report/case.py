@@ -23,6 +23,7 @@ from sparsewsi.bags.bag import Bag
 from sparsewsi.files import write_bytes
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.evidence import Evidence
+from sparsewsi.model.limits import Limits
 from sparsewsi.model.novelty import Summary
 from sparsewsi.model.selection import Selection
 from sparsewsi.model.selector import LEARNED, SELECTORS, check_selector, select_learned
@@ -63,6 +64,7 @@ class Model(Reader, Protocol):
     name: str
     weights_sha256: str | None
     trained_on: Summary | None
+    limits: Limits
 
     def select(self, bag: Bag, k: int | None = None, selector: str = "learned", seed: int = 0) -> Selection: ...
 
@@ -76,7 +78,7 @@ class Case:
     path:           the slide; None where only its features are at hand
     slide_mpp:      um/px of the scan if it was given by hand, else None
     selector, max_patches: how the selection was made; max_patches: at most so many patches were encoded, None: all
-    config, model, weights_sha256, trained_on: of the model that made it; `model` is its name for people
+    config, model, weights_sha256, trained_on, limits: of the model that made it; `model` is its name for people
     """
 
     bag: Bag
@@ -85,6 +87,7 @@ class Case:
     model: str
     weights_sha256: str | None = None
     trained_on: Summary | None = None
+    limits: Limits = Limits()
     path: Path | None = None
     slide_mpp: float | None = None
     selector: str = "learned"
@@ -126,7 +129,7 @@ class Case:
         """
         question, text = messages[-1]["content"], text.strip()
         probs = reader.option_probs(self.selection, question, options).tolist() if options else []
-        answer = Answer(question, text, tuple(options), tuple(probs))
+        answer = Answer(question, text, tuple(options), tuple(probs), limit=self.limits.judge(question, probs))
         if not evidence or not text:
             return answer
         found = reader.leave_one_out(self.selection, messages, text, list(options) or None, progress)
@@ -260,6 +263,7 @@ def _make(
         model=model.name,
         weights_sha256=model.weights_sha256,
         trained_on=model.trained_on,
+        limits=model.limits,
         path=None if path is None else Path(path),
         slide_mpp=slide_mpp,
         selector=selector,

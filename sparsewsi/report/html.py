@@ -113,6 +113,7 @@ def _answer_html(number: int, answer: Answer, selection: Selection) -> str:
         f'<section class="answer"><p class="text"><b>Q{number}. {escape(answer.question)}</b></p>',
         f'<p class="text">{escape(answer.text) or "(no answer)"}</p>',
         f"<table><tr><th>Option</th><th>Probability</th></tr>{rows}</table>" if rows else "",
+        f"<p>{escape(answer.limit)}</p>" if answer.limit else "",
         f"<p>{escape(answer.evidence)}</p>" if answer.evidence else "",
     ]
     if answer.effects:

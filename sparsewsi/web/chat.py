@@ -84,6 +84,8 @@ def show_evidence(answer: Answer, selection: Selection) -> list[str]:
         order = sorted(zip(answer.probs, answer.options), reverse=True)
         chances = " · ".join(f"{inert(option)} **{prob:.0%}**" for prob, option in order)
         blocks.append(f"Probability of each option (the model's own, not calibrated): {chances}")
+    if answer.limit:
+        blocks.append(inert(answer.limit))
     if answer.effects:
         effects, patches = np.asarray(answer.effects), selection.ranks.tolist()
         most = [i for i in np.argsort(-effects, kind="stable")[:3] if effects[i] > 0]
