@@ -10,7 +10,7 @@ Nothing here loads a model: what needs one takes it as an argument. N patches, K
 
 import io
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -87,7 +87,7 @@ class Case:
     model: str
     weights_sha256: str | None = None
     trained_on: Summary | None = None
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     path: Path | None = None
     slide_mpp: float | None = None
     selector: str = "learned"
