@@ -57,10 +57,9 @@ def find_slides_in(folder: str | Path) -> Found:
     closed: list[OSError] = []
     for where, names in walk(Path(folder), closed.append):
         place = Path(where)
-        if (place / "Slidedat.ini").is_file() and place.with_suffix(".mrxs") not in slides:
-            if any(other.suffix.lower() == ".mrxs" and other.stem == place.name for other in _files(place.parent)):
-                continue  # the data of the slide beside it
-            left_out.append((place, "the data of an MRXS slide whose .mrxs file is not beside it"))
+        if (place / "Slidedat.ini").is_file():
+            if not (place.parent / f"{place.name}.mrxs").is_file():
+                left_out.append((place, "the data of an MRXS slide whose .mrxs file is not beside it"))
             continue
         kinds = {place / name: _kind_or_suffix(place / name) for name in names if not name.startswith(".")}
         slides += _find_dicom(place, [path for path, kind in kinds.items() if kind == "dicom"])

@@ -99,7 +99,7 @@ def explain_implausible(mpp: float, source: str = "argument", power: float | Non
     start = f"{_STATED_IN[source]} {mpp:.4g} um/px, which no slide has"
     if source == "argument" and 10 / mpp >= PLAUSIBLE_MPP[0] and mpp in (40, 60, 63, 80, 100):
         return f"{start}; {mpp:g} looks like the magnification, whose um/px is about slide_mpp={10 / mpp:.3g}."
-    if source == "tiff resolution" and any(abs(25_400 / dpi / mpp - 1) < 0.02 for dpi in _DEFAULT_DPI):
+    if source == "tiff resolution" and any(abs(25_400 / dpi / mpp - 1) < 3e-3 for dpi in _DEFAULT_DPI):
         return f"The TIFF resolution, {mpp:.4g} um/px, is a program's default and not a scan's. {_REMEDY}"
     error = _likely_error(mpp, power)
     if error is None:

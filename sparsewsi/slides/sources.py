@@ -160,10 +160,9 @@ class OpenSlideSource:
             )
         brightest = max((int(spot[..., :3].max()) for spot in spots), default=255)
         if page.bits > 8 and brightest < 128:
-            used = page.bits - 8 + max(1, brightest).bit_length()
             raise SlideError(
-                f"The TIFF holds {page.bits} bits a channel but uses about {used} of them, so that it would be read as "
-                "nearly black; save it as 8-bit RGB, scaled to the full range."
+                f"The TIFF holds {page.bits} bits a channel but uses only the lower of them, so that it would be read "
+                "as nearly black; save it as 8-bit RGB, scaled to the full range."
             )
 
     def _read_spots(self) -> Iterator[np.ndarray]:
