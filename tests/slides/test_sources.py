@@ -10,7 +10,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from sparsewsi.bags.bag import read_patches
+from sparsewsi.bags.extract import read_patches
 from sparsewsi.slides.refusals import SlideError
 from sparsewsi.slides.slide import open_slide
 from sparsewsi.slides.tiff import has_end
