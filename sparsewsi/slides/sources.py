@@ -29,6 +29,7 @@ TIFF_VENDORS = ("aperio", "generic-tiff")
 CHECKED_AT = ((0.0, 0.0), (0.5, 0.5), (0.3, 0.7), (0.8, 0.2))
 SPOTS = 5  # across and down, where px are looked at for what a TIFF says about them
 SPOT = 32  # px
+LARGEST_TILE = 1 << 24  # px
 
 TOO_DEEP = "The image holds 16 or 32 bits per channel; save it as 8-bit RGB, scaled to the full range."
 
@@ -112,7 +113,7 @@ class OpenSlideSource:
         doubts, suspects = (), set()
         if self.vendor in TIFF_VENDORS:
             doubts, suspects = self._look_at_pages()
-        found, more = measure_downsamples(sizes, self._read_openslide, suspects)
+        found, more = measure_downsamples(sizes, self._read_cheaply, suspects)
         kept = [level for level, scale in enumerate(found) if scale is not None]
         self._levels = tuple(kept)
         self._stated, self._own_downsamples = tuple(sizes[i] for i in kept), tuple(own[i] for i in kept)
@@ -164,6 +165,13 @@ class OpenSlideSource:
                 f"The TIFF holds {page.bits} bits a channel but uses only the lower of them, so that it would be read "
                 "as nearly black; save it as 8-bit RGB, scaled to the full range."
             )
+
+    def _read_cheaply(self, level: int, xy: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+        """_read_openslide, but not of a level whose tiles are so large that opening the slide would be felt."""
+        tile = [int(self.properties.get(f"openslide.level[{level}].tile-{side}", 0)) for side in ("width", "height")]
+        if tile[0] * tile[1] > LARGEST_TILE:
+            raise SlideError("The tiles are too large to be compared.")
+        return self._read_openslide(level, xy, size)
 
     def _read_spots(self) -> Iterator[np.ndarray]:
         """RGBA of small parts of level 0, spread over it: uint8 (h, w, 4)."""
