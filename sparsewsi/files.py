@@ -109,6 +109,16 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def share(folder: str | Path) -> None:
+    """Give the files of a folder the mode of new files: safetensors writes some that only their owner may read."""
+    with replacing(Path(folder) / ".mode") as probe:
+        mode = probe.stat().st_mode
+    (Path(folder) / ".mode").unlink()
+    for file in Path(folder).rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
+
+
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Write a file: whoever reads it finds the old content or the new, never a part."""
     with replacing(path) as partial:

@@ -49,6 +49,7 @@ class Bag:
     slide_size: (W, H) of level 0, px
     note:       what a reader should know, such as positions that the file does not hold
     parts:      of several slides joined as one case, what each of them contributed, in order; else empty
+    bounds:     (x, y, w, h) of the part that was scanned, level-0 px; None where it is all of the slide or not known
     Raises ValueError for shapes that do not fit each other, for features that are not finite in float16, for coords
     that are not whole numbers of 32 bits, and for sizes and resolutions that nothing can have.
     """
@@ -64,6 +65,7 @@ class Bag:
     slide_size: tuple[int, int] | None = None
     note: str = ""
     parts: tuple["Part", ...] = ()
+    bounds: tuple[int, int, int, int] | None = None
 
     def __post_init__(self) -> None:
         features, coords = self.features, self.coords
@@ -82,7 +84,9 @@ class Bag:
         if coords.dtype == torch.bool or coords.is_complex():
             raise ValueError(f"coords must be whole numbers (int32), got {coords.dtype}.")
         whole = coords.detach().cpu()
-        if len(whole) and not (whole.double().abs().max() < 2**31 and bool((whole.double() % 1 == 0).all())):
+        # Far corners are computed in 32 bits as well.
+        most = 2**31 - 1 - int(self.patch_size)
+        if len(whole) and not (whole.double().abs().max() <= most and bool((whole.double() % 1 == 0).all())):
             raise ValueError("coords must be whole level-0 px within 32 bits; some are fractions, too large or NaN.")
         half = features.detach().to("cpu", torch.float16)
         # In parts: isfinite's own copies of a million patches would take twice what the features do.
@@ -96,8 +100,10 @@ class Bag:
         object.__setattr__(self, "features", half)
         object.__setattr__(self, "coords", whole.to(torch.int32))
         object.__setattr__(self, "patch_size", int(self.patch_size))
-        if self.slide_size is not None:
-            object.__setattr__(self, "slide_size", (int(self.slide_size[0]), int(self.slide_size[1])))
+        for name in ("slide_size", "bounds"):
+            stated = getattr(self, name)
+            if stated is not None:
+                object.__setattr__(self, name, tuple(int(side) for side in stated))
 
 
 def check_bag(bag: Bag, encoder: str, feature_dim: int) -> None:
@@ -189,8 +195,7 @@ def from_facts(features: Tensor, coords: Tensor, text: str, path: Path) -> Bag:
     try:
         facts: dict[str, Any] = json.loads(text)
         facts.pop("made_from", None)
-        size = facts["slide_size"]
-        facts |= {"features": features, "coords": coords, "slide_size": tuple(size) if size else None}
+        facts |= {"features": features, "coords": coords}
         parts = [Part(**part) for part in facts.get("parts", ())]
         facts["parts"] = tuple(replace(part, slide_size=part.slide_size and tuple(part.slide_size)) for part in parts)
         return Bag(**facts)

@@ -143,6 +143,7 @@ def bag_of(
         mpp_source=slide.mpp_source or "unknown",
         slide_size=(int(slide.size[0]), int(slide.size[1])),
         note=" ".join(note for note in notes if note),
+        bounds=None if slide.bounds == (0, 0, *slide.size) else slide.bounds,
     )
 
 

@@ -10,6 +10,8 @@ import json
 import math
 import re
 import warnings
+import zipfile
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sparsewsi.bags.bag import UNKNOWN_ENCODER, Bag, describe, from_facts, read_own
-from sparsewsi.files import replacing
+from sparsewsi.files import as_path, replacing
 
 _NOMINAL_PATCH_SIZE = 256  # level-0 px; only for files that say nothing about size and position
 
@@ -42,6 +44,10 @@ _ENCODER_ALIASES = {
     "phikon": "hf:owkin/phikon",
     "phikon_v2": "hf:owkin/phikon-v2",
 }
+
+
+_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"7z\xbc\xaf": "7-Zip"}
+_MOST_RATIO = 200  # bytes of features per byte of file; even zeros that are compressed stay below
 
 
 @dataclass(frozen=True)
@@ -78,11 +84,20 @@ def load_bag(
     Warns in words where the positions or the size of the patches had to be assumed (also in Bag.note).
     Raises ValueError for files that are empty, broken, of another kind, or hold features that are not finite.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path.name} is not a file. Pass a feature file (safetensors, h5, pt, csv, npy).")
-    with path.open("rb") as file:
-        head = file.read(16)
+    path = as_path(path)
+    try:
+        if not path.is_file():
+            raise ValueError(f"{path.name} is not a file. Pass a feature file (safetensors, h5, pt, csv, npy).")
+        with path.open("rb") as file:
+            head = file.read(64)
+        return _read_any(path, head, encoder, slide_mpp, allow_pickle)
+    except PermissionError:
+        raise ValueError(f"{path.name} may not be read: this user lacks the permission.") from None
+    except OSError as error:  # a disk or a network mount that went away
+        raise ValueError(f"{path.name} cannot be read ({error.strerror or error}). Is its disk there?") from error
+
+
+def _read_any(path: Path, head: bytes, encoder: str | None, slide_mpp: float | None, allow_pickle: bool) -> Bag:
     if not head:
         raise ValueError(f"{path.name} is empty (0 bytes), probably left by a killed job. Make it again.")
     if head[8:9] == b"{":
@@ -91,12 +106,18 @@ def load_bag(
         found = _read_h5(path, encoder, slide_mpp)
         if isinstance(found, Bag):
             return _fill_in(found, encoder, slide_mpp)
+    elif head.startswith(b"PK") and head[30:].split(b".npy")[0] != head[30:]:
+        found = _read_npz(path)
     elif head.startswith((b"PK", b"\x80\x02")):
         found = _read_pt(path, encoder, slide_mpp)
     elif head.startswith(b"\x93NUMPY"):
         found = _read_npy(path, allow_pickle)
     elif path.suffix.lower() in (".csv", ".txt"):
         found = replace(_read_csv(path), encoder=encoder or "conch")  # SlideChat has no other
+    elif head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path.name} is a Git LFS pointer, not the file itself. Run git lfs pull where it came from.")
+    elif (packed := next((name for sign, name in _PACKED.items() if head.startswith(sign)), "")) != "":
+        raise ValueError(f"{path.name} is packed with {packed}. Unpack it first.")
     else:
         raise ValueError(
             f"{path.name} is no feature file known here (safetensors, h5, pt, csv, npy). For a slide use extract_bag."
@@ -177,7 +198,7 @@ def _to_bag(found: _Foreign, path: Path) -> Bag:
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
     if note:
-        warnings.warn(note, UserWarning, stacklevel=3)  # without the file's name, which may be a patient's
+        warnings.warn(note, UserWarning, stacklevel=4)  # without the file's name, which may be a patient's
     return bag
 
 
@@ -221,16 +242,17 @@ def _read_h5(path: Path, encoder: str | None, slide_mpp: float | None) -> _Forei
             facts: dict[str, Any] = dict(file.attrs)
             facts |= dict(coords.attrs) if coords is not None else {}
             if data.ndim != 1 and coords is not None and "sparsewsi_bag" in facts:
+                features = torch.from_numpy(_read_features(data, path))
                 return from_facts(
-                    torch.from_numpy(data[:]), torch.from_numpy(coords[:]), _text(facts["sparsewsi_bag"]), path
+                    features, torch.from_numpy(_to_native(coords[:])), _text(facts["sparsewsi_bag"]), path
                 )
             found = _Foreign(
-                features=data[:],
-                coords=coords[:] if coords is not None else None,
+                features=_read_features(data, path),
+                coords=_to_native(coords[:]) if coords is not None else None,
                 encoder=chosen or _find_encoder(facts, dict(data.attrs), path),
             )
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"{path.name} is a broken or truncated HDF5 file. Make it again.") from error
+        raise ValueError(f"{path.name} {_explain_h5(str(error))}") from error
     if "tile_size_um" in facts or _text(facts.get("unit", "")) == "um":
         return _convert_stamp_units(found, facts, path, slide_mpp)
     if "extractor" in facts and found.coords is not None and round(_grid_step(found.coords[:, :2]) or 0) == 224:
@@ -238,6 +260,50 @@ def _read_h5(path: Path, encoder: str | None, slide_mpp: float | None) -> _Forei
         scaled = replace(found, coords=found.coords * (256 / 224))
         return _convert_stamp_units(scaled, {"tile_size_um": 256.0, "tile_size_px": 224}, path, slide_mpp)
     return _add_pixel_facts(found, facts)
+
+
+def _explain_h5(error: str) -> str:
+    """Why an HDF5 file was not read: only a file that is broken is to be made again."""
+    if "unable to lock file" in error:
+        return (
+            "is open for writing in another program, or its file system has no locks. Close it there, then try again."
+        )
+    if "already open for" in error or "SWMR" in error:
+        return (
+            "is being written, or was left so by a program that was killed. If nothing writes to it any more, "
+            "h5clear -s FILE (of the HDF5 tools) sets it right."
+        )
+    if "plugin" in error or "filter" in error:
+        return (
+            "is compressed with a filter that h5py does not bring, such as Blosc. Copy it with h5repack -f GZIP=1, or "
+            "pip install hdf5plugin where it was made and write it without."
+        )
+    if "Permission denied" in error:
+        return "may not be read: this user lacks the permission."
+    return "is a broken or truncated HDF5 file. Make it again."
+
+
+def _read_features(data: h5py.Dataset, path: Path) -> np.ndarray:
+    """The features as they are, but wider floating types as float16, a part at a time: a bag holds no more.
+
+    Raises ValueError for a file that promises far more than it holds.
+    """
+    if data.size and data.nbytes > _MOST_RATIO * max(data.id.get_storage_size(), path.stat().st_size):
+        raise ValueError(f"{path.name} states features of {data.shape} but holds hardly any data. Make it again.")
+    if data.dtype.kind != "f" or data.ndim != 2:
+        return _to_native(data[:])
+    out = np.empty(data.shape, np.float16)
+    chunk = data.chunks[0] if data.chunks else 1
+    step = -(-max(1, (1 << 24) // max(1, data.shape[1])) // chunk) * chunk  # whole chunks, 64 MB of float32
+    with np.errstate(over="ignore"):  # Bag says which rows are beyond float16
+        for start in range(0, len(out), step):
+            out[start : start + step] = data[start : start + step]
+    return out
+
+
+def _to_native(values: np.ndarray) -> np.ndarray:
+    """The same numbers in this machine's byte order, which torch needs."""
+    return values.astype(values.dtype.newbyteorder("="), copy=False)
 
 
 def _check_within(file: h5py.File, path: Path, *sets: h5py.Dataset | None) -> None:
@@ -376,9 +442,23 @@ def _array(tensor: Tensor, path: Path) -> np.ndarray:
     return tensor.detach().numpy()
 
 
+def _read_npz(path: Path) -> _Foreign:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            names = list(arrays)
+            chosen = next((name for name in ("features", "feats", "feature") if name in names), None)
+            if chosen is None and len(names) != 1:
+                raise ValueError(f"{path.name} holds the arrays {', '.join(names)}; one must be called features.")
+            return _Foreign(
+                _to_native(arrays[chosen or names[0]]), _to_native(arrays["coords"]) if "coords" in names else None
+            )
+    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path.name} is a broken npz file ({error}). Make it again.") from error
+
+
 def _read_npy(path: Path, allow_pickle: bool) -> _Foreign:
     try:
-        data = np.load(path, allow_pickle=False)
+        data = np.load(path, mmap_mode="r", allow_pickle=False)  # a header that promises more than the file is told
     except ValueError as error:
         if "pickle" not in str(error).lower() and "object" not in str(error).lower():
             raise ValueError(f"{path.name} is a broken npy file ({error}). Make it again.") from error
@@ -396,7 +476,7 @@ def _read_npy(path: Path, allow_pickle: bool) -> _Foreign:
         data = np.asarray(data["feature"]) if isinstance(data, dict) and "feature" in data else data
     if not isinstance(data, np.ndarray) or data.dtype == object:
         raise ValueError(f"{path.name} holds no array (N, D) and no dict with the key `feature`.")
-    return _Foreign(data)
+    return _Foreign(_to_native(np.array(data)))
 
 
 _SLIDECHAT_DIM = 512

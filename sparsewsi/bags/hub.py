@@ -1,8 +1,9 @@
-"""Weights of patch encoders from the Hugging Face hub: fetched once, and a sentence where they cannot be had."""
+"""Weights from the Hugging Face hub or a folder: a sentence where they cannot be had, or are not the model's own."""
 
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 
 def fetch_file(name: str, repo: str, file: str) -> Path:
@@ -66,3 +67,37 @@ def _causes(error: BaseException | None) -> list[BaseException]:
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---- what was loaded
+
+
+def check_keys(what: str, loaded: dict[str, Any], quantised: bool = False) -> None:
+    """Raise ValueError unless a model was loaded with exactly its own weights.
+
+    loaded: transformers' report; what it does not find it fills with random numbers
+    quantised: the file may hold constants of the quantisation besides
+    """
+    missing, extra = sorted(loaded["missing_keys"]), [] if quantised else sorted(loaded["unexpected_keys"])
+    other = sorted(str(key[0] if isinstance(key, tuple) else key) for key in loaded.get("mismatched_keys", ()))
+    if not (missing or extra or other):
+        return
+    parts = [(missing, "are missing"), (extra, "are not this model's"), (other, "have another shape")]
+    said = ", ".join(f"{len(keys)} {words} (such as {keys[0]})" for keys, words in parts if keys)
+    hint = ""
+    if missing and any(key.endswith(tuple(missing)) for key in extra):
+        hint = " They stand under a prefix that a wrapper left, such as base_model.: save the inner model instead."
+    raise ValueError(f"the weights of {what} do not fit it: {said}.{hint} It is not used with random numbers instead.")
+
+
+def check_pointers(folder: Path, what: str) -> None:
+    """Raise ValueError if a file of a model's folder is empty, or the pointer that a clone without Git LFS leaves."""
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.suffix in (".safetensors", ".bin", ".json", ".model"):
+            with file.open("rb") as stream:
+                head = stream.read(40)
+            if not head or head.startswith(b"version https://git-lfs"):
+                found = (
+                    "a Git LFS pointer, not the file itself: run git lfs pull there" if head else "empty: copy it again"
+                )
+                raise ValueError(f"{file.name} of {what} is {found}.")

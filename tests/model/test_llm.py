@@ -1,9 +1,12 @@
 """Loading a base LLM: from a folder, from the hub, and the embedded default."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sparsewsi.model.embedded import EMBEDDED, embedded_folder
 from sparsewsi.model.llm import default_dtype, load_llm
@@ -68,3 +71,46 @@ def test_the_embedded_llm_loads_and_answers() -> None:
     ids = tokenizer(text, return_tensors="pt")
     out = llm.generate(**ids, max_new_tokens=12, do_sample=False)  # type: ignore[operator]
     assert "Paris" in tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
+
+
+# ---- weights that are not this model's
+
+
+def keep(names: str) -> Callable[[dict], dict]:
+    return lambda weights: {key: value for key, value in weights.items() if names not in key}
+
+
+def prefix(text: str) -> Callable[[dict], dict]:
+    return lambda weights: {text + key: value for key, value in weights.items()}
+
+
+CHANGED = {
+    "an MLP is missing": (keep("layers.1.mlp"), "are missing"),
+    "the embedding is missing": (keep("embed_tokens"), "are missing"),
+    "a layer is missing": (keep("layers.0."), "are missing"),
+    "PEFT's prefix": (prefix("base_model.model."), "prefix"),
+    "DataParallel's prefix": (prefix("module."), "prefix"),
+    "torch.compile's prefix": (prefix("_orig_mod."), "prefix"),
+    "one weight more": (lambda weights: {**weights, "model.layers.7.x": torch.zeros(3)}, "not this model's"),
+    "another width": (lambda weights: {**weights, "model.norm.weight": torch.zeros(65)}, "cannot be read|shape"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_weights_that_do_not_fit_are_refused_and_never_replaced_by_chance(tiny_llm, tmp_path, change) -> None:
+    folder = Path(shutil.copytree(tiny_llm, tmp_path / "llm"))
+    weights = load_file(folder / "model.safetensors")
+    how, words = CHANGED[change]
+    save_file(how(weights), folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=words):
+        load_llm(str(folder))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", None])
+def test_a_file_that_is_a_pointer_empty_or_cut_is_named(tiny_llm, tmp_path, file, content) -> None:
+    folder = Path(shutil.copytree(tiny_llm, tmp_path / "llm"))
+    path = folder / file
+    path.write_bytes(path.read_bytes()[:-40] if content is None else content)
+    with pytest.raises(ValueError, match="LLM"):
+        load_llm(str(folder))
