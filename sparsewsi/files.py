@@ -45,8 +45,6 @@ def as_path(text: str | Path) -> Path:
 
 # ---- found by their names
 
-SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def walk(folder: Path, onerror: Callable[[OSError], None] | None = None) -> Iterator[tuple[Path, list[str]]]:

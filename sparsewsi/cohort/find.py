@@ -2,12 +2,15 @@
 
 import csv
 import glob
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sparsewsi.files import IMAGE_SUFFIXES, SLIDE_SUFFIXES, walk
+from sparsewsi.slides.find import find_slides_in, is_slide, slide_stem
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,8 @@ class Job:
 def find_slides(sources: Iterable[str], slide_mpp: float | None = None) -> list[Job]:
     """The slides of folders (searched deeply), glob patterns, CSV files (`slide, mpp`) and single files, by stem.
 
-    In a folder a PNG or JPEG counts unless a slide has the same stem, and a DICOM slide is its folder. A path in a CSV
-    is relative to the CSV. slide_mpp applies where a CSV states none.
+    What a slide is in a folder, its content decides (slides/find.py); what is left out is logged. A path in a CSV is
+    relative to the CSV. slide_mpp applies where a CSV states none.
     Raises ValueError for a source that names nothing, or a CSV that cannot be read.
     """
     jobs: list[Job] = []
@@ -41,8 +44,8 @@ def find_slides(sources: Iterable[str], slide_mpp: float | None = None) -> list[
                 raise ValueError(f"There is no slide, folder or CSV at {source}, and no file matches it as a pattern.")
             found = []
             for match in paths:
-                is_slide = match.is_file() or any(match.glob("*.dcm"))
-                found += [make_job(match, slide_mpp)] if is_slide else _search_folder(match, slide_mpp)
+                alone = match.is_file() or is_slide(match)
+                found += [make_job(match, slide_mpp)] if alone else _search_folder(match, slide_mpp)
         if not found and not Path(f"{path}.mrxs").is_file():  # a shell's slides/* names the data folders of MRXS too
             raise ValueError(f"There is no slide in {source}. Pass the folder or the file that has them.")
         jobs += found
@@ -51,17 +54,12 @@ def find_slides(sources: Iterable[str], slide_mpp: float | None = None) -> list[
 
 
 def _search_folder(folder: Path, slide_mpp: float | None) -> list[Job]:
-    jobs: list[Job] = []
-    closed: list[OSError] = []
-    for where, names in walk(folder, closed.append):
-        suffixes = {name: Path(name).suffix.lower() for name in names if not name.startswith(".")}
-        if ".dcm" in suffixes.values():
-            jobs.append(make_job(where, slide_mpp))
-        wanted = (*SLIDE_SUFFIXES, *IMAGE_SUFFIXES)
-        jobs += [make_job(where / name, slide_mpp) for name, suffix in suffixes.items() if suffix in wanted]
-    slides = {job.stem for job in jobs if job.path.suffix.lower() not in IMAGE_SUFFIXES}
-    jobs = [job for job in jobs if job.path.suffix.lower() not in IMAGE_SUFFIXES or job.stem not in slides]
-    for error in closed:
+    found = find_slides_in(folder)
+    if found.left_out:
+        path, why = found.left_out[0]
+        log.warning("Left out: %d files, such as %s (%s).", len(found.left_out), path.name, why)
+    jobs = [make_job(path, slide_mpp) for path in found.slides]
+    for error in found.closed:
         place = Path(error.filename)
         jobs.append(Job(place, place.name, problem=f"The folder cannot be searched: {error.strerror}."))
     return jobs
@@ -70,7 +68,7 @@ def _search_folder(folder: Path, slide_mpp: float | None) -> list[Job]:
 def _read_csv(table: Path, slide_mpp: float | None) -> list[Job]:
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
+            reader = csv.DictReader(file, skipinitialspace=True, strict=True)
             rows = [{key.strip(): (value or "").strip() for key, value in row.items() if key} for row in reader]
             columns = [name.strip() for name in reader.fieldnames or []]
     except (UnicodeDecodeError, csv.Error, AttributeError) as error:
@@ -95,7 +93,7 @@ def _read_csv(table: Path, slide_mpp: float | None) -> list[Job]:
 
 def make_job(path: Path, slide_mpp: float | None) -> Job:
     """The job of one slide, with what its path tells of why it cannot be done."""
-    stem = path.name if path.is_dir() else path.stem
+    stem = path.name if path.is_dir() else slide_stem(path)
     try:
         stem.encode()
         return Job(path, stem, slide_mpp, _measure_bytes(path))

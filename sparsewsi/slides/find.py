@@ -5,13 +5,13 @@ a sentence, never passed over. What belongs to a slide (macro, label, thumbnail,
 is none.
 """
 
-import os
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparsewsi.files import walk
 from sparsewsi.slides.refusals import SlideError
 from sparsewsi.slides.sources import detect_vendor, is_image
 
@@ -20,7 +20,7 @@ SLIDE_SUFFIXES = frozenset({*_TIFF_SUFFIXES, ".mrxs", ".vms", ".vmu", ".svslide"
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
 # Of the companions of a slide: words that their names hold, and folders that file servers fill with thumbnails.
 _COMPANION = re.compile(r"(?i)(^|[^a-z])(macro|label|thumb(nail)?s?|overview|preview|map\d*|mask|barcode)([^a-z]|$)")
-_SERVER_FOLDERS = ("@", "#", "$", ".")
+_SERVER_FOLDERS = ("@", "#", "$")
 _MOST_TEXT = 1 << 16  # bytes of a .vms
 
 
@@ -55,8 +55,9 @@ def find_slides_in(folder: str | Path) -> Found:
     slides: list[Path] = []
     left_out: list[tuple[Path, str]] = []
     closed: list[OSError] = []
-    for where, names in walk(Path(folder), closed.append):
-        place = Path(where)
+    for place, names in walk(Path(folder), closed.append):
+        if any(part.startswith(_SERVER_FOLDERS) for part in place.relative_to(folder).parts):
+            continue
         if (place / "Slidedat.ini").is_file():
             if not (place.parent / f"{place.name}.mrxs").is_file():
                 left_out.append((place, "the data of an MRXS slide whose .mrxs file is not beside it"))
@@ -87,18 +88,6 @@ def find_dicom_file(folder: Path) -> Path:
     if len(set(series.values()) - {b""}) > 1:
         raise SlideError("The folder holds several DICOM series; pass one file of the slide.")
     return max(files, key=lambda file: bool(series[file]))  # a DICOMDIR names no series
-
-
-def walk(folder: Path, onerror: Callable[[OSError], None] | None = None) -> Iterator[tuple[str, list[str]]]:
-    """Folders under one, itself first, with the names of their files; links are followed, hidden folders are not."""
-    seen: set[str] = set()  # links may lead in a circle
-    for where, folders, names in os.walk(folder, onerror=onerror, followlinks=True):
-        if os.path.realpath(where) in seen:
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(where))
-        folders[:] = sorted(name for name in folders if not name.startswith(_SERVER_FOLDERS))
-        yield where, sorted(names)
 
 
 def _kind(file: Path) -> str:

@@ -4,9 +4,11 @@
 
 A row becomes a Record or a BadRow with the reason; no row stops the others. Formats, told by what a row holds:
 
+Names of columns and keys may be written in any case; NaN is no text.
 - SlideBench CSV: Slide, Question, A, B, C, D, Answer (a letter), and Broad Category, Narrow Category or Task
 - SlideChat and WSI-Bench JSON: image (a name, or a list of names of slides that belong together) and conversations;
-  options inline, `A) ... B) ...`, or a line each, `A. ...`; each pair of turns is one question
+  options inline, `A) ... B) ...`, or a line each, `A. ...`; where the answer is one of the marks, or the text behind
+  one, also `a) ...`, `A: ...`, `A - ...` and `1. ...`; each pair of turns is one question
 - WSI-VQA JSON: Id, Question, Choice (absent for open questions), Answer (a text)
 - ours, JSON or JSON lines: {"slide": name or list of names, "question": str, "options": [str, ...], "answer": the text
   of one of them, "category": str}; without options the question is open
@@ -84,7 +86,7 @@ BENCHMARKS = {
 # ---- reading
 
 
-def read_questions(paths: Iterable[str | Path]) -> tuple[list[Record], list[BadRow]]:
+def read(paths: Iterable[str | Path]) -> tuple[list[Record], list[BadRow]]:
     """The records of files of questions, and the rows that are none; a folder stands for the files in it."""
     records: list[Record] = []
     bad: list[BadRow] = []
@@ -126,7 +128,7 @@ def _rows(path: Path) -> Iterator[Any]:
     """The rows of a CSV, of a JSON list or of JSON lines; a line that is no JSON is handed on as its text."""
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix.lower() == ".csv":
-        yield from csv.DictReader(io.StringIO(text, newline=""))
+        yield from _csv_rows(text)
     elif text.lstrip().startswith("["):
         yield from json.loads(text)
     elif (whole := _object(text)) is not None:
@@ -143,45 +145,66 @@ def _rows(path: Path) -> Iterator[Any]:
                 yield line
 
 
+def _csv_rows(text: str) -> Iterator[dict[str, str]]:
+    """Rows of a CSV with a header. Raises ValueError where a quotation mark is not closed: it would swallow rows."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise ValueError(
+                f"a quotation mark opened in line {line} is not closed as it should be; no row from there on was read"
+            ) from error
+        yield row
+
+
 def _object(text: str) -> dict | None:
     """What the text is if it is one JSON object, not one a line."""
     try:
         whole = json.loads(text)
     except ValueError:
         return None
-    return whole if isinstance(whole, dict) and not {"conversations", "question", "Question"} & set(whole) else None
+    return whole if isinstance(whole, dict) and not {"conversations", "question"} & set(_fold_keys(whole)) else None
+
+
+def _fold_keys(row: dict) -> dict[str, Any]:
+    return {str(key).strip().casefold(): value for key, value in row.items()}
 
 
 def _records(row: Any, file: Path, number: int) -> list[Record]:
     """The records of one row. Raises ValueError with the reason why it is none."""
     if not isinstance(row, dict):
         raise ValueError(f"the row is no JSON object but {str(row)[:40]!r}.")
-    detail = ""
-    if "conversations" in row:
-        slides, asked = _slides(row.get("image")), _conversation(row["conversations"], _category(file))
-    elif {"Slide", "Question", "A", "B", "Answer"} <= set(row):
-        options = tuple(_text(row.get(letter)) for letter in "ABCD")
-        category = _text(row.get("Broad Category") or row.get("Task"))
-        slides, detail = _slides(row["Slide"]), _text(row.get("Narrow Category"))
-        asked = [_question(row["Question"], options, row["Answer"], category, lettered=True)]
-    elif {"Id", "Question", "Answer"} <= set(row):
-        options = _options(row.get("Choice"))
-        slides = _slides(row["Id"])
-        asked = [_question(row["Question"], options, row["Answer"], "closed" if options else "open")]
-    elif {"slide", "question", "answer"} <= set(row):
-        options = _options(row.get("options"))
-        slides = _slides(row["slide"])
-        asked = [_question(row["question"], options, row["answer"], _text(row.get("category")))]
+    detail, named = "", _fold_keys(row)
+    if "conversations" in named:
+        slides, asked = _slides(named.get("image")), _conversation(named["conversations"], _category(file))
+    elif {"slide", "question", "a", "b", "answer"} <= set(named):
+        options = tuple(_text(named.get(letter)) for letter in "abcd")
+        category = _text(named.get("broad category")) or _text(named.get("task"))
+        slides, detail = _slides(named["slide"]), _text(named.get("narrow category"))
+        asked = [_question(named["question"], options, named["answer"], category, lettered=True)]
+    elif {"id", "question", "answer"} <= set(named):
+        options = _options(named.get("choice"))
+        slides = _slides(named["id"])
+        asked = [_question(named["question"], options, named["answer"], "closed" if options else "open")]
+    elif {"slide", "question", "answer"} <= set(named):
+        options = _options(named.get("options"))
+        slides = _slides(named["slide"])
+        asked = [_question(named["question"], options, named["answer"], _text(named.get("category")))]
     else:
         keys = ", ".join(str(key) for key in row)
         hint = " The columns are to be set off by commas, not semicolons." if ";" in keys and len(row) == 1 else ""
-        raise ValueError(f"the row has the keys {keys}, which no known format has (README lists them).{hint}")
+        raise ValueError(f"the row has the keys {keys}, which no known format has (docs/data.md lists them).{hint}")
     return [Record(slides, question, file.name, number, detail) for question in asked]
 
 
 def _text(value: Any) -> str:
-    """A cell as text; what is no text and no number is none."""
-    return str(value).strip() if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
+    """A cell as text; what is no text and no number is none, NaN among them."""
+    text = str(value).strip() if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
+    return "" if text.casefold() == "nan" else text
 
 
 def _slides(value: Any) -> tuple[str, ...]:
@@ -198,7 +221,7 @@ def _category(file: Path) -> str:
 
 
 def _options(value: Any) -> tuple[str, ...]:
-    if value is None:
+    if value is None or value == "" or value != value:  # NaN differs from itself
         return ()
     if not isinstance(value, list):
         raise ValueError(f"the options must be a list, got {str(value)[:40]!r}.")
@@ -214,8 +237,8 @@ def _conversation(turns: Any, category: str) -> list[Question]:
         raise ValueError(f"the turns must be human, gpt, human, gpt, ...; got {', '.join(map(str, speakers))}.")
     questions = []
     for asked, answered in zip(turns[::2], turns[1::2]):
-        text, options = split_options(_text(asked.get("value")).replace("<image>", "").strip())
-        answer = _text(answered.get("value"))
+        text = _text(asked.get("value")).replace("<image>", "").strip()
+        text, options, answer = _find_options(text, _text(answered.get("value")))
         lettered = re.search(r"\bA[.)]\s.*\bB[.)]\s", text, re.DOTALL) and re.match(r"[A-Z][.)]?(\s|$)", answer)
         if lettered and not options:
             raise ValueError("the options cannot be told apart: write each on a line of its own, or as A) ... B) ...")
@@ -225,22 +248,58 @@ def _conversation(turns: Any, category: str) -> list[Question]:
     return questions
 
 
+# Marks of options that are options for sure, and those that are if the answer is one of them.
+_MARKS = (r"(?<!\S)\(?([A-Z])\)", r"^\s*\(?([A-Z])\.")
+_LIKELY_MARKS = (
+    r"^\s*([A-Z])\s*[:\-\u2013\u2014](?=\s)",
+    r"(?<!\S)\(?([a-z])\)",
+    r"^\s*([a-z])\s*[.:\-\u2013\u2014](?=\s)",
+    r"^\s*\(?([0-9]{1,2})\s*[.):\-\u2013\u2014](?=\s)",
+    r"(?<!\S)\(?([0-9]{1,2})\)(?=\s)",
+)
+
+
 def split_options(text: str) -> tuple[str, tuple[str, ...]]:
     """A question with its options inline -> the question and the options; no options where there are none.
 
     Options are marked `A)` after a space, or `A.` at the start of a line, in the order of the alphabet from A; a letter
     out of order belongs to the text it stands in.
     """
-    for marker in (r"(?<!\S)([A-Z])\)", r"^\s*([A-Z])\."):
-        marks: list[re.Match[str]] = []
-        for mark in re.finditer(marker, text, re.MULTILINE):
-            if mark[1] == ascii_uppercase[len(marks)]:
-                marks.append(mark)
-        if len(marks) >= 2:
-            ends = [*(mark.start() for mark in marks[1:]), len(text)]
-            options = tuple(text[mark.end() : end].strip() for mark, end in zip(marks, ends))
-            return text[: marks[0].start()].strip(), options
-    return text, ()
+    return next((found[:2] for marker in _MARKS if (found := _split_at(marker, text))), (text, ()))
+
+
+def _find_options(text: str, answer: str) -> tuple[str, tuple[str, ...], str]:
+    """A question, its options and its answer: marked for sure, or so that the answer is one of the marks."""
+    question, options = split_options(text)
+    if options:
+        return question, options, answer
+    for marker in _LIKELY_MARKS:
+        found = _split_at(marker, text)
+        if found is None:
+            continue
+        question, options, marks = found
+        stated = re.fullmatch(r"\(?(\w{1,2})\)?\s*[.):]?(?:\s+(.+))?", answer, re.DOTALL)
+        for mark, option in zip(marks, options):
+            by_mark = stated and stated[1].casefold() == mark.casefold()
+            if same_text(answer) == same_text(option) or (
+                by_mark and same_text(stated[2] or option) == same_text(option)
+            ):
+                return question, options, option
+    return text, (), answer
+
+
+def _split_at(marker: str, text: str) -> tuple[str, tuple[str, ...], list[str]] | None:
+    """(question, options, their marks) where marks stand in order, from A, a or 1 on; None for fewer than two."""
+    marks: list[re.Match[str]] = []
+    for mark in re.finditer(marker, text, re.MULTILINE):
+        following = str(len(marks) + 1) if mark[1].isdigit() else ascii_uppercase[len(marks) % 26]
+        if mark[1].upper() == following:
+            marks.append(mark)
+    if len(marks) < 2:
+        return None
+    ends = [*(mark.start() for mark in marks[1:]), len(text)]
+    options = tuple(text[mark.end() : end].strip() for mark, end in zip(marks, ends))
+    return text[: marks[0].start()].strip(), options, [mark[1] for mark in marks]
 
 
 def _question(question: Any, options: tuple[str, ...], answer: Any, category: str, lettered: bool = False) -> Question:
@@ -262,6 +321,8 @@ def _question(question: Any, options: tuple[str, ...], answer: Any, category: st
     if twice:
         raise ValueError(f"two options are the same text, {twice[0]!r}.")
     if not options:
+        if re.fullmatch(r"\(?[A-Za-z]\)?[.):]?", answer):
+            raise ValueError(f"the answer is the letter {answer!r}, but no options are found in the question.")
         return Question(text, answer, (), category)
     found = _chosen(answer, options, lettered)
     if found is None:
@@ -271,8 +332,8 @@ def _question(question: Any, options: tuple[str, ...], answer: Any, category: st
 
 def _chosen(answer: str, options: tuple[str, ...], lettered: bool) -> str | None:
     """The option a stated answer means."""
-    if lettered and (mark := re.fullmatch(r"\(?([A-Z])\)?[.):]?(?:\s+(.+))?", answer, re.DOTALL)):
-        number = ascii_uppercase.index(mark[1])
+    if lettered and (mark := re.fullmatch(r"\(?([A-Za-z])\)?[.):]?(?:\s+(.+))?", answer, re.DOTALL)):
+        number = ascii_uppercase.index(mark[1].upper())
         option = options[number] if number < len(options) else ""
         if option and (mark[2] is None or same_text(mark[2]) == same_text(option)):
             return option
@@ -286,7 +347,7 @@ def same_text(text: str) -> str:
 
 def read_closed_questions(benchmark: str, data: Sequence[Path]) -> tuple[list[Record], list[BadRow], list[str]]:
     """The questions of a benchmark's files that have options, rows that cannot be asked, and what is to be said."""
-    records, bad = read_questions(data)
+    records, bad = read(data)
     closed = [record for record in records if record.question.options]
     notes = [f"Cannot be asked: {problem}" for problem in bad]
     twice = len(list(report_repeated(closed)))
@@ -367,7 +428,7 @@ def open_training_set(
 ) -> SlideVQADataset:
     """The questions of files about slides that have features, to train on; says what it leaves out."""
     folder = FeatureFolder(features)
-    records, problems = read_questions(data)
+    records, problems = read(data)
     problems += report_missing_features(records, folder)
     lost = {problem.slide for problem in problems if problem.slide}
     usable = [record for record in records if lost.isdisjoint(record.slides)]
@@ -387,7 +448,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="model folder: features must be of its encoder and dimension")
     parser.add_argument("--names-only", action="store_true", help="look for feature files without reading them")
     arguments = parser.parse_args()
-    records, problems = read_questions(arguments.data)
+    records, problems = read(arguments.data)
     problems += report_repeated(records)
     if arguments.features:
         features = FeatureFolder(arguments.features)

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from sparsewsi.bags.bag import FEATURE_SUFFIXES, Bag, check_bag, join
 from sparsewsi.bags.foreign import load_bag
-from sparsewsi.files import IMAGE_SUFFIXES, SLIDE_SUFFIXES, walk
+from sparsewsi.files import walk
+from sparsewsi.slides.find import IMAGE_SUFFIXES, SLIDE_SUFFIXES
 from train.data.example import Example, Question, Record
 
-_ALL_ENDINGS = (*FEATURE_SUFFIXES, *SLIDE_SUFFIXES, *IMAGE_SUFFIXES, ".dcm")
+_ALL_ENDINGS = (*FEATURE_SUFFIXES, *SLIDE_SUFFIXES, *IMAGE_SUFFIXES)
 _TCGA = re.compile(r"(TCGA-\w{2}-\w{4})(-\w+)*")  # a case, and a slide of it; a UUID may follow after a dot
 
 

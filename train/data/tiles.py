@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from sparsewsi.files import IMAGE_SUFFIXES
+from sparsewsi.slides.find import IMAGE_SUFFIXES
 from train.data.kinds import BACKGROUNDS, WORDS, Vocabulary
 
 SPLIT_FILE = Path(__file__).with_name("mosaic_split.json")

@@ -12,7 +12,7 @@ from sparsewsi.slides.slide import open_slide
 from sparsewsi.slides.tissue import patch_coords
 from train.data.kinds import WORDS
 from train.data.mosaic_slides import look_up_kinds, truth_path, write_slides
-from train.data.questions import read_questions
+from train.data.questions import read
 from train.data.tiles import CLASSES, find_class_tiles
 
 
@@ -56,7 +56,7 @@ def test_a_mosaic_slide_is_what_its_truth_says(
             [needle["x"], needle["y"]], [needle["x"] + needle["w"], needle["y"] + needle["h"]],
         )  # fmt: skip
 
-    records, problems = read_questions([out / "questions.jsonl"])
+    records, problems = read([out / "questions.jsonl"])
     assert not problems
     assert {record.slides for record in records} == {(first.stem,), (second.stem,)}
     words = {WORDS[kind] for kind in truth["present"]}

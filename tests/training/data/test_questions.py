@@ -13,7 +13,7 @@ from sparsewsi.bags.bag import Bag, join, save_bag
 from sparsewsi.model.sparse_wsi import SparseWSI
 from train.config import TrainConfig
 from train.data.example import Question, Record
-from train.data.questions import BENCHMARKS, main, read_closed_questions, read_questions, split_options
+from train.data.questions import BENCHMARKS, main, read, read_closed_questions, split_options
 from train.data.slides import FeatureFolder, SlideVQADataset, epoch_order, evenly
 from train.flags import run_command
 from train.run import train
@@ -38,14 +38,14 @@ def write(path: Path, text: str | list) -> Path:
 
 def test_slidebench_tcga(tmp_path: Path) -> None:
     rows = '1,TCGA-A7-A0CJ-01Z-00-DX2,BRCA,Diagnosis,Subtype,"Which, if any?",ductal,lobular,"a, b",none,B\n'
-    records, bad = read_questions([write(tmp_path / "tcga.csv", "\ufeff" + TCGA_HEADER + rows)])
+    records, bad = read([write(tmp_path / "tcga.csv", "\ufeff" + TCGA_HEADER + rows)])
     assert not bad
     question = Question("Which, if any?", "lobular", ("ductal", "lobular", "a, b", "none"), "Diagnosis")
     assert records == [Record(("TCGA-A7-A0CJ-01Z-00-DX2",), question, "tcga.csv", 1, "Subtype")]
 
 
 def test_slidebench_bcnb_has_questions_with_two_options(tmp_path: Path) -> None:
-    records, bad = read_questions(
+    records, bad = read(
         [write(tmp_path / "bcnb.csv", BCNB_HEADER + "7,12.jpg,ER,Is ER positive?,Yes,No,,,B\n")]
     )
     assert not bad
@@ -54,7 +54,7 @@ def test_slidebench_bcnb_has_questions_with_two_options(tmp_path: Path) -> None:
 
 
 def test_an_empty_option_keeps_the_letters_of_those_after_it(tmp_path: Path) -> None:
-    records, bad = read_questions(
+    records, bad = read(
         [write(tmp_path / "b.csv", BCNB_HEADER + "7,1,ER,Which?,one,,three,,C\n8,1,ER,W?,a,,c,,B\n")]
     )
     assert records[0].question.options == ("one", "", "three")
@@ -75,7 +75,7 @@ def test_slidechat_json(tmp_path: Path) -> None:
             ],
         }
     ]
-    records, bad = read_questions([write(tmp_path / "stage2.json", rows)])
+    records, bad = read([write(tmp_path / "stage2.json", rows)])
     assert not bad
     assert [record.slides for record in records] == [("TCGA-A7-A0CJ-01Z-00-DX2", "TCGA-A7-A0CJ-01Z-00-DX1")] * 2
     assert records[0].question == Question("How does it look?", "A biopsy shows fat. B is absent.", (), "stage2")
@@ -92,7 +92,7 @@ def test_wsi_bench_json(tmp_path: Path) -> None:
         row("Is the prognosis poor?", "Yes"),
         row("Describe it.", "Sheets of cells."),
     ]
-    records, bad = read_questions([write(tmp_path / "Staging_choice_test.json", rows)])
+    records, bad = read([write(tmp_path / "Staging_choice_test.json", rows)])
     assert not bad
     assert {record.slides for record in records} == {("TCGA-21-1083-01Z-00-DX1.8288ca92",)}
     options = ("T1 N0", "T2 (type A) N1", "T3")
@@ -108,7 +108,7 @@ def test_wsi_vqa_json(tmp_path: Path) -> None:
         {"Id": "TCGA-AR-A1AI", "Question": "what grade?", "Choice": ["low", "high", "D: A", "none"], "Answer": "High."},
         {"Id": "TCGA-AR-A1AI", "Question": "what is her2?", "Answer": "2+"},
     ]
-    records, bad = read_questions([write(tmp_path / "WsiVQA_test.json", rows)])
+    records, bad = read([write(tmp_path / "WsiVQA_test.json", rows)])
     assert not bad
     assert records[0].question == Question("what grade?", "high", ("low", "high", "D: A", "none"), "closed")
     assert records[1].question == Question("what is her2?", "2+", (), "open")
@@ -120,7 +120,7 @@ def test_our_own_lines(tmp_path: Path) -> None:
         '{"slide": ["a", "b.h5"], "question": "Describe\u2028it.", "answer": "Fat."}\n'
         '{"slide": "a", "question": "cut off by a k'
     )
-    records, bad = read_questions([write(tmp_path / "ours.jsonl", lines)])
+    records, bad = read([write(tmp_path / "ours.jsonl", lines)])
     assert records[0].question == Question("Which?", "A", ("B", "A"), "blood group")  # the text, not the letter
     assert records[1].slides == ("a", "b")
     assert [str(problem)[:24] for problem in bad] == ["ours.jsonl, row 3: the r"]
@@ -146,7 +146,7 @@ def test_bad_rows_are_named_and_the_others_read(tmp_path: Path) -> None:
     odd = write(tmp_path / "o.json", [17, {"a": 1}, {"image": "x", "conversations": [{"from": "gpt", "value": "y"}]}])
     cut = write(tmp_path / "cut.json", '[{"Id": "x", "Ques')
     (tmp_path / "latin.csv").write_bytes(TCGA_HEADER.encode() + b"\xb5\n")
-    records, bad = read_questions([table, odd, cut, tmp_path / "latin.csv", tmp_path / "none.json"])
+    records, bad = read([table, odd, cut, tmp_path / "latin.csv", tmp_path / "none.json"])
     assert [record.row for record in records] == [1, 8]
     reasons = {(problem.file, problem.row): problem.reason for problem in bad}
     assert len(bad) == len(reasons) == 12
@@ -164,7 +164,7 @@ def test_what_is_not_told_apart_or_not_there_is_a_bad_row(tmp_path: Path) -> Non
     empty = write(tmp_path / "empty.json", [])
     wrapped = {"data": [{"slide": "x", "question": "q", "answer": "a"}] * 2}
     semicolons = write(tmp_path / "s.csv", "Slide;Question;A;B;Answer\nx;q;a;b;A\n")
-    records, bad = read_questions([line, empty, write(tmp_path / "w.json", json.dumps(wrapped, indent=2)), semicolons])
+    records, bad = read([line, empty, write(tmp_path / "w.json", json.dumps(wrapped, indent=2)), semicolons])
     assert [record.file for record in records] == ["w.json", "w.json"]
     assert ["told apart" in bad[0].reason, "no row" in bad[1].reason, "not semicolons" in bad[2].reason] == [True] * 3
 
@@ -183,7 +183,7 @@ def test_a_benchmark_says_when_it_is_not_the_published_one(tmp_path: Path) -> No
 
 
 def test_the_real_wsi_bench_files(shared_data: Path) -> None:
-    records, bad = read_questions([shared_data / "qa" / "wsi_bench_test"])
+    records, bad = read([shared_data / "qa" / "wsi_bench_test"])
     closed = [record for record in records if record.question.options]
     assert len(records) + len(bad) == 4173
     assert [(problem.file, problem.row) for problem in bad] == [("Morphology_choice_test.json", 579)]  # answer 'B "'
@@ -193,7 +193,7 @@ def test_the_real_wsi_bench_files(shared_data: Path) -> None:
 
 
 def test_the_real_wsi_vqa_sample(shared_data: Path) -> None:
-    records, bad = read_questions([shared_data / "qa" / "wsi_vqa_sample.json"])
+    records, bad = read([shared_data / "qa" / "wsi_vqa_sample.json"])
     assert not bad
     assert [bool(record.question.options) for record in records] == [True] * 8 + [False] * 4
     assert records[0].slides == ("TCGA-LD-A74U",)
