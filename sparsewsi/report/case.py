@@ -168,11 +168,15 @@ class Case:
         selection = replace(self.selection, indices=indices, tokens=model.tokens_of(bag, indices))
         return replace(self, selection=selection, selector=selector)
 
-    def write(self, folder: str | Path, answers: Sequence[Answer] = (), names: Collection[str] = FILES) -> None:
+    def write(
+        self, folder: str | Path, answers: Sequence[Answer] = (), names: Collection[str] = FILES
+    ) -> tuple[str, ...]:
         """Write the files of these names, of FILES, into a folder, which is made; each whole or not at all.
 
-        Without the slide the report holds no patches, and boxes are drawn on a plain canvas.
-        Raises SlideError if the slide cannot be read any more.
+        What costs nothing to make is saved first. Without the slide the report holds no patches, and boxes are drawn on
+        a plain canvas. Returns the names of the files that were written: a map that cannot be drawn is left out with a
+        warning. Raises SlideError or OSError, once the others are written, if the slide cannot be read any more or the
+        disk is full.
         """
         if not set(names) <= set(FILES):
             raise ValueError(f"the files of a case are {', '.join(FILES)}; got {', '.join(names)}.")

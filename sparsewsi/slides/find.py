@@ -125,7 +125,7 @@ def _files(folder: Path) -> list[Path]:
 def _find_dicom(folder: Path, files: list[Path]) -> list[Path]:
     """The DICOM slides among the files of one folder: the folder itself, or one file of each of several series."""
     by_series: dict[bytes, Path] = {}
-    for file in files:
+    for file in sorted(files):
         try:
             by_series.setdefault(_dicom_series(file), file)
         except OSError:

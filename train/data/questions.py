@@ -321,7 +321,7 @@ def _question(question: Any, options: tuple[str, ...], answer: Any, category: st
     if twice:
         raise ValueError(f"two options are the same text, {twice[0]!r}.")
     if not options:
-        if re.fullmatch(r"\(?[A-Za-z]\)?[.):]?", answer):
+        if re.fullmatch(r"\(?[A-Za-z]\)?[.):]?" if lettered else "[A-H]", answer):
             raise ValueError(f"the answer is the letter {answer!r}, but no options are found in the question.")
         return Question(text, answer, (), category)
     found = _chosen(answer, options, lettered)

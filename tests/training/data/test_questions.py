@@ -45,18 +45,14 @@ def test_slidebench_tcga(tmp_path: Path) -> None:
 
 
 def test_slidebench_bcnb_has_questions_with_two_options(tmp_path: Path) -> None:
-    records, bad = read(
-        [write(tmp_path / "bcnb.csv", BCNB_HEADER + "7,12.jpg,ER,Is ER positive?,Yes,No,,,B\n")]
-    )
+    records, bad = read([write(tmp_path / "bcnb.csv", BCNB_HEADER + "7,12.jpg,ER,Is ER positive?,Yes,No,,,B\n")])
     assert not bad
     assert records[0].slides == ("12",)
     assert records[0].question == Question("Is ER positive?", "No", ("Yes", "No"), "ER")
 
 
 def test_an_empty_option_keeps_the_letters_of_those_after_it(tmp_path: Path) -> None:
-    records, bad = read(
-        [write(tmp_path / "b.csv", BCNB_HEADER + "7,1,ER,Which?,one,,three,,C\n8,1,ER,W?,a,,c,,B\n")]
-    )
+    records, bad = read([write(tmp_path / "b.csv", BCNB_HEADER + "7,1,ER,Which?,one,,three,,C\n8,1,ER,W?,a,,c,,B\n")])
     assert records[0].question.options == ("one", "", "three")
     assert records[0].question.answer == "three"
     assert [problem.row for problem in bad] == [2]  # the answer is the empty option
