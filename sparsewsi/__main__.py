@@ -10,6 +10,7 @@ Exit status 0, or 2 with one sentence on stderr when the input is at fault.
 
 import argparse
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sparsewsi.files import allow_any_text
 from sparsewsi.model.config import DEFAULT_MODEL
 
 
@@ -108,7 +110,7 @@ def _print_warnings() -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], filename: str, *_args: Any) -> None:
         if Path(__file__).parent in Path(filename).parents:
-            print(f"Note: {message}")
+            print(f"Note: {_word_flags(str(message))}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
@@ -120,12 +122,18 @@ def _word_error(error: Exception) -> str:
     """What went wrong, on one line, in the words of the command line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}." if error.filename else f"{error.strerror}."
-    text = " ".join(str(error).split()).replace("slide_mpp=", "--slide-mpp")
+    text = _word_flags(" ".join(str(error).split()))
     return text[:1].upper() + text[1:] if text.split(" ")[0].isalpha() else text  # a file's name stays as it is
+
+
+def _word_flags(text: str) -> str:
+    """Arguments of Python as flags: slide_mpp=0.5 -> --slide-mpp 0.5"""
+    return re.sub(r"slide_mpp=(?=(\d?))", lambda found: "--slide-mpp " if found[1] else "--slide-mpp", text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `sparsewsi` and of `python -m sparsewsi`; returns the exit status."""
+    allow_any_text()
     words = list(sys.argv[1:] if argv is None else argv)
     command = words[0] if words else ""
     if command in ("-h", "--help"):

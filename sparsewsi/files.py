@@ -5,10 +5,12 @@ The lowest room of the house: nothing of ours is imported here.
 """
 
 import hashlib
+import io
 import json
 import math
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -57,6 +59,13 @@ def walk(folder: Path, onerror: Callable[[OSError], None] | None = None) -> Iter
         seen.add(os.path.realpath(where))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield Path(where), names
+
+
+def allow_any_text() -> None:
+    """Let what is printed hold any letter: one that the console's encoding lacks is written as its number."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 # ---- written whole or not at all

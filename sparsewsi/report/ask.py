@@ -15,7 +15,7 @@ from sparsewsi.model.prompt import format_question
 from sparsewsi.model.selector import check_selector
 from sparsewsi.phantom import example_slide
 from sparsewsi.report.answer import Answer
-from sparsewsi.report.case import FILES, Case, Model, Reader, open_case, replay_case
+from sparsewsi.report.case import Case, Model, Reader, open_case, replay_case
 from sparsewsi.report.record import Record, read_selection
 from sparsewsi.slides.slide import open_slide
 
@@ -79,10 +79,11 @@ def _answer(case: Case, model: Reader, questions: Questions, evidence: bool, out
     print(case.summary)
     for doubt in filter(None, (case.bag.note, *case.doubts)):
         print(doubt)
+    case.write(out, names=("selection.json", "patches.csv", "patches.geojson"))  # whatever happens to the answers
     answers = [_put(case, model, text, options, evidence) for text, options in questions]
     print(f"\n{case.notice}")
-    case.write(out, answers)
-    print(f"Wrote {', '.join(FILES[:-1])} and {FILES[-1]} to {out}.")
+    written = case.write(out, answers)
+    print(f"Wrote {', '.join(written[:-1])} and {written[-1]} to {out}.")
 
 
 def _put(case: Case, model: Reader, question: str, options: Sequence[str], evidence: bool) -> Answer:

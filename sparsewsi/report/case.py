@@ -9,6 +9,7 @@ Nothing here loads a model: what needs one takes it as an argument. N patches, K
 """
 
 import io
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -30,6 +31,7 @@ from sparsewsi.model.selector import LEARNED, SELECTORS, check_selector, select_
 from sparsewsi.report import html, plots, qupath, record, table, umap
 from sparsewsi.report.answer import Answer, summarise, word_notice
 from sparsewsi.report.doubts import find_doubts
+from sparsewsi.slides.refusals import SlideError
 from sparsewsi.slides.slide import open_slide
 
 FILES = ("report.html", "overlay.png", "umap.png", "patches.csv", "patches.geojson", "selection.json")
@@ -69,6 +71,10 @@ class Model(Reader, Protocol):
     def select(self, bag: Bag, k: int | None = None, selector: str = "learned", seed: int = 0) -> Selection: ...
 
     def tokens_of(self, bag: Bag, indices: Tensor) -> Tensor: ...
+
+
+class _Undrawn(Exception):
+    """A picture that is left out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,39 +188,50 @@ class Case:
             raise ValueError(f"the files of a case are {', '.join(FILES)}; got {', '.join(names)}.")
         folder, bag, selection = Path(folder), self.bag, self.selection
         made = {"model": self.model, "weights_sha256": self.weights_sha256, "selector": self.selector}
-        if "patches.csv" in names:
-            table.write_csv(folder / "patches.csv", bag, selection)
-        if "patches.geojson" in names:
-            qupath.write_geojson(folder / "patches.geojson", bag, selection)
-        if "selection.json" in names:
-            record.write_selection(
-                folder / "selection.json",
-                bag,
-                selection,
-                self.config,
-                max_patches=self.max_patches,
-                answers=answers,
-                **made,
+        chosen = {"max_patches": self.max_patches, "answers": answers, **made}
+        drawn: list[tuple[Image.Image, list]] = []
+
+        def draw() -> tuple[Image.Image, list]:
+            if not drawn:
+                drawn.append(self._draw())
+            return drawn[0]
+
+        def write_report(path: Path) -> None:
+            overview, patches = draw()
+            pictures = {"overview": overview, "patches": patches}
+            html.write_report(
+                path, bag, selection, self.config, answers=answers, doubts=self.doubts, **pictures, **made
             )
-        if "overlay.png" in names or "report.html" in names:
-            overview, patches = self._draw()
-            if "overlay.png" in names:
-                write_bytes(folder / "overlay.png", _encode_png(overview))
-            if "report.html" in names:
-                html.write_report(
-                    folder / "report.html",
-                    bag,
-                    selection,
-                    self.config,
-                    overview=overview,
-                    patches=patches,
-                    answers=answers,
-                    doubts=self.doubts,
-                    **made,
-                )
-        if "umap.png" in names:
-            points = umap.map_features(bag.features, selection)
-            write_bytes(folder / "umap.png", _encode_png(umap.draw_map(points, selection)))
+
+        def write_map(path: Path) -> None:
+            try:
+                points = umap.map_features(bag.features, selection)
+                picture = umap.draw_map(points, selection)
+            except Exception as error:  # numba without a folder for its cache, no memory: a map is not worth the rest
+                raise _Undrawn(f"{path.name} was left out, as the map could not be drawn ({error}).") from error
+            write_bytes(path, _encode_png(picture))
+
+        writers: dict[str, Callable[[Path], None]] = {  # what costs least comes first
+            "selection.json": lambda path: record.write_selection(path, bag, selection, self.config, **chosen),
+            "patches.csv": lambda path: table.write_csv(path, bag, selection),
+            "patches.geojson": lambda path: qupath.write_geojson(path, bag, selection),
+            "report.html": write_report,
+            "overlay.png": lambda path: write_bytes(path, _encode_png(draw()[0])),
+            "umap.png": write_map,
+        }
+        written, failed = [], []
+        for name, write in writers.items():
+            if name in names:
+                try:
+                    write(folder / name)
+                    written.append(name)
+                except _Undrawn as reason:
+                    warnings.warn(str(reason), stacklevel=2)
+                except (SlideError, OSError) as error:  # a full disk may still have room for what is smaller
+                    failed.append(error)
+        if failed:
+            raise failed[0]
+        return tuple(written)
 
     def _draw(self) -> tuple[Image.Image, list]:
         """The overview with boxes, and the kept patches, best first; without the slide a canvas and no patches."""

@@ -47,7 +47,7 @@ def launch_settings(
     auth: name:password, or several of them with commas between
     """
     return {
-        "server_name": host,
+        "server_name": f"[{host}]" if ":" in host and not host.startswith("[") else host,  # an address of IPv6
         "server_port": port,
         "auth": [tuple(pair.split(":", 1)) for pair in auth.split(",")] if auth else None,
         "app_kwargs": {"routes": desk.slides.routes()},
@@ -86,6 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def serve(desk: Desk, flags: argparse.Namespace) -> None:
     """Launch the page of a desk, load its model beside that, and wait. Raises ValueError if MCP cannot be served."""
+    # What goes to this machine itself never goes through a proxy: Gradio looks whether its page is there.
+    direct = ",".join(filter(None, (os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), *LOOPBACK, flags.host)))
+    os.environ["no_proxy"] = direct
+    os.environ["NO_PROXY"] = direct
     demo = build_page(desk)
     settings = launch_settings(desk, flags.host, flags.port, flags.auth, flags.mcp)
     _, address, _ = demo.launch(**settings, quiet=True, prevent_thread_lock=True)
