@@ -48,7 +48,6 @@ def as_path(text: str | Path) -> Path:
 # ---- found by their names
 
 
-
 def walk(folder: Path, onerror: Callable[[OSError], None] | None = None) -> Iterator[tuple[Path, list[str]]]:
     """Folders under one, itself first, with the names of their files; follows links, passes over hidden folders."""
     seen: set[str] = set()  # links may lead in a circle
