@@ -178,7 +178,7 @@ def test_the_three_commands_are_named_and_each_says_what_it_takes(capsys):
     overview = capsys.readouterr().out
     for command in ("ask", "extract", "app"):
         assert f"sparsewsi {command}" in overview
-    for command, flag in (("ask", "--replay"), ("extract", "--encoder")):
+    for command, flag in (("ask", "--replay"), ("extract", "--encoder"), ("app", "--mcp")):
         with pytest.raises(SystemExit) as ended:
             main([command, "--help"])
         assert ended.value.code == 0

@@ -20,7 +20,9 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 def read_flags(argv: Sequence[str] | None, on_space: bool) -> argparse.Namespace:
     """The command line, with what the environment says where it says nothing."""
-    parser = argparse.ArgumentParser(description="Ask a whole-slide image, from the patches that matter.")
+    parser = argparse.ArgumentParser(
+        prog="sparsewsi app", description="Ask a whole-slide image, from the patches that matter."
+    )
     parser.add_argument("--host", default="0.0.0.0" if on_space else "127.0.0.1")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     parser.add_argument(
@@ -99,7 +101,3 @@ def serve(desk: Desk, flags: argparse.Namespace) -> None:
     threading.Thread(target=desk.warm_up, name="warm-up", daemon=True).start()
     print(f"SparseWSI is served at {address}", flush=True)
     demo.block_thread()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -29,6 +29,8 @@ import pytest
 from sparsewsi import phantom
 from sparsewsi.model.embedded import embedded_folder
 from sparsewsi.report.phantom import PRESENT_QUESTION, QUESTIONS
+from sparsewsi.web.page import build_page
+from sparsewsi.web.serve import launch_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 SCREENSHOTS = ROOT / "screenshots"
@@ -96,18 +98,30 @@ def running(home: Path, model: Path, *flags: str, **environment: str) -> Iterato
     given = {"SPARSEWSI_CACHE": str(home), "TMPDIR": str(home / "tmp"), "PYTHONUNBUFFERED": "1", **environment}
     environ = {name: value for name, value in os.environ.items() if name != "GRADIO_TEMP_DIR"} | given
     command = [sys.executable, "app.py", "--port", str(port), "--model", str(model), *flags]
-    with (home / "out").open("w") as out:
-        process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=out, stderr=out)
+    said = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, env=environ, **said)
+    served = threading.Event()
+
+    def keep_output() -> None:
+        assert process.stdout is not None
+        with (home / "out").open("w") as out:
+            for line in process.stdout:
+                out.write(line)
+                out.flush()
+                if "served at" in line:
+                    served.set()
+        served.set()  # or it never will be
+
+    output = threading.Thread(target=keep_output)
+    output.start()
     try:
-        for _ in range(1200):
-            if process.poll() is not None or "served at" in (home / "out").read_text():
-                break
-            time.sleep(0.2)
+        served.wait(240)
         assert "served at" in (home / "out").read_text(), (home / "out").read_text()
         yield f"http://127.0.0.1:{port}/", home / "out"
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
+        output.join(20)
     assert "Traceback" not in (home / "out").read_text()
     assert not list((home / "tmp").glob("sparsewsi-*")), "what was private is gone with the process"
 
@@ -173,7 +187,7 @@ def new_page(browser, **settings):
 
 
 @pytest.fixture(scope="module")
-def desk(browser, served) -> Iterator:
+def reading(browser, served) -> Iterator:
     """A page with the slide analysed and one multiple-choice question answered and weighed."""
     page = open_page(browser, served)
     page.wait_for_selector("#phantom")
@@ -220,16 +234,16 @@ def timed(page, deed: str, done: str) -> float:
     return min(page.evaluate(script) for _ in range(3))
 
 
-def test_01_a_citation_lands_on_the_evidence(desk, served):
-    link = desk.locator('#chat .bot a[href*="#patch-"]').first
+def test_01_a_citation_lands_on_the_evidence(reading, served):
+    link = reading.locator('#chat .bot a[href*="#patch-"]').first
     number = link.inner_text().removeprefix("#")
     marked = "document.querySelector('.item[aria-current=\"true\"] b').innerText"
     at_once = link.evaluate(f"link => {{ link.click(); return {marked}; }}")
     assert at_once == f"#{number}", "before any answer of the server could come"
-    desk.wait_for_function("document.querySelector('.viewer').dataset.waiting === '0'")
-    desk.screenshot(path=served.looks / "evidence.png")
+    reading.wait_for_function("document.querySelector('.viewer').dataset.waiting === '0'")
+    reading.screenshot(path=served.looks / "evidence.png")
     took = timed(
-        desk,
+        reading,
         "document.querySelector('.slide').focus(); document.querySelector('#chat .bot a[href*=\"#patch-\"]').click()",
         f"document.querySelector('.viewer').dataset.current === '{number}' && "
         "document.querySelector('.viewer').dataset.waiting === '0'",
@@ -237,10 +251,10 @@ def test_01_a_citation_lands_on_the_evidence(desk, served):
     waited(served, "citation to sharp picture", took / 1000, 0.5)
 
 
-def test_02_tiles_are_the_pixels_of_level_0(desk, served):
+def test_02_tiles_are_the_pixels_of_level_0(reading, served):
     from sparsewsi.slides.slide import open_slide
 
-    shown = desk.evaluate(
+    shown = reading.evaluate(
         """async () => {
           const address = document.querySelector('.item img').src.replace(/patch.*/, '0/1_1.jpg');
           const picture = await createImageBitmap(await (await fetch(address)).blob());
@@ -253,62 +267,62 @@ def test_02_tiles_are_the_pixels_of_level_0(desk, served):
         wanted, mpp = slide.read_level(0, (512, 512), (512, 512)), slide.mpp
     assert np.abs(np.reshape(shown, (512, 512, 4))[..., :3] - wanted.astype(int)).mean() < 4
     assert mpp == pytest.approx(served.mpp)
-    desk.locator(".slide").focus()
+    reading.locator(".slide").focus()
     for key, power in (("4", 10), ("5", 20)):
         sharp = f"""Math.abs(document.querySelector('.viewer').dataset.scale / ({power} * {mpp} / 10) - 1) < 0.01
             && document.querySelector('.viewer').dataset.waiting === '0'"""
         began = time.time()
-        desk.keyboard.press(key)
-        desk.wait_for_function(sharp)
+        reading.keyboard.press(key)
+        reading.wait_for_function(sharp)
         waited(served, f"key to sharp picture at {power}x", time.time() - began)
-    desk.screenshot(path=served.looks / "level-0.png")
+    reading.screenshot(path=served.looks / "level-0.png")
 
 
-def test_03_what_answered_is_named_wherever_an_answer_is_shown(desk, served):
-    facts = desk.inner_text("#facts")
+def test_03_what_answered_is_named_wherever_an_answer_is_shown(reading, served):
+    facts = reading.inner_text("#facts")
     slide = "phantom 3" if served.name == "phantom" else "0.499 µm/px (openslide)"
     for words in (slide, served.model, "efficientnet-lite0", f"{served.kept} of", "% of the tissue"):
         assert words in facts
     notice = "Demo model, research use only, not for diagnosis."
-    assert notice in desk.inner_text("#chat .bot >> nth=0")
-    assert notice in download(desk, "report.html")
-    assert notice in json.loads(download(desk, "selection.json"))["notice"]
+    assert notice in reading.inner_text("#chat .bot >> nth=0")
+    assert notice in download(reading, "report.html")
+    assert notice in json.loads(download(reading, "selection.json"))["notice"]
 
 
-def test_05_and_06_strip_keys_and_map_move_one_selection(desk, served):
-    desk.locator(".slide").focus()
-    desk.keyboard.press("n")
-    first = desk.evaluate("document.querySelector('.viewer').dataset.current")
-    desk.keyboard.press("n")
-    desk.wait_for_function(f"document.querySelector('.viewer').dataset.current !== '{first}'")
-    last = desk.locator(".item").last.get_attribute("id")
+def test_05_and_06_strip_keys_and_map_move_one_selection(reading, served):
+    reading.locator(".slide").focus()
+    reading.keyboard.press("n")
+    first = reading.evaluate("document.querySelector('.viewer').dataset.current")
+    reading.keyboard.press("n")
+    reading.wait_for_function(f"document.querySelector('.viewer').dataset.current !== '{first}'")
+    last = reading.locator(".item").last.get_attribute("id")
     took = timed(
-        desk,
+        reading,
         "document.querySelector('.item').click(); [...document.querySelectorAll('.item')].at(-1).click()",
         "[...document.querySelectorAll('.item')].at(-1).getAttribute('aria-current') === 'true'",
     )
-    assert last == desk.locator(".item[aria-current=true]").get_attribute("id")
+    assert last == reading.locator(".item[aria-current=true]").get_attribute("id")
     waited(served, "strip to slide and map", took / 1000, 0.1)
-    box = desk.locator(".map").bounding_box()
-    desk.mouse.move(box["x"] + 4, box["y"] + 4)
-    desk.mouse.down()
+    box = reading.locator(".map").bounding_box()
+    reading.mouse.move(box["x"] + 4, box["y"] + 4)
+    reading.mouse.down()
     for x, y in ((0.98, 0.02), (0.98, 0.98), (0.02, 0.98), (0.02, 0.03)):
-        desk.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=3)
-    desk.mouse.up()
-    assert re.match(rf"\d+ patches in the lasso, {served.kept} of them selected", desk.inner_text(".members b"))
-    desk.screenshot(path=served.looks / "lasso.png", full_page=True)
-    desk.click('[data-do="clear"]')
+        reading.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=3)
+    reading.mouse.up()
+    assert re.match(rf"\d+ patches in the lasso, {served.kept} of them selected", reading.inner_text(".members b"))
+    reading.screenshot(path=served.looks / "lasso.png", full_page=True)
+    reading.click('[data-do="clear"]')
 
 
-def test_07_scores_of_all_patches_and_the_doubts_about_the_cut(desk, served):
+def test_07_scores_of_all_patches_and_the_doubts_about_the_cut(reading, served):
     began = time.time()
-    desk.click('[data-do="heat"]')
-    desk.wait_for_selector(".colours:visible")
+    reading.click('[data-do="heat"]')
+    reading.wait_for_selector(".colours:visible")
     waited(served, "heat map of all scores", time.time() - began, 0.5)
-    desk.screenshot(path=served.looks / "scores.png")
-    desk.click('[data-do="heat"]')
-    assert re.search(rf"{served.kept} of \d+ patches", desk.inner_text(".count"))
-    assert "⚠" in desk.inner_text("#facts")
+    reading.screenshot(path=served.looks / "scores.png")
+    reading.click('[data-do="heat"]')
+    assert re.search(rf"{served.kept} of \d+ patches", reading.inner_text(".count"))
+    assert "⚠" in reading.inner_text("#facts")
 
 
 def ask_with(page, patches: int) -> None:
@@ -327,24 +341,24 @@ def ask_with(page, patches: int) -> None:
     raise AssertionError(f"asked for {patches} patches four times; the slider shows {shown}")
 
 
-def test_08_what_if_shows_both_answers_beside_each_other(desk, served):
+def test_08_what_if_shows_both_answers_beside_each_other(reading, served):
     try:
-        desk.locator(".item").first.click()
-        desk.click('[data-do="drop"]')
-        desk.click("#what-if button >> nth=0")
-        desk.wait_for_selector("#picked >> text=dropped: 1")
-        own = desk.input_value("#k input[type=range]")
+        reading.locator(".item").first.click()
+        reading.click('[data-do="drop"]')
+        reading.click("#what-if button >> nth=0")
+        reading.wait_for_selector("#picked >> text=dropped: 1")
+        own = reading.input_value("#k input[type=range]")
         assert own == str(max(8, served.kept)), "the model's own, as near as the slider goes"
         began = time.time()
-        ask_with(desk, 16)
+        ask_with(reading, 16)
         waited(served, "what if, to both answers", time.time() - began)
-        assert "16 patches, learned, 1 dropped" in desk.inner_text("#compare h4 >> nth=1")
-        assert desk.inner_text(".count").startswith("16 of ")
-        assert "#1" not in desk.locator(".item b").all_inner_texts()
-        desk.screenshot(path=served.looks / "what-if.png", full_page=True)
+        assert "16 patches, learned, 1 dropped" in reading.inner_text("#compare h4 >> nth=1")
+        assert reading.inner_text(".count").startswith("16 of ")
+        assert "#1" not in reading.locator(".item b").all_inner_texts()
+        reading.screenshot(path=served.looks / "what-if.png", full_page=True)
     finally:
-        desk.click("#own", timeout=5000)
-    desk.wait_for_function(f"document.querySelector('.count').innerText.startsWith('{served.kept} of ')")
+        reading.click("#own", timeout=5000)
+    reading.wait_for_function(f"document.querySelector('.count').innerText.startsWith('{served.kept} of ')")
 
 
 # How many answers stand in the chat: each ends with the notice.
@@ -385,46 +399,69 @@ def stop_in_time(page) -> float:
     return seconds if "was not weighed" in page.inner_text("#chat") else math.inf
 
 
-def test_09_stop_retry_and_undo(desk, served):
-    wait_until_weighed(desk, 1)
-    first = desk.inner_text("#chat .bot >> nth=0")
+def test_09_stop_retry_and_undo(reading, served):
+    wait_until_weighed(reading, 1)
+    first = reading.inner_text("#chat .bot >> nth=0")
     try:
-        seconds = stop_in_time(desk)
+        seconds = stop_in_time(reading)
         for _ in range(5):  # the machine may be busy with something else
             if seconds < 1:
                 break
-            undo(desk, "Describe this slide.")
-            wait_until_weighed(desk, 1)
-            seconds = min(seconds, stop_in_time(desk))
-        assert "was not weighed" in desk.inner_text("#chat")
-        desk.screenshot(path=served.looks / "stopped.png")
+            undo(reading, "Describe this slide.")
+            wait_until_weighed(reading, 1)
+            seconds = min(seconds, stop_in_time(reading))
+        assert "was not weighed" in reading.inner_text("#chat")
+        reading.screenshot(path=served.looks / "stopped.png")
         waited(served, "stop", seconds, 1)
-        ask(desk, "Describe it.")
+        ask(reading, "Describe it.")
         if served.name == "real":  # slow enough to be met while it answers
-            desk.wait_for_selector("#question button.stop-button")
-            ask(desk, "Too early?")
-            desk.wait_for_selector("text=still being answered")
-            assert desk.input_value("#question textarea") == "Too early?"
-            desk.fill("#question textarea", "")
-        wait_until_weighed(desk, 3)
-        desk.locator("#chat button[aria-label='Retry']").last.click()
-        desk.wait_for_function(f"{ANSWERS} === 2 || document.querySelector('#chat').innerText.includes('Weighing')")
-        wait_until_weighed(desk, 3)
+            reading.wait_for_selector("#question button.stop-button")
+            ask(reading, "Too early?")
+            reading.wait_for_selector("text=still being answered")
+            assert reading.input_value("#question textarea") == "Too early?"
+            reading.fill("#question textarea", "")
+        wait_until_weighed(reading, 3)
+        reading.locator("#chat button[aria-label='Retry']").last.click()
+        reading.wait_for_function(f"{ANSWERS} === 2 || document.querySelector('#chat').innerText.includes('Weighing')")
+        wait_until_weighed(reading, 3)
         for question, left in (("Describe it.", 2), ("Describe this slide.", 1)):
-            undo(desk, question)
-            wait_until_weighed(desk, left)
+            undo(reading, question)
+            wait_until_weighed(reading, left)
     finally:
-        desk.fill("#question textarea", "")
-    assert desk.inner_text("#chat .bot >> nth=0") == first
-    strongest = desk.locator('#chat .bot a[href*="#patch-"]').first
+        reading.fill("#question textarea", "")
+    assert reading.inner_text("#chat .bot >> nth=0") == first
+    strongest = reading.locator('#chat .bot a[href*="#patch-"]').first
     strongest.click()
     factor = float(strongest.evaluate("link => link.nextSibling.textContent.match(/[0-9.]+/)[0]"))
     shown = "parseFloat(document.querySelector('.inspect .what').innerText.split('evidence ')[1])"
-    desk.wait_for_function(f"Math.abs({shown} / {factor} - 1) < 0.02")  # the viewer is back at this answer, too
+    reading.wait_for_function(f"Math.abs({shown} / {factor} - 1) < 0.02")  # the viewer is back at this answer, too
 
 
-def test_10_patches_go_to_qupath_and_regions_come_back(desk, served, tmp_path):
-    found = json.loads(download(desk, "patches.geojson"))["features"]
+def test_09_an_edited_question_keeps_its_options(reading, served):
+    wait_until_weighed(reading, 1)
+    try:
+        reading.fill("#options textarea", "fat\nmucin")
+        ask(reading, "Which?")
+        wait_until_weighed(reading, 2)
+        reading.locator("#chat button[aria-label='Edit']").last.click()
+        message = reading.locator("#chat textarea").last
+        assert message.input_value() == "Which?\n\nfat\nmucin"
+        message.fill("Which tissue?\n\nfat\nmucin")
+        reading.locator("#chat button[aria-label='Submit']").last.click()
+        reading.wait_for_selector("#chat .user >> text=Which tissue?")
+        wait_until_weighed(reading, 2)
+        answer = reading.inner_text("#chat .bot >> nth=-1")
+        assert re.search(r"(fat|mucin) \d+% · (fat|mucin) \d+%", answer)
+        undo(reading, "Which tissue?")
+        assert reading.input_value("#options textarea") == "fat\nmucin"
+        wait_until_weighed(reading, 1)
+    finally:
+        reading.fill("#question textarea", "")
+        reading.fill("#options textarea", "")
+
+
+def test_10_patches_go_to_qupath_and_regions_come_back(reading, served, tmp_path):
+    found = json.loads(download(reading, "patches.geojson"))["features"]
     assert len(found) == served.kept
     x, y = found[0]["geometry"]["coordinates"][0][0]
     region = {
@@ -435,13 +472,13 @@ def test_10_patches_go_to_qupath_and_regions_come_back(desk, served, tmp_path):
         },
     }
     (tmp_path / "roi.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [region]}))
-    desk.set_input_files("#regions input[type=file], input[accept*=geojson]", str(tmp_path / "roi.geojson"))
-    desk.wait_for_selector(".members b >> text=1 patch in the imported regions, 1 of them selected")
+    reading.set_input_files("#regions input[type=file], input[accept*=geojson]", str(tmp_path / "roi.geojson"))
+    reading.wait_for_selector(".members b >> text=1 patch in the imported regions, 1 of them selected")
 
 
-def test_11_the_report_opens_offline_and_the_csv_is_one_row_a_patch(desk, browser, served, tmp_path):
+def test_11_the_report_opens_offline_and_the_csv_is_one_row_a_patch(reading, browser, served, tmp_path):
     began = time.time()
-    report = download(desk, "report.html")
+    report = download(reading, "report.html")
     waited(served, "report", time.time() - began)
     assert not re.search(r"(src|href)=.(?!data:|#)", report), "nothing is fetched"
     assert served.question in report
@@ -450,41 +487,41 @@ def test_11_the_report_opens_offline_and_the_csv_is_one_row_a_patch(desk, browse
     page.goto(f"file://{tmp_path / 'report.html'}")
     page.screenshot(path=served.looks / "report.png", full_page=True)
     page.close()
-    rows = list(csv.DictReader(io.StringIO(download(desk, "patches.csv"))))
+    rows = list(csv.DictReader(io.StringIO(download(reading, "patches.csv"))))
     assert [row["rank"] for row in rows] == [str(rank) for rank in range(1, served.kept + 1)]
     assert all(float(row["centre_x_um"]) > 0 for row in rows)
 
 
-def test_12_the_log_says_what_was_opened_seen_and_asked(desk, served):
-    desk.locator(".item").nth(1).click()
-    desk.wait_for_function("location.search.includes('patch=')")
-    assert ("slide=phantom" in desk.url) == (served.name == "phantom"), "only examples are named in the address"
-    assert served.slide.stem not in desk.url
+def test_12_the_log_says_what_was_opened_seen_and_asked(reading, served):
+    reading.locator(".item").nth(1).click()
+    reading.wait_for_function("location.search.includes('patch=')")
+    assert ("slide=phantom" in reading.url) == (served.name == "phantom"), "only examples are named in the address"
+    assert served.slide.stem not in reading.url
     deadline = time.time() + 120
     while time.time() < deadline and '"look"' not in (served.home / "log.jsonl").read_text():
-        desk.wait_for_timeout(500)
+        reading.wait_for_timeout(500)
     lines = [json.loads(line) for line in (served.home / "log.jsonl").read_text().splitlines()]
     assert {"open", "ask", "look"} <= {line["event"] for line in lines}
     asked = next(line for line in lines if line["event"] == "ask")
     assert asked["question"] == served.question
     assert len(asked["effects"]) == served.kept
-    assert '"event": "ask"' in download(desk, "log.jsonl")
+    assert '"event": "ask"' in download(reading, "log.jsonl")
 
 
-def test_13_a_broken_slide_is_a_sentence_and_what_was_open_stays(desk, served):
-    facts = desk.inner_text("#facts")
+def test_13_a_broken_slide_is_a_sentence_and_what_was_open_stays(reading, served):
+    facts = reading.inner_text("#facts")
     junk = served.home / "junk.svs"
     junk.write_bytes(b"junk" * 1000)
-    field = desk.locator("#path textarea, #path input")
+    field = reading.locator("#path textarea, #path input")
     try:
         field.fill(str(junk))
         began = time.time()
         field.press("Enter")
-        desk.wait_for_selector(".toast-body >> text=The file holds text")
+        reading.wait_for_selector(".toast-body >> text=The file holds text")
         waited(served, "broken slide to a sentence", time.time() - began, 10)
-        desk.screenshot(path=served.looks / "error.png")
-        assert desk.inner_text("#facts") == facts
-        assert desk.locator(".item").count() == served.kept
+        reading.screenshot(path=served.looks / "error.png")
+        assert reading.inner_text("#facts") == facts
+        assert reading.locator(".item").count() == served.kept
     finally:
         field.fill("")
 
@@ -505,14 +542,14 @@ def test_14_dark_and_narrow(browser, served):
     page.close()
 
 
-def test_15_in_an_iframe_and_for_programs_it_is_the_same(desk, browser, served, tmp_path):
+def test_15_in_an_iframe_and_for_programs_it_is_the_same(reading, browser, served, tmp_path):
     programs = pytest.importorskip("gradio_client")
     client = programs.Client(served.url, verbose=False)
     given = {} if served.name == "phantom" else {"file": programs.handle_file(str(served.slide))}
     began = time.time()
     found = client.predict(**given, api_name="/analyze")
     waited(served, "analyze, by gradio_client", time.time() - began)
-    shown = desk.evaluate("[...document.querySelectorAll('.item')].map(item => +item.dataset.index)")
+    shown = reading.evaluate("[...document.querySelectorAll('.item')].map(item => +item.dataset.index)")
     assert sorted(shown) == found["indices"]
     said = client.predict(found["case"], "Which tissue?", ["fat", "mucin"], api_name="/ask")
     assert sum(said["probabilities"]) == pytest.approx(1, abs=1e-4)
@@ -610,35 +647,45 @@ def test_04_nothing_identifying_is_shown_sent_or_kept(browser, served, tmp_path)
         assert not [text[:200] for text in texts if secret in text], secret
 
 
-def test_a_page_with_a_login_shows_nothing_without_it(browser, tiny_model, cached_phantom, tmp_path):
-    cached = str(cached_phantom)
-    with running(tmp_path, tiny_model, "--auth", "reader:correct horse", SPARSEWSI_CACHE=cached) as (url, _):
-        page = new_page(browser)
-        page.goto(url)
+@pytest.fixture
+def with_login(desk, cached_phantom, tmp_path, monkeypatch) -> Iterator[str]:
+    """The address of a page that asks for a name and a password, served by this process."""
+    monkeypatch.setenv("SPARSEWSI_CACHE", str(cached_phantom))
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    demo = build_page(desk)
+    settings = launch_settings(desk, "127.0.0.1", free_port(), "reader:correct horse")
+    demo.launch(**settings, quiet=True, prevent_thread_lock=True)
+    yield str(demo.local_url)
+    demo.close(verbose=False)
 
-        def log_in(word: str) -> None:
-            page.locator("input").first.fill("reader")
-            page.locator("input[type=password]").fill(word)
-            page.get_by_role("button", name="Login").click()
 
-        log_in("wrong")
-        page.wait_for_selector(".creds")
-        SCREENSHOTS.mkdir(exist_ok=True)
-        page.screenshot(path=SCREENSHOTS / "login.png")
-        assert page.locator("#phantom").count() == 0
-        with page.expect_request(re.compile("/queue/join")):
-            log_in("correct horse")
-        page.click("#phantom")
-        page.wait_for_selector(".item")
-        assert page.locator("#path").count() == 0, "who may look in may not read the server's disk"
-        tile = page.locator(".item img").first.get_attribute("src").split("patch/")[0]
-        token = tile.rstrip("/").split("/")[-1]
-        assert len(token) >= 32, "192 random bits: a tile's address is its own key"
-        stranger = browser.new_context().request
-        assert stranger.get(url + "config").status == 401
-        guess = tile.replace(token, "A" * len(token))
-        assert stranger.get(guess + "0/0_0.jpg").status == 404
-        with pytest.raises(Exception, match=r"(?i)credentials|auth|401"):
-            pytest.importorskip("gradio_client").Client(url, verbose=False)
-        page.close()
-        stranger.dispose()
+def test_a_page_with_a_login_shows_nothing_without_it(browser, with_login):
+    url, page = with_login, new_page(browser)
+    page.goto(url)
+
+    def log_in(word: str) -> None:
+        page.locator("input").first.fill("reader")
+        page.locator("input[type=password]").fill(word)
+        page.get_by_role("button", name="Login").click()
+
+    log_in("wrong")
+    page.wait_for_selector(".creds")
+    SCREENSHOTS.mkdir(exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / "login.png")
+    assert page.locator("#phantom").count() == 0
+    with page.expect_request(re.compile("/queue/join")):
+        log_in("correct horse")
+    page.click("#phantom")
+    page.wait_for_selector(".item")
+    assert page.locator("#path").count() == 0, "who may look in may not read the server's disk"
+    tile = page.locator(".item img").first.get_attribute("src").split("patch/")[0]
+    token = tile.rstrip("/").split("/")[-1]
+    assert len(token) >= 32, "192 random bits: a tile's address is its own key"
+    stranger = browser.new_context().request
+    assert stranger.get(url + "config").status == 401
+    guess = tile.replace(token, "A" * len(token))
+    assert stranger.get(guess + "0/0_0.jpg").status == 404
+    with pytest.raises(Exception, match=r"(?i)credentials|auth|401"):
+        pytest.importorskip("gradio_client").Client(url, verbose=False)
+    page.close()
+    stranger.dispose()

@@ -1,7 +1,7 @@
 """How the app is served: to this machine only, with no record; where state and flags live."""
 
-import subprocess
-import sys
+import signal
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,16 +9,21 @@ import pytest
 
 from sparsewsi.web.desk import Desk
 from sparsewsi.web.page import build_page
-from sparsewsi.web.serve import launch_settings, read_flags
-
-ROOT = Path(__file__).resolve().parents[2]
+from sparsewsi.web.serve import launch_settings, main, read_flags
 
 
 @pytest.mark.skipif(find_spec("mcp") is not None, reason="what MCP needs is installed")
-def test_tools_that_cannot_be_served_are_not_left_out_silently() -> None:
-    done = subprocess.run([sys.executable, "app.py", "--mcp"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.strip() == "--mcp needs the packages of an extra of Gradio: pip install 'gradio[mcp]'."
+def test_tools_that_cannot_be_served_are_not_left_out_silently(tiny_model, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ended_by = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(["--mcp", "--model", str(tiny_model)]) == 2
+    finally:
+        signal.signal(signal.SIGTERM, ended_by)
+    expected = "--mcp needs the packages of an extra of Gradio: pip install 'gradio[mcp]'."
+    assert capsys.readouterr().err.strip().splitlines()[-1] == expected
+    assert not list(tmp_path.glob("sparsewsi-*")), "what was private is gone"
 
 
 def test_it_is_served_to_this_machine_and_keeps_no_record(desk):
