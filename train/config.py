@@ -41,7 +41,7 @@ class TrainConfig:
     llm: str = "smollm2-135m"
     steps: int = 1000
     epochs: float = 0.0  # with data: so many passes over the questions in place of `steps`
-    accumulation: int = 8  # bags a step
+    accumulation: int = 8  # bags of a step
     questions_per_bag: int = 4
     other_tissue: float = 0.0  # banks: share of the mosaics with tissue that is neither background nor asked about
     real_slides: float = 0.0  # slides: share of the bags that are real slides

@@ -117,7 +117,8 @@ def _mark_clashes(jobs: list[Job]) -> list[Job]:
         by_stem.setdefault(job.stem, []).append(job)
     marked: list[Job] = []
     for stem, same in by_stem.items():
-        places = ", ".join(sorted(str(job.path) for job in same)[:3]) + ", ..." * (len(same) > 3)
+        paths = sorted(str(job.path) for job in same)
+        places = ", ".join([*paths[:3], *(["..."] if len(same) > 3 else [])])
         clash = f"{len(same)} slides would write {stem}.safetensors ({places}); give each an --out of its own."
         marked += [replace(job, problem=job.problem or clash) for job in same] if len(same) > 1 else same
     return marked

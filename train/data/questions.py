@@ -437,6 +437,7 @@ def open_training_set(
         progress(
             f"{len(problems):,} problems; {len(usable):,} questions are left. `train.data.questions check` lists all."
         )
+    folder.convert_csv(slide for record in usable for slide in record.slides)
     return SlideVQADataset(usable, folder, seed, questions_per_bag)
 
 

@@ -5,14 +5,15 @@ N patches.
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from sparsewsi.bags.bag import FEATURE_SUFFIXES, Bag, check_bag, join
+from sparsewsi.bags.bag import FEATURE_SUFFIXES, Bag, check_bag, join, save_bag
 from sparsewsi.bags.foreign import load_bag
 from sparsewsi.files import walk
 from sparsewsi.slides.find import IMAGE_SUFFIXES, SLIDE_SUFFIXES
@@ -67,6 +68,21 @@ class FeatureFolder:
             names = ", ".join(str(path.relative_to(self.folder)) for path in files[:3])
             raise ValueError(f"several feature files could be slide {slide}: {names}. Pass a folder that holds one.")
         return files
+
+    def convert_csv(self, slides: Iterable[str]) -> None:
+        """Write a safetensors file beside the CSV file of each slide, once: it is read in a hundredth of the time.
+
+        A folder that cannot be written to stays as it is. Raises ValueError for a CSV file that cannot be read.
+        """
+        slow = sorted({file for slide in slides for file in self.find(slide) if file.suffix.lower() == ".csv"})
+        for file in tqdm(slow, desc="CSV features to safetensors", disable=None if slow else True):
+            target = file.with_suffix(".safetensors")
+            try:
+                save_bag(load_bag(file), target)
+            except OSError:
+                return
+            for paths in (paths for named in self._files.values() for paths in named.values() if file in paths):
+                paths.append(target)
 
     def load(self, slides: Sequence[str]) -> Bag:
         """The bag of a slide, or of several as one, in any format of load_bag.

@@ -94,5 +94,6 @@ def add_readings(records: list[dict], rows: Iterable[str]) -> list[str]:
         for reading, choice in READINGS.items():
             for record in written:
                 record[f"{row}, {reading}"] = choice(record[f"{row} text"], record["options"])
-            added += [f"{row}, {reading}"] * bool(written)
+            if written:
+                added.append(f"{row}, {reading}")
     return added

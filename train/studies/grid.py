@@ -116,9 +116,8 @@ def estimate_seconds(plan: Plan, cell: Cell, seed: int, folder: Path) -> float:
                 left += own.accumulation * (0.3 + 0.005 * tokens)
     known = read_records(folder / cell.name / "records.jsonl").values()
     for row in cell.rows:
-        left += (0.3 + 0.002 * plan.n * (row in LONG)) * max(
-            0, count_asked(plan, row) - sum(row in one for one in known)
-        )
+        each = 0.3 + 0.002 * plan.n if row in LONG else 0.3
+        left += each * max(0, count_asked(plan, row) - sum(row in one for one in known))
     return left
 
 

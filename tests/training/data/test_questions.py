@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -283,6 +284,26 @@ def test_a_bag_of_another_encoder_stops_the_dataset(cohort: tuple[list[Record], 
         [data.example(i, 16) for i in range(len(data))]
     with pytest.raises(ValueError, match="no question"):
         SlideVQADataset([], features)
+
+
+def test_csv_features_are_converted_once_and_read_as_before(tmp_path: Path) -> None:
+    table = tmp_path / "TCGA-A7-A0CJ-01Z-00-DX2.csv"
+    rows = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float16)
+    np.savetxt(table, rows, delimiter=",", header="0,1,2,3", comments="")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the file holds no positions
+        before = FeatureFolder(tmp_path).load(["TCGA-A7-A0CJ"])
+        folder = FeatureFolder(tmp_path)
+        folder.convert_csv(["TCGA-A7-A0CJ", "TCGA-A7-A0CJ-01Z-00-DX2"])
+    [file] = folder.find("TCGA-A7-A0CJ")
+    assert file.suffix == ".safetensors"
+    after = folder.load(["TCGA-A7-A0CJ"])
+    assert torch.equal(after.features, before.features)
+    assert after.encoder == before.encoder
+    assert FeatureFolder(tmp_path).find("TCGA-A7-A0CJ") == [file]
+    written = file.stat().st_mtime_ns
+    folder.convert_csv(["TCGA-A7-A0CJ"])  # nothing is left to convert
+    assert file.stat().st_mtime_ns == written
 
 
 # ---- the command
