@@ -288,8 +288,8 @@ def test_a_bag_of_another_encoder_stops_the_dataset(cohort: tuple[list[Record], 
 
 def test_csv_features_are_converted_once_and_read_as_before(tmp_path: Path) -> None:
     table = tmp_path / "TCGA-A7-A0CJ-01Z-00-DX2.csv"
-    rows = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float16)
-    np.savetxt(table, rows, delimiter=",", header="0,1,2,3", comments="")
+    rows = np.random.default_rng(0).normal(size=(6, 512)).astype(np.float16)
+    np.savetxt(table, rows, delimiter=",", header=",".join(map(str, range(512))), comments="")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the file holds no positions
         before = FeatureFolder(tmp_path).load(["TCGA-A7-A0CJ"])
