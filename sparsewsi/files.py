@@ -156,6 +156,11 @@ def read_json(path: str | Path, most: int = 64 << 20) -> Any:
         ) from error
 
 
+def inert_cell(value: Any) -> Any:
+    """A cell of a table that no spreadsheet runs: text that begins as a formula does gets an apostrophe before it."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None

@@ -74,3 +74,10 @@ def test_a_digest_changes_with_content_and_name(tmp_path: Path) -> None:
     two.write_bytes(b"x")
     assert files.digest(one) == files.digest(two)
     assert files.digest_all([one]) != files.digest_all([two])
+
+
+def test_no_spreadsheet_runs_a_cell():
+    for text in ("=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1"):
+        assert files.inert_cell(text) == f"'{text}"
+    for value in ("slide 1", "", -1.5, None, 3):
+        assert files.inert_cell(value) == value

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sparsewsi.files import append_line, read_lines, write_bytes
+from sparsewsi.files import append_line, inert_cell, read_lines, write_bytes
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class Report:
         writer = csv.DictWriter(text, [column.name for column in fields(Row)])
         writer.writeheader()
         for row in sorted(self.read().values(), key=lambda row: row.slide):
-            writer.writerow(asdict(row) | {"unreadable": len(row.unreadable)})
+            cells = asdict(row) | {"unreadable": len(row.unreadable)}
+            writer.writerow({name: inert_cell(cell) for name, cell in cells.items()})
         try:
             write_bytes(self._table, text.getvalue().encode("utf-8", "backslashreplace"))
         except OSError as error:
