@@ -49,24 +49,46 @@ def extract_bag(
     Patches in damaged parts of the file are left out, and Bag.note says how many.
     Raises ValueError (SlideError) when the slide cannot be read or states no mpp. N = 0 is legal.
     """
+    with open_slide(path, slide_mpp=slide_mpp) as slide:
+        return encode_slide(
+            slide,
+            encoder,
+            mpp=mpp,
+            patch_size=patch_size,
+            batch_size=batch_size,
+            max_patches=max_patches,
+            progress=progress,
+        )
+
+
+def encode_slide(
+    slide: Slide,
+    encoder: str | PatchEncoder,
+    *,
+    mpp: float = 0.5,
+    patch_size: int = 224,
+    batch_size: int = 32,
+    max_patches: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Bag:
+    """extract_bag of a slide that is open. What progress raises ends the work."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    with open_slide(path, slide_mpp=slide_mpp) as slide:
-        coords = choose_coords(slide, mpp, patch_size, max_patches)
-        loaded = load_encoder(encoder) if isinstance(encoder, str) else encoder
-        features = torch.empty(len(coords), loaded.dim, dtype=torch.float16)
-        readable = np.zeros(len(coords), bool)
-        done = kept = 0
-        if progress is not None:
-            progress(0, len(coords))
-        with closing(encode_patches(slide, loaded, coords, mpp, patch_size, batch_size)) as batches:
-            for part, fine in batches:
-                features[kept : kept + len(part)] = part
-                readable[done : done + len(fine)] = fine
-                kept, done = kept + len(part), done + len(fine)
-                if progress is not None:
-                    progress(done, len(coords))
-        return bag_of(slide, loaded.name, coords, readable, features[:kept], mpp, patch_size)
+    coords = choose_coords(slide, mpp, patch_size, max_patches)
+    loaded = load_encoder(encoder) if isinstance(encoder, str) else encoder
+    features = torch.empty(len(coords), loaded.dim, dtype=torch.float16)
+    readable = np.zeros(len(coords), bool)
+    done = kept = 0
+    if progress is not None:
+        progress(0, len(coords))
+    with closing(encode_patches(slide, loaded, coords, mpp, patch_size, batch_size)) as batches:
+        for part, fine in batches:
+            features[kept : kept + len(part)] = part
+            readable[done : done + len(fine)] = fine
+            kept, done = kept + len(part), done + len(fine)
+            if progress is not None:
+                progress(done, len(coords))
+    return bag_of(slide, loaded.name, coords, readable, features[:kept], mpp, patch_size)
 
 
 def choose_coords(slide: Slide, mpp: float, patch_size: int, max_patches: int | None = None) -> np.ndarray:

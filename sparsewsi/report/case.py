@@ -11,6 +11,7 @@ Nothing here loads a model: what needs one takes it as an argument. N patches, K
 import io
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +33,7 @@ from sparsewsi.report import html, plots, qupath, record, table, umap
 from sparsewsi.report.answer import Answer, summarise, word_notice
 from sparsewsi.report.doubts import find_doubts
 from sparsewsi.slides.refusals import SlideError
-from sparsewsi.slides.slide import open_slide
+from sparsewsi.slides.slide import Slide, open_slide
 
 FILES = ("report.html", "overlay.png", "umap.png", "patches.csv", "patches.geojson", "selection.json")
 OVERVIEW = 2000  # px, longer side of the slide's overview in files
@@ -175,12 +176,17 @@ class Case:
         return replace(self, selection=selection, selector=selector)
 
     def write(
-        self, folder: str | Path, answers: Sequence[Answer] = (), names: Collection[str] = FILES
+        self,
+        folder: str | Path,
+        answers: Sequence[Answer] = (),
+        names: Collection[str] = FILES,
+        slide: Slide | None = None,
     ) -> tuple[str, ...]:
         """Write the files of these names, of FILES, into a folder, which is made; each whole or not at all.
 
-        What costs nothing to make is saved first. Without the slide the report holds no patches, and boxes are drawn on
-        a plain canvas. Returns the names of the files that were written: a map that cannot be drawn is left out with a
+        slide: the slide, open; None: it is opened by its path. Without either the report holds no patches, and boxes
+        are drawn on a plain canvas
+        What costs nothing to make is saved first. Returns the names of the files that were written: a map that cannot be drawn is left out with a
         warning. Raises SlideError or OSError, once the others are written, if the slide cannot be read any more or the
         disk is full.
         """
@@ -193,7 +199,7 @@ class Case:
 
         def draw() -> tuple[Image.Image, list]:
             if not drawn:
-                drawn.append(self._draw())
+                drawn.append(self._draw(slide))
             return drawn[0]
 
         def write_report(path: Path) -> None:
@@ -233,11 +239,12 @@ class Case:
             raise failed[0]
         return tuple(written)
 
-    def _draw(self) -> tuple[Image.Image, list]:
+    def _draw(self, slide: Slide | None) -> tuple[Image.Image, list]:
         """The overview with boxes, and the kept patches, best first; without the slide a canvas and no patches."""
-        if self.path is None:
+        if slide is None and self.path is None:
             return plots.draw_overlay(*plots.draw_canvas(self.bag), self.bag, self.selection), []
-        with open_slide(self.path, slide_mpp=self.slide_mpp) as slide:
+        opened = open_slide(self.path or "", slide_mpp=self.slide_mpp) if slide is None else nullcontext(slide)
+        with opened as slide:
             overview = plots.draw_overlay(*slide.thumbnail(OVERVIEW), self.bag, self.selection)
             return overview, plots.cut_patches(slide, self.bag, self.selection)
 

@@ -12,6 +12,7 @@ refused, and the slide is read in this process.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import mmap
 import os
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from sparsewsi.files import as_path
 from sparsewsi.slides import sandbox
@@ -59,11 +61,11 @@ def open_confined(path: str | Path, *, root: str | Path | None = None, slide_mpp
     """open_slide in a process of its own.
 
     root: the folder that holds the slide and nothing else, all of which may be read; every file in it must be a plain
-    one. None: the folder that the slide lies in
+    one. None: the folder that the slide lies in. A stranger's slide is no phantom, whatever it says
     Raises SlideError as open_slide does, and from every read once the child was killed or crashed. Close it: the child
     lives until then.
     """
-    path = Path(os.path.abspath(as_path(path)))
+    path, strange = Path(os.path.abspath(as_path(path))), root is not None
     if root is None:
         path = Path(os.path.realpath(path))
         root = path if path.is_dir() else path.parent
@@ -75,7 +77,15 @@ def open_confined(path: str | Path, *, root: str | Path | None = None, slide_mpp
     _refuse_references(path)
     if os.name != "posix":
         return open_slide(path, slide_mpp=slide_mpp)
-    return ConfinedSlide(path, root, slide_mpp)
+    slide = ConfinedSlide(path, root, slide_mpp)
+    if strange and slide.phantom_seed is not None:  # a file's text may say so of any slide
+        slide.name, slide.phantom_seed = f"slide {_digest(path)}", None
+    return slide
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.sha256(stream.read(LONGEST)).hexdigest()[:8]
 
 
 class ConfinedSlide(Slide):
@@ -109,17 +119,19 @@ class ConfinedSlide(Slide):
             self._failure = self._failure or "The slide has been closed."
         self._stop()
 
-    def read_batch(self, corners: np.ndarray, size: tuple[int, int], mpp: float) -> tuple[np.ndarray, np.ndarray]:
-        one = 3 * size[0] * size[1]
+    def read_batch(
+        self, corners: ArrayLike, size: tuple[int, int], mpp: float, out: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        places, one = np.asarray(corners), 3 * size[0] * size[1]
         if one > SLOT:
-            return super().read_batch(corners, size, mpp)
+            return super().read_batch(places, size, mpp, out)
         self.require_mpp()
-        pixels = np.empty((len(corners), size[1], size[0], 3), np.uint8)
-        fine = np.zeros(len(corners), bool)
+        pixels = np.empty((len(places), size[1], size[0], 3), np.uint8) if out is None else out
+        fine = np.zeros(len(places), bool)
         step = SLOT // one
-        for start in range(0, len(corners), step):
+        for start in range(0, len(places), step):
             part = slice(start, start + step)
-            task = {"how": "batch", "corners": corners[part].tolist(), "size": size, "mpp": mpp}
+            task = {"how": "batch", "corners": places[part].tolist(), "size": size, "mpp": mpp}
             fine[part] = np.frombuffer(self._ask(task, pixels[part]), bool)
         return pixels, fine
 

@@ -14,6 +14,7 @@ from sparsewsi.slides.slide import Slide
 from sparsewsi.slides.stain import find_stained
 
 MASK_MPP = 8.0  # um per mask px
+MOST_PX = 250_000_000  # of a mask: more than glass of 100 x 70 mm at 5.3 um/px; each takes some 10 bytes
 LOST = 16  # mask px: side of the squares in which damage is looked for, 128 um
 
 
@@ -133,6 +134,12 @@ def _row_sum(mask: np.ndarray, start: float, stop: float) -> np.ndarray:
 def _segment(slide: Slide, mpp: float) -> Tissue:
     scale = _mask_scale(slide, mpp)
     width, height = (math.ceil(side / scale - 1e-6) for side in slide.size)
+    if width * height > MOST_PX:
+        across, down = (side * slide.require_mpp() / 1000 for side in slide.size)
+        raise SlideError(
+            f"At {slide.require_mpp():.4g} um/px the slide would be {across:,.0f} x {down:,.0f} mm, which no glass is; "
+            "its resolution or size is wrong. Pass slide_mpp= if it is the resolution."
+        )
     # Only the scanned part is read; it begins on a mask px.
     x, y, w, h = slide.bounds
     left, top = int(x / scale), int(y / scale)
