@@ -1,14 +1,13 @@
 """What programs can ask: gradio_client, HTTP and, as tools, MCP. Their docstrings are what the callers read."""
 
-from pathlib import Path
-from typing import Any
+import uuid
 
 import gradio as gr
 
-from sparsewsi.web import intake
 from sparsewsi.web.desk import Desk
 from sparsewsi.web.errors import explain_errors
 from sparsewsi.web.examples import EXAMPLES, open_example
+from sparsewsi.web.limits import check_question
 
 
 class Api:
@@ -37,15 +36,15 @@ class Api:
             patches in raster order, ranks (by score among all patches, 1 = best), scores of the kept, summary, doubts,
             notice.
         """
-        desk = self.desk
+        desk, session = self.desk, request.session_hash or uuid.uuid4().hex  # without one, a session of its own
         with explain_errors():
             if file:
-                path = self._receive(file, request)
+                path = desk.keep_upload(file["path"] if isinstance(file, dict) else file.path, session)
             elif slide in EXAMPLES:
                 path = open_example(slide)
             else:
                 raise ValueError(f"The slide must be {' or '.join(EXAMPLES)}, or a file, got {slide!r}.")
-            token = desk.slides.add(path, str(request.session_hash))
+            token = desk.slides.add(path, session)
             opened = desk.analyse(token, str(path), slide_mpp or None, selector)
             desk.keep_case(opened)
             case = opened.case
@@ -63,7 +62,7 @@ class Api:
                 "notice": case.notice,
             }
 
-    def ask(self, case: str, question: str, options: list[str] | None = None) -> dict:
+    def ask(self, request: gr.Request, case: str, question: str, options: list[str] | None = None) -> dict:
         """Ask about an analysed slide.
 
         Args:
@@ -75,12 +74,16 @@ class Api:
         """
         desk = self.desk
         with explain_errors():
-            opened, messages, given = desk.find_case(case), [{"role": "user", "content": question}], options or []
-            text = "".join(desk.answer(opened, messages, given))
-            found = desk.measure(opened, messages, text, given, evidence=False)
+            given, caller = options or [], str(request.session_hash)
+            check_question(question, given)
+            opened, messages = desk.find_case(case), [{"role": "user", "content": question}]
+            text = "".join(desk.answer(opened, messages, given, caller))
+            found = desk.measure(opened, messages, text, given, evidence=False, caller=caller)
             return {"answer": found.text, "probabilities": list(found.probs), "notice": opened.notice}
 
-    def evidence(self, case: str, question: str, answer: str, options: list[str] | None = None) -> dict:
+    def evidence(
+        self, request: gr.Request, case: str, question: str, answer: str, options: list[str] | None = None
+    ) -> dict:
         """How much an answer loses when each of the kept patches is left out.
 
         Args:
@@ -94,8 +97,10 @@ class Api:
         """
         desk = self.desk
         with explain_errors():
+            given, caller = options or [], str(request.session_hash)
+            check_question(question, given, answer)
             opened = desk.find_case(case)
-            found = desk.measure(opened, [{"role": "user", "content": question}], answer, options or [])
+            found = desk.measure(opened, [{"role": "user", "content": question}], answer, given, caller=caller)
             kept = opened.selection
             return {
                 "indices": kept.indices.tolist(),
@@ -104,12 +109,3 @@ class Api:
                 "sentence": found.evidence,
                 "notice": opened.notice,
             }
-
-    def _receive(self, file: Any, request: gr.Request) -> Path:
-        """Move and look at an upload. Raises ValueError for a path that was not uploaded here."""
-        path = Path(file["path"] if isinstance(file, dict) else file.path).resolve()
-        if not path.is_relative_to(self.desk.uploads.resolve()):
-            raise ValueError("The file was not uploaded to this server.")
-        kept = intake.keep_upload(path, self.desk.folder_of(request.session_hash))
-        intake.check(kept)
-        return kept

@@ -5,11 +5,14 @@ A Desk is made in main and passed to what needs it; no module keeps anything of 
 
 import hashlib
 import importlib.util
+import math
 import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +22,7 @@ import torch
 
 from sparsewsi.bags.bag import Bag, save_bag
 from sparsewsi.bags.encoders import load_encoder
-from sparsewsi.bags.extract import extract_bag
+from sparsewsi.bags.extract import encode_slide
 from sparsewsi.bags.foreign import load_bag
 from sparsewsi.bags.patch_encoder import PatchEncoder
 from sparsewsi.files import append_line, cache_folder
@@ -28,13 +31,17 @@ from sparsewsi.model.selection import Selection
 from sparsewsi.report import umap
 from sparsewsi.report.answer import Answer, word_notice
 from sparsewsi.report.case import Case, Model, open_case
-from sparsewsi.web.errors import Halted
+from sparsewsi.slides.confined import open_confined
+from sparsewsi.slides.slide import Slide, SlideError
+from sparsewsi.web import intake
+from sparsewsi.web.errors import Halted, stop_unseen
 from sparsewsi.web.examples import name_example
 from sparsewsi.web.turns import Turns
 from sparsewsi.web.viewer import Slides
 
 Progress = Callable[..., Any]  # called as gr.Progress is
 Messages = Sequence[Mapping[str, str]]
+MOST_LEFT = 10_000  # callers that are remembered to have left
 CASES = 16  # analysed slides kept for callers of the API; the oldest is forgotten first
 
 
@@ -67,9 +74,11 @@ class Desk:
     ) -> None:
         self.model_name, self.log, self.allow_paths = model, log, allow_paths
         self.folder, self.uploads = folder, uploads or folder / "gradio"
-        self.slides, self.turns = Slides(), Turns()
+        self.slides, self.turns = Slides(self.open_slide), Turns()
         self._cases: dict[str, Case] = {}  # by token
         self._openings: dict[str, object] = {}  # by session: the slide that was asked for last
+        self._left: dict[str, float] = {}  # by session: when its caller was found gone (time.monotonic)
+        self._reading: set[tuple[str, Slide]] = set()  # (session, a slide that is analysed for it)
         self._loading, self._writing = threading.Lock(), threading.Lock()
         self._loaded: tuple[Model, PatchEncoder] | None = None
         # On a Space what these are given is pickled, so the desk must not be among it.
@@ -120,6 +129,41 @@ class Desk:
         few = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
         umap.map_features(few, Selection(torch.arange(4), few[:, 0].clone(), few[:4], len(few)))
 
+    # ---- slides
+
+    def open_slide(self, path: str | Path | None, slide_mpp: float | None = None) -> Slide:
+        """Open a slide in a process of its own; one of a session's folder sees that folder alone. Raises SlideError."""
+        if path is None:
+            raise SlideError("The slide is not at hand, only its features.")
+        uploaded = Path(path).is_relative_to(self.folder)
+        root = self.folder / Path(path).relative_to(self.folder).parts[0] if uploaded else None
+        return open_confined(path, root=root, slide_mpp=slide_mpp)
+
+    def keep_upload(self, file: str | Path, session: str | None) -> Path:
+        """Move an upload to its session's folder and look at it; returns what to open. Raises ValueError."""
+        folder = self.folder_of(session)
+        kept = intake.keep_upload(intake.require_upload(file, self.uploads), folder)
+        try:
+            intake.check(kept, folder)
+        except ValueError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return kept
+
+    @contextmanager
+    def _read_for(self, session: str, slide: Slide) -> Iterator[None]:
+        """A slide that is closed under its readers once the session's caller is gone."""
+        self._reading.add((session, slide))
+        try:
+            yield
+        finally:
+            self._reading.discard((session, slide))
+
+    def drop_upload(self, file: str | Path) -> None:
+        """Delete what was uploaded and read; what was not uploaded stays."""
+        with suppress(ValueError, OSError):
+            intake.require_upload(file, self.uploads).unlink()
+
     # ---- from a slide to an answer
 
     def _analyse(
@@ -134,11 +178,11 @@ class Desk:
         tell = progress or _say_nothing
         tell(None, desc="Loading the model")
         model = self.model
-        bag = self._read_bag(path, slide_mpp, tell)
+        bag = self._read_bag(token, path, slide_mpp, tell)
         tell(1, desc="Selecting patches")
         return Opened(token, open_case(model, bag, path, selector=selector, slide_mpp=slide_mpp))
 
-    def _read_bag(self, path: str, slide_mpp: float | None, tell: Progress) -> Bag:
+    def _read_bag(self, token: str, path: str, slide_mpp: float | None, tell: Progress) -> Bag:
         """The slide's patches, encoded; those of examples are kept in the cache, nobody else's ever are."""
         model, encoder = self.load()
         config = model.config
@@ -147,13 +191,18 @@ class Desk:
         if kept is not None and kept.is_file():
             return load_bag(kept)
 
+        session, shown = self.slides.owner_of(token), self.slides.holds(token)
+        look = self.watch(session)
+
         def count(done: int, total: int) -> None:
+            look()
+            if shown and not self.slides.holds(token):  # another one was opened
+                raise stop_unseen()
             tell((done, total), desc="Encoding the patches", unit="patches")
 
         tell(None, desc="Finding tissue")
-        bag = extract_bag(
-            path, encoder, mpp=config.mpp, patch_size=config.patch_size, slide_mpp=slide_mpp, progress=count
-        )
+        with self.open_slide(path, slide_mpp) as slide, self._read_for(session, slide):
+            bag = encode_slide(slide, encoder, mpp=config.mpp, patch_size=config.patch_size, progress=count)
         if kept is not None:
             save_bag(bag, kept)
         return bag
@@ -162,9 +211,14 @@ class Desk:
         """The case with other patches."""
         return case.choose(self.model, k, selector, pinned, dropped)
 
-    def _answer(self, case: Case, messages: Messages, options: Sequence[str]) -> Iterator[str]:
-        """The answer to the last of the messages, in pieces."""
-        yield from case.answer(self.model, messages, options)
+    def _answer(
+        self, case: Case, messages: Messages, options: Sequence[str], session: str | None = None
+    ) -> Iterator[str]:
+        """The answer to the last of the messages, in pieces, for as long as the session's caller is there."""
+        look = self.watch(session)
+        for piece in case.answer(self.model, messages, options):
+            look()
+            yield piece
 
     def _measure(
         self,
@@ -174,11 +228,17 @@ class Desk:
         options: Sequence[str],
         session: str | None = None,
         evidence: bool = True,
+        caller: str | None = None,
     ) -> Answer:
-        """What is known of an answer. Raises Halted once the session has pressed Stop."""
+        """What is known of an answer, for as long as the caller, a session, is there.
+
+        session: whose Stop button ends it too; raises Halted then
+        """
         turn = self.turns.get(session) if session is not None else None
+        here = self.watch(caller or session)
 
         def look(*_: int) -> None:
+            here()
             if session is not None and not self.turns.wanted(session, turn):
                 raise Halted
 
@@ -212,11 +272,31 @@ class Desk:
             self._openings.pop(session, None)
         return last
 
+    def leave(self, session: str) -> None:
+        """A session's caller is gone: what is done for it now ends."""
+        self._left[session] = time.monotonic()
+        while len(self._left) > MOST_LEFT:
+            self._left.pop(next(iter(self._left)), None)
+        for slide in [slide for owner, slide in list(self._reading) if owner == session]:
+            slide.close()
+
+    def watch(self, session: str | None) -> Callable[..., None]:
+        """What work for a session calls now and then: raises an unseen error once its caller has left."""
+        began = time.monotonic()
+
+        def look(*_: int) -> None:
+            if session is not None and self._left.get(session, -math.inf) >= began:
+                raise stop_unseen()
+
+        return look
+
     def keep_case(self, opened: Opened) -> None:
         """Keep a case for callers of the API, in place of the oldest if there are too many."""
         self._cases[opened.token] = opened.case
         for old in list(self._cases)[:-CASES]:
             self._cases.pop(old, None)
+            if self.slides.holds(old):  # its caller may have no session that could end
+                self.forget(self.slides.owner_of(old))
 
     def find_case(self, token: str) -> Case:
         """An analysed slide of the API. Raises ValueError for one that is not known."""
@@ -227,7 +307,8 @@ class Desk:
         return self._cases[token]
 
     def forget(self, session: str | None) -> None:
-        """Delete what a session uploaded and what was made of it."""
+        """Delete what a session uploaded and what was made of it; what is done for it ends."""
+        self.leave(str(session))
         for token in self.slides.forget(str(session)):
             self._cases.pop(token, None)
         self.turns.drop(str(session))

@@ -15,13 +15,13 @@ def explain_errors() -> Iterator[None]:
     """Raise gr.Error with one sentence for input at fault, and for a defect of ours; Halted passes."""
     try:
         yield
+    except (gr.Error, Halted):  # the first is a ValueError
+        raise
     except (ValueError, OSError, RuntimeError) as error:
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         text = " ".join(text.split()).replace("Pass slide_mpp=", 'Fill in "Scan µm/px" and press Enter')
         text = text[:1].upper() + text[1:] if text.split(" ")[0].isalpha() else text  # a file's name stays as it is
         raise gr.Error(text, duration=30, print_exception=False) from error
-    except (gr.Error, Halted):
-        raise
     except Exception as error:  # a defect: the server's log has the rest
         raise gr.Error("That failed, and the program is at fault; try again.", duration=30) from error
 

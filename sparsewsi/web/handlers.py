@@ -8,13 +8,14 @@ import functools
 import html
 import uuid
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import numpy as np
 
+from sparsewsi.files import as_path
 from sparsewsi.model.prompt import format_question
 from sparsewsi.model.selection import Selection
 from sparsewsi.report import umap
@@ -22,7 +23,6 @@ from sparsewsi.report.answer import Answer
 from sparsewsi.report.case import Case
 from sparsewsi.report.phantom import choose_questions, describe_truth, find_truth
 from sparsewsi.report.qupath import read_regions
-from sparsewsi.slides.slide import open_slide
 from sparsewsi.web import chat as words
 from sparsewsi.web import intake
 from sparsewsi.web.chat import (
@@ -40,6 +40,7 @@ from sparsewsi.web.desk import Desk, Opened
 from sparsewsi.web.errors import Halted, explain_errors, refuse, stop_unseen
 from sparsewsi.web.examples import EXAMPLES, name_example, open_example
 from sparsewsi.web.layout import FEWEST, MOST, Page, state_facts
+from sparsewsi.web.limits import check_question, check_told
 from sparsewsi.web.viewer import bag_props, file_props, map_props, packed, slide_props
 
 STOPPED = "Stopped; the evidence was not weighed."
@@ -70,15 +71,14 @@ class Handlers:
     def on_upload(self, file: str, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Changes:  # noqa: B008
         progress(None, desc="Looking at the file")
         with self._opening(request):
-            path = intake.keep_upload(file, self.desk.folder_of(request.session_hash))
-            intake.check(path)
+            path = self.desk.keep_upload(file, request.session_hash)
         return {self.page.path: str(path)}
 
     def on_typed_path(self, text: str, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Changes:  # noqa: B008
         progress(None, desc="Looking at the file")
         with self._opening(request):
-            intake.check(text.strip())
-        return {self.page.path: str(Path(text.strip()).expanduser())}
+            intake.check(text)
+        return {self.page.path: str(as_path(text))}
 
     def on_load(self, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Changes:  # noqa: B008
         """Open the slide that the page's address names, if it names one of the examples."""
@@ -119,9 +119,9 @@ class Handlers:
         with explain_errors():
             if not path:
                 raise ValueError("Open a slide first.")
-            with open_slide(path, slide_mpp=read_mpp(resolution)) as slide:
-                token = desk.slides.add(path, str(request.session_hash))
-                props = slide_props(token, slide, name_example(path))
+            slide = desk.open_slide(path, read_mpp(resolution))
+            token = desk.slides.add(path, str(request.session_hash), slide)
+            props = slide_props(token, slide, name_example(path))
             desk.record(request.session_hash, event="open", slide=slide.name, size=slide.size, mpp=slide.mpp)
         desk.turns.drop(str(request.session_hash))
         return {
@@ -182,7 +182,8 @@ class Handlers:
         if name == "log.jsonl":
             (folder / name).touch()
         else:
-            case.write(folder, list(answers.values()), [name])
+            with self.desk.open_slide(case.path, case.slide_mpp) if name == "report.html" else nullcontext() as slide:
+                case.write(folder, list(answers.values()), [name], slide)
         return folder / name
 
     def on_map_wanted(self, opened: Opened | None) -> Changes:
@@ -233,6 +234,7 @@ class Handlers:
         self, opened: Opened, before: list, question: Question, questions: Questions, request: gr.Request
     ) -> Changes:
         with explain_errors():
+            check_question(question.text, question.options)
             format_question(question.text, question.options)  # the model would refuse too many options only later
         asked = [*before, show_question(question)]
         earlier = {place: one for place, one in questions.items() if place < len(before)}
@@ -271,7 +273,7 @@ class Handlers:
 
         try:
             with explain_errors():
-                for piece in desk.answer(case, turns, given):
+                for piece in desk.answer(case, turns, given, session):
                     if not desk.turns.wanted(session, turn):
                         break
                     text += piece
@@ -352,6 +354,8 @@ class Handlers:
 
     def on_journal(self, event: gr.EventData, request: gr.Request) -> None:
         """Write down what was looked at."""
+        with explain_errors():
+            check_told(event._data)
         self.desk.record(request.session_hash, event="look", views=event._data["views"][:MOST_VIEWS])
 
     def on_regions(self, file: str, opened: Opened | None) -> Changes:
@@ -360,9 +364,9 @@ class Handlers:
             try:
                 if opened is None:
                     raise ValueError("Open a slide first: the regions must be of that slide.")
-                found = read_regions(file, opened.case.bag)
+                found = read_regions(intake.require_upload(file, self.desk.uploads), opened.case.bag)
             finally:
-                Path(file).unlink(missing_ok=True)
+                self.desk.drop_upload(file)
         members = {"indices": found.tolist(), "where": "imported regions", "nonce": uuid.uuid4().hex}
         return {self.page.view: gr.HTML(members=members)}
 
@@ -381,7 +385,8 @@ class Handlers:
     ) -> Iterator[Changes]:
         """Ask the last question once more, from other patches; both answers stand beside each other."""
         self._refuse_while_busy(chat, request)
-        for changes in self._ask_what_if(opened, chat, questions, answers, int(k), selector, picks):
+        session = str(request.session_hash)
+        for changes in self._ask_what_if(opened, chat, questions, answers, int(k), selector, picks, session):
             if opened is None or not self.desk.slides.holds(opened.token):  # another slide was opened
                 yield {self.page.compare: ""}
                 return
@@ -396,6 +401,7 @@ class Handlers:
         k: int,
         selector: str,
         picks: dict[str, list[int]],
+        session: str,
     ) -> Iterator[Changes]:
         desk, page = self.desk, self.page
         with explain_errors():
@@ -415,10 +421,10 @@ class Handlers:
 
             yield {page.compare: beside("", []), page.view: gr.HTML(**selection_props(selection))}
             text = ""
-            for piece in desk.answer(other, turns, given):
+            for piece in desk.answer(other, turns, given, session):
                 text += piece
                 yield {page.compare: beside(text, [])}
-            answer = desk.measure(other, turns, text, given)
+            answer = desk.measure(other, turns, text, given, caller=session)
             yield {
                 page.compare: beside(answer.text or "(no answer)", show_evidence(answer, selection)),
                 page.view: gr.HTML(evidence=evidence_props(selection, answer)),

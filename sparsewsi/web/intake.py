@@ -1,45 +1,43 @@
-"""Slides from outside: where they are kept, archives unpacked after a look, and slides opened first in a child process.
+"""Slides from outside: a first look at them, archives unpacked after a look, and where uploads lie."""
 
-A slide of a few kB can decode to gigabytes, and a damaged one can crash a C library: neither may happen in the process
-that serves everybody. Run as a script, this file is that child: it opens the slide, reads its overview and a piece of
-level 0, and prints one sentence and ends with status 1 if that fails. It imports neither torch nor Gradio.
-"""
-
+import errno
+import lzma
 import os
 import re
 import shutil
 import stat
-import subprocess
-import sys
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
-SECONDS = 8  # of processor time of the child: a busy machine must not turn a good slide away
-PATIENCE = 40  # seconds of wall clock, for a disk that hangs
-MEMORY = 1 << 30  # bytes of address space of the child; a libopenslide at rest takes 0.2 GB of them
+from sparsewsi.files import as_path
+from sparsewsi.slides.confined import open_confined
+
 OVERVIEW = 1024  # px
 ENTRIES, UNPACKED, RATIO = 20_000, 16 << 30, 100  # what an archive may hold: files, bytes, bytes per stored byte
 
+# What zipfile and its decoders raise for archives that are none, or damaged; one file under another is an OSError.
+DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError, EOFError, OSError)
+
 PACKED = 1000  # bytes of px per byte of file, for the smallest level alone; JPEG of plain white glass comes to 330
-SEVERAL_FILES = (".mrxs", ".vms", ".dcm")  # the file that is opened is not where the px are
-
-TOO_MUCH = (
-    f"The slide was given up: its overview takes more than {SECONDS} seconds of work or {MEMORY >> 30} GB to make. "
-    "Convert it to a pyramidal TIFF, e.g. vips tiffsave IN OUT.tiff --tile --pyramid --compression jpeg."
-)
+SEVERAL_FILES = (".mrxs", ".vms", ".vmu", ".dcm")  # the file that is opened is not where the px are
 
 
-def check(path: str | Path) -> None:
-    """Raise ValueError with one sentence if a slide cannot be opened and looked at within the limits."""
-    package = Path(__file__).resolve().parents[2]
-    environment = {"PYTHONPATH": str(package), "OPENBLAS_NUM_THREADS": "1", "PATH": os.environ.get("PATH", "")}
-    command = [sys.executable, str(Path(__file__).resolve()), str(Path(path).expanduser().absolute())]
-    try:
-        child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    except subprocess.TimeoutExpired:
-        raise ValueError(TOO_MUCH) from None
-    if child.returncode:
-        raise ValueError(child.stdout.strip() if child.returncode == 1 and child.stdout.strip() else TOO_MUCH)
+def check(path: str | Path, root: Path | None = None) -> None:
+    """Raise ValueError with one sentence if a slide cannot be opened and looked at within open_confined's limits.
+
+    root: the folder of a stranger's slide; see open_confined
+    """
+    with open_confined(path, root=root) as slide:
+        file, (width, height) = as_path(path), slide.level_sizes[-1]
+        alone = file.is_file() and file.suffix.lower() not in SEVERAL_FILES
+        if alone and 3 * width * height > PACKED * file.stat().st_size:
+            raise ValueError(
+                f"The slide was given up: {width:,} x {height:,} px on its smallest level are no scan in a file "
+                f"of {file.stat().st_size / 1000:,.0f} kB. Save it again as a pyramidal TIFF."
+            )
+        slide.thumbnail(OVERVIEW)
+        slide.read_level(0, (slide.size[0] // 2, slide.size[1] // 2), (64, 64))
 
 
 def unpack(archive: Path, folder: Path) -> Path:
@@ -56,8 +54,10 @@ def unpack(archive: Path, folder: Path) -> Path:
             for entry in entries:
                 if not entry.is_dir():
                     _write(opened, entry, folder)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+    except DAMAGED as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise ValueError("The zip archive is damaged or encrypted; pack the slide again.") from error
     return _slide_in(folder)
 
@@ -100,6 +100,18 @@ def _slide_in(folder: Path) -> Path:
 # ---- where they lie
 
 
+def require_upload(file: str | Path, uploads: Path) -> Path:
+    """The file, if it is a plain one that was uploaded to this server: uploads/<digest>/<name>, as Gradio lays it down.
+
+    Raises ValueError for anything else a caller may name: a folder would take everybody's uploads with it.
+    """
+    path = Path(file)
+    inside = Path(os.path.realpath(path.parent)).parent == Path(os.path.realpath(uploads))
+    if not inside or path.is_symlink() or not path.is_file():
+        raise ValueError("The file was not uploaded to this server.")
+    return path
+
+
 def keep_upload(file: str | Path, folder: Path) -> Path:
     """Move an upload into a folder that only we can read, in place of an earlier one; its name is not kept.
 
@@ -110,39 +122,3 @@ def keep_upload(file: str | Path, folder: Path) -> Path:
     suffix = Path(file).suffix if re.fullmatch(r"\.\w{1,8}", Path(file).suffix) else ""
     kept = Path(shutil.move(file, folder / f"slide{suffix}"))
     return unpack(kept, folder / "unpacked") if suffix.lower() == ".zip" else kept
-
-
-# ---- the child
-
-
-def _child(path: str) -> int:
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    from sparsewsi.slides.slide import open_slide
-
-    try:
-        with open_slide(path) as slide:
-            file, (width, height) = Path(path), slide.level_sizes[-1]
-            alone = file.is_file() and file.suffix.lower() not in SEVERAL_FILES
-            if alone and 3 * width * height > PACKED * file.stat().st_size:
-                print(
-                    f"The slide was given up: {width:,} x {height:,} px on its smallest level are no scan in a file "
-                    f"of {file.stat().st_size / 1000:,.0f} kB. Save it again as a pyramidal TIFF."
-                )
-                return 1
-            slide.thumbnail(OVERVIEW)
-            slide.read_level(0, (slide.size[0] // 2, slide.size[1] // 2), (64, 64))
-    except MemoryError:
-        print(TOO_MUCH)
-        return 1
-    except (ValueError, OSError) as error:
-        print(" ".join(str(error).split()))
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_child(sys.argv[1]))

@@ -4,14 +4,17 @@ import argparse
 import os
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from starlette.middleware import Middleware
+
 from sparsewsi.model.config import DEFAULT_MODEL
 from sparsewsi.web.desk import Desk
+from sparsewsi.web.door import Door, read_logins
+from sparsewsi.web.folder import make_folder, tidy_for_ever
 from sparsewsi.web.page import build_page
 from sparsewsi.web.viewer import PAGE_CSS, theme
 
@@ -37,22 +40,40 @@ def read_flags(argv: Sequence[str] | None, on_space: bool) -> argparse.Namespace
         default=os.environ.get("SPARSEWSI_LOG") or None,
         help="file that views and questions are added to, as JSON lines; default $SPARSEWSI_LOG",
     )
+    parser.add_argument("--name", action="append", default=[], help="a name this machine is asked by, behind a proxy")
+    parser.add_argument(
+        "--embed",
+        action="append",
+        default=["https://huggingface.co", "https://*.hf.space"] if on_space else [],
+        help="origin whose pages may show this one in a frame, e.g. https://example.org; * for any",
+    )
     parser.add_argument("--mcp", action="store_true", help="serve the API as MCP tools too (pip install 'gradio[mcp]')")
     return parser.parse_args(argv)
 
 
 def launch_settings(
-    desk: Desk, host: str, port: int | None = None, auth: str | None = None, mcp: bool = False
+    desk: Desk,
+    host: str,
+    port: int | None = None,
+    auth: str | None = None,
+    mcp: bool = False,
+    names: Sequence[str] = (),
+    embed: Sequence[str] = (),
 ) -> dict[str, Any]:
     """How the page is served: to this machine only, without sharing, monitoring or a record of runs.
 
-    auth: name:password, or several of them with commas between
+    auth:  name:password, or several of them with commas between
+    names: further names that a server of this machine alone may be asked by
+    embed: origins whose pages may show this one in a frame
+    Raises ValueError for an empty name or password.
     """
+    known = [*LOOPBACK, host, *names] if host in LOOPBACK else []
+    door = Middleware(Door, leave=desk.leave, uploads=desk.uploads, names=known, embed=embed)
     return {
         "server_name": f"[{host}]" if ":" in host and not host.startswith("[") else host,  # an address of IPv6
         "server_port": port,
-        "auth": [tuple(pair.split(":", 1)) for pair in auth.split(",")] if auth else None,
-        "app_kwargs": {"routes": desk.slides.routes()},
+        "auth": read_logins(auth),
+        "app_kwargs": {"routes": desk.slides.routes(), "middleware": [door]},
         "share": False,
         "ssr_mode": False,
         "pwa": False,
@@ -74,11 +95,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = read_flags(argv, on_space)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # a service that is stopped leaves no slide behind
     try:
-        with tempfile.TemporaryDirectory(prefix="sparsewsi-", ignore_cleanup_errors=True) as folder:
+        read_logins(flags.auth)
+        with make_folder() as folder:
             # Gradio takes this from its environment alone.
-            uploads = Path(os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(folder) / "gradio")))
-            private = flags.host in LOOPBACK and not on_space and not flags.auth
-            desk = Desk(flags.model, Path(folder), uploads=uploads, log=flags.log, allow_paths=private)
+            uploads = Path(os.environ.setdefault("GRADIO_TEMP_DIR", str(folder / "gradio")))
+            private = flags.host in LOOPBACK and not on_space and flags.auth is None
+            desk = Desk(flags.model, folder, uploads=uploads, log=flags.log, allow_paths=private)
             serve(desk, flags)
     except (ValueError, OSError, ImportError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
@@ -93,11 +115,12 @@ def serve(desk: Desk, flags: argparse.Namespace) -> None:
     os.environ["no_proxy"] = direct
     os.environ["NO_PROXY"] = direct
     demo = build_page(desk)
-    settings = launch_settings(desk, flags.host, flags.port, flags.auth, flags.mcp)
+    settings = launch_settings(desk, flags.host, flags.port, flags.auth, flags.mcp, flags.name, flags.embed)
     _, address, _ = demo.launch(**settings, quiet=True, prevent_thread_lock=True)
     if demo.mcp_error:  # Gradio would serve the page without
         demo.close(verbose=False)
         raise ValueError("--mcp needs the packages of an extra of Gradio: pip install 'gradio[mcp]'.")
     threading.Thread(target=desk.warm_up, name="warm-up", daemon=True).start()
+    threading.Thread(target=tidy_for_ever, args=(desk.uploads,), name="tidy", daemon=True).start()
     print(f"SparseWSI is served at {address}", flush=True)
     demo.block_thread()

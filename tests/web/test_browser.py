@@ -98,6 +98,7 @@ def running(home: Path, model: Path, *flags: str, **environment: str) -> Iterato
     given = {"SPARSEWSI_CACHE": str(home), "TMPDIR": str(home / "tmp"), "PYTHONUNBUFFERED": "1", **environment}
     environ = {name: value for name, value in os.environ.items() if name != "GRADIO_TEMP_DIR"} | given
     command = [sys.executable, "app.py", "--port", str(port), "--model", str(model), *flags]
+    command += ["--embed", "http://localhost:*"]
     said = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, cwd=ROOT, env=environ, **said)
     served = threading.Event()

@@ -321,9 +321,9 @@ def test_earlier_turns_go_to_the_model_only_if_it_was_trained_on_that(multi_turn
     changes = on.on_question("Which?", "fat\nliver", opened, before, {0: why}, me)
     put, answer = [], desk.answer
 
-    def note_and_answer(case, messages, options):
+    def note_and_answer(case, messages, options, session):
         put.append((messages, options))
-        return itertools.islice(answer(case, messages, options), 1)
+        return itertools.islice(answer(case, messages, options, session), 1)
 
     monkeypatch.setattr(desk, "answer", note_and_answer)
     list(on.on_asked(opened, changes[on.page.chat], changes[on.page.questions], {}, me))
@@ -333,6 +333,52 @@ def test_earlier_turns_go_to_the_model_only_if_it_was_trained_on_that(multi_turn
     ]
     last = {"role": "user", "content": "Which?"}
     assert put == [([*earlier, last] if multi_turn else [last], ("fat", "liver"))]
+
+
+# ---- whose caller has gone
+
+
+def test_an_answer_ends_when_its_caller_has_gone(on, opened, asked, me, desk):
+    steps = on.on_asked(opened, asked, {}, {}, me)
+    next(steps)
+    desk.leave(me.session_hash)
+    with pytest.raises(gr.Error) as unseen:
+        list(steps)
+    assert not unseen.value.visible
+
+
+def test_evidence_ends_when_its_caller_has_gone_and_not_when_another_has(opened, me, visitor, desk, monkeypatch):
+    weigh, leaving = desk.model.leave_one_out, visitor()
+
+    def leave_at_the_first_pass(selection, messages, answer, options, progress):
+        def look(*count):
+            desk.leave(leaving.session_hash)
+            progress(*count)
+
+        return weigh(selection, messages, answer, options, look)
+
+    monkeypatch.setattr(desk.model, "leave_one_out", leave_at_the_first_pass)
+    asked = (opened.case, [{"role": "user", "content": "Which?"}], "fat", [])
+    assert desk.measure(*asked, caller=me.session_hash).effects
+    leaving = me
+    with pytest.raises(gr.Error):
+        desk.measure(*asked, caller=me.session_hash)
+
+
+def test_an_analysis_ends_when_its_caller_has_gone(desk, me, tmp_path):
+    phantom.write_phantom(tmp_path / "phantom.tiff", seed=3, size=1024)
+    token = desk.slides.add(tmp_path / "phantom.tiff", me.session_hash)
+    told = []
+
+    def tell(*_given, **named):
+        told.append(named.get("unit"))
+        if named.get("unit") == "patches":
+            desk.leave(me.session_hash)
+
+    with pytest.raises((gr.Error, ValueError)):
+        desk.analyse(token, str(tmp_path / "phantom.tiff"), 0.5, progress=tell)
+    assert told.count("patches") == 1
+    assert not desk._reading
 
 
 # ---- a slide

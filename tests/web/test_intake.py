@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sparsewsi import phantom
+from sparsewsi.slides import confined
 from sparsewsi.web import intake
 
 
@@ -37,7 +38,7 @@ def test_13_hostile_files_are_a_sentence(tmp_path):
 
 
 def test_13_a_slide_that_would_take_too_much_is_given_up(slide_path, monkeypatch):
-    monkeypatch.setattr(intake, "PATIENCE", 0.01)
+    monkeypatch.setattr(confined, "PATIENCE", 0.01)
     with pytest.raises(ValueError, match="given up"):
         intake.check(slide_path)
 
@@ -73,7 +74,12 @@ def test_13_archives_with_links_bombs_or_damage_are_not_unpacked(tmp_path):
         file.writestr(link, "/etc/passwd")
     archive(tmp_path / "bomb.zip", {"zeros.dcm": bytes(200 << 20)})
     (tmp_path / "bad.zip").write_bytes(b"PK\x03\x04" + bytes(100))
-    for name, words in (("link", "leads out"), ("bomb", "far more"), ("bad", "damaged")):
+    data = bytearray(archive(tmp_path / "flipped.zip", {"a.dcm": bytes(range(256)) * 40}).read_bytes())
+    data[45:60] = b"\xff" * 15  # in the packed bytes
+    (tmp_path / "flipped.zip").write_bytes(data)
+    archive(tmp_path / "under.zip", {"a": b"x", "a/b": b"x"})
+    refused = {"link": "leads out", "bomb": "far more", "bad": "damaged", "flipped": "damaged", "under": "damaged"}
+    for name, words in refused.items():
         with pytest.raises(ValueError, match=words):
             intake.unpack(tmp_path / f"{name}.zip", tmp_path / "out")
         assert not (tmp_path / "out").exists()
@@ -87,6 +93,39 @@ def test_a_folder_slide_comes_in_as_an_archive(tmp_path):
 
 
 # ---- uploads
+
+
+def test_only_a_plain_file_of_the_uploads_is_taken(tmp_path):
+    uploads = tmp_path / "gradio"
+    mine = uploads / "0123abcd" / "slide.svs"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"slide")
+    assert intake.require_upload(mine, uploads) == mine
+    (tmp_path / "private.svs").write_bytes(b"slide")
+    (mine.parent / "link.svs").symlink_to(tmp_path / "private.svs")
+    others = [uploads, mine.parent, tmp_path / "private.svs", mine.parent / "link.svs", uploads / ".." / "private.svs"]
+    others += [mine.parent / "absent.svs", mine / "deeper.svs", uploads / "0123abcd" / ".." / ".." / "private.svs", ""]
+    for path in others:
+        with pytest.raises(ValueError, match="not uploaded to this server"):
+            intake.require_upload(path, uploads)
+
+
+def test_an_upload_that_is_no_slide_is_deleted_at_once(desk):
+    file = desk.uploads / "0123abcd" / "slide.svs"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(b"junk" * 99)
+    with pytest.raises(ValueError, match="text, not an image"):
+        desk.keep_upload(file, "somebody")
+    assert not file.exists()
+    assert not desk.folder_of("somebody").exists()
+
+
+def test_an_archive_that_names_a_file_outside_is_refused(desk):
+    text = "[Virtual Microscope Specimen]\nNoLayers=1\nImageFile=../../private.jpg\n"
+    (desk.uploads / "0123").mkdir(parents=True, exist_ok=True)
+    file = archive(desk.uploads / "0123" / "a.zip", {"s.vms": text.encode()})
+    with pytest.raises(ValueError, match="outside its own folder"):
+        desk.keep_upload(file, "somebody")
 
 
 def test_an_upload_moves_to_a_folder_of_its_session_that_only_we_can_read(tmp_path, desk):

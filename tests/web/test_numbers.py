@@ -44,7 +44,7 @@ def test_a_patch_has_one_number_on_the_page_for_programs_and_in_files(selector, 
     assert dict(zip(kept.tolist(), unpack(props["bag"]["ranks"])[kept].tolist())) == numbers
     assert unpack(selection_props(case.selection)["kept"]).tolist() == kept.tolist()
 
-    weighed = Api(desk).evidence(found["case"], "Which?", "fat")
+    weighed = Api(desk).evidence(visitor(), found["case"], "Which?", "fat")
     assert dict(zip(weighed["indices"], weighed["ranks"])) == numbers
     assert {int(number) for number in re.findall(r"#(\d+)", weighed["sentence"])} <= set(numbers.values())
 

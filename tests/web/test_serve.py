@@ -1,6 +1,9 @@
 """How the app is served: to this machine only, with no record; where state and flags live."""
 
+import os
 import signal
+import subprocess
+import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,8 +11,11 @@ from pathlib import Path
 import pytest
 
 from sparsewsi.web.desk import Desk
+from sparsewsi.web.folder import make_folder, tidy
 from sparsewsi.web.page import build_page
 from sparsewsi.web.serve import launch_settings, main, read_flags
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.skipif(find_spec("mcp") is not None, reason="what MCP needs is installed")
@@ -71,3 +77,42 @@ def test_a_flag_goes_before_the_environment(monkeypatch):
     assert (flags.model, flags.log, flags.auth, flags.host) == ("owner/model", Path("log.jsonl"), "a:b", "127.0.0.1")
     flags = read_flags(["--model", "mine", "--log", "mine.jsonl"], on_space=True)
     assert (flags.model, flags.log, flags.host) == ("mine", Path("mine.jsonl"), "0.0.0.0")
+
+
+def test_what_a_killed_server_left_is_gone_at_the_next_start(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    code = "import time; from sparsewsi.web.folder import make_folder\n"
+    code += "with make_folder() as folder: print(folder, flush=True); time.sleep(60)"
+    servers = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    killed, alive = (Path(str(server.stdout and server.stdout.readline()).strip()) for server in servers)
+    (killed / "0123abcd").mkdir()
+    (killed / "0123abcd" / "slide.svs").write_bytes(b"slide")
+    servers[0].kill()
+    servers[0].wait()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with make_folder() as mine:
+        assert not killed.exists()
+        assert alive.exists()
+        assert mine.stat().st_mode & 0o777 == 0o700
+    assert not mine.exists()
+    servers[1].kill()
+    servers[1].wait()
+
+
+def test_uploads_that_nobody_opened_are_deleted(tmp_path):
+    for name in ("old/slide.svs", "new/slide.svs"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"slide")
+    (tmp_path / "broken-off").write_bytes(b"half")
+    for path in (tmp_path / "old" / "slide.svs", tmp_path / "old", tmp_path / "broken-off"):
+        os.utime(path, (1, 1))
+    tidy(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("auth", ["", ":", "me:", "me:secret,you:"])
+def test_the_server_does_not_start_with_an_empty_password(auth, capsys):
+    assert main(["--auth", auth]) == 2
+    assert "no part may be empty" in capsys.readouterr().err

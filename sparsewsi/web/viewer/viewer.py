@@ -54,7 +54,8 @@ SCRIPTS = (
 TILE = 512  # px
 QUALITY = 85
 CACHE_BYTES = 64 << 20  # of JPEG tiles, all slides together
-MOST_OPEN = 8  # slides held open at a time; the others are opened again when they are looked at
+MOST_OPEN = 4  # slides held open at a time, each in a process; others are opened again when they are looked at
+MOST_LEVELS = 20  # halvings of the largest slide
 MOST_KNOWN = 256  # tokens; the one not looked at for longest is forgotten first
 DOWNLOADS = {  # what may be asked for beside tiles, nothing else: what it is called on the page, and its type
     "report.html": ("report", "text/html"),
@@ -84,18 +85,22 @@ class _Known:
 class Slides:
     """Slides by token, their tiles as JPEG in a bounded cache, and the routes that serve both."""
 
-    def __init__(self, cache_bytes: int = CACHE_BYTES):
+    def __init__(self, opening: Callable[[Path], Slide] = open_slide, cache_bytes: int = CACHE_BYTES):
+        self._open = opening
         self._known: OrderedDict[str, _Known] = OrderedDict()
         self._tiles: OrderedDict[tuple[str, str], bytes] = OrderedDict()
         self._room = cache_bytes
         self._lock = threading.Lock()
 
-    def add(self, path: str | Path, owner: str) -> str:
-        """A new token for a slide, in place of the one that its owner, a session, had. Nothing is opened yet."""
+    def add(self, path: str | Path, owner: str, slide: Slide | None = None) -> str:
+        """A new token for a slide, in place of the one that its owner, a session, had.
+
+        slide: open already, and closed from here on; None: it is opened when it is looked at
+        """
         self.forget(owner)
         token = secrets.token_urlsafe(24)
         with self._lock:
-            self._known[token] = _Known(Path(path), owner)
+            self._known[token] = _Known(Path(path), owner, slide)
             too_many = [known.owner for known in self._known.values()][: max(0, len(self._known) - MOST_KNOWN)]
         for other in too_many:
             self.forget(other)
@@ -104,6 +109,11 @@ class Slides:
     def holds(self, token: str) -> bool:
         """Whether the token is worth anything: its session is there and has opened no other slide."""
         return token in self._known
+
+    def owner_of(self, token: str) -> str:
+        """The session that a token was made for; "" for an unknown token."""
+        known = self._known.get(token)
+        return known.owner if known else ""
 
     def offer(self, token: str, make: Callable[[str], Path]) -> None:
         """What writes a slide's downloads, by their name, when one is asked for."""
@@ -139,7 +149,7 @@ class Slides:
             if self._known.get(token) is not known:  # forgotten while this waited
                 raise KeyError(token)
             if known.slide is None:
-                known.slide = open_slide(known.path)
+                known.slide = self._open(known.path)
             data = _encode(draw(known.slide))
         with self._lock:
             if token in self._known and (token, name) not in self._tiles:
@@ -151,17 +161,19 @@ class Slides:
 
     def tile(self, token: str, level: int, column: int, row: int) -> bytes:
         """JPEG of one tile; the last of a row or column is smaller. Raises KeyError for one that does not exist."""
+        name = f"{level}/{column}_{row}"
+        if not 0 <= level <= MOST_LEVELS:
+            raise KeyError(name)
+        scale = 2**level
 
         def draw(slide: Slide) -> np.ndarray:
-            scale = 2**level
             left, top = column * TILE * scale, row * TILE * scale
             (width, height) = slide.size
-            if level > 20 or left >= width or top >= height or (level and max(width, height) <= TILE * scale // 2):
+            if left >= width or top >= height or (level and max(width, height) <= TILE * scale // 2):
                 raise KeyError(name)
             size = [min(TILE, -(-(side - start) // scale)) for side, start in ((width, left), (height, top))]
             return slide.read_scaled((left, top), (size[0], size[1]), scale)
 
-        name = f"{level}/{column}_{row}"
         return self.jpeg(token, name, draw)
 
     def patch(self, token: str, x: int, y: int, side: int, px: int) -> bytes:
@@ -184,8 +196,8 @@ class Slides:
 
     def routes(self) -> list[Route]:
         """For demo.launch(app_kwargs={"routes": ...}). Under /gradio_api/, which every proxy of Gradio passes on."""
-        numbers = r"(\d{1,9})"
-        tile = re.compile(rf"{numbers}/{numbers}_{numbers}\.jpg")
+        numbers = r"([0-9]{1,7})"
+        tile = re.compile(rf"([0-9]|1[0-9]|20)/{numbers}_{numbers}\.jpg")
         patch = re.compile(rf"patch/{numbers}_{numbers}_{numbers}_{numbers}\.jpg")
 
         def find(token: str, rest: str) -> Response:

@@ -1,0 +1,60 @@
+"""The folder of a server, where strangers' uploads lie: nobody else's, and gone with the process, however that ends."""
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+PREFIX = "sparsewsi-"
+TIDY_EVERY, UNOPENED = 60.0, 900.0  # s
+
+
+@contextmanager
+def make_folder() -> Iterator[Path]:
+    """A folder of this process alone, for what strangers bring. Those of processes that were killed go first."""
+    for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        if left.is_dir() and not left.is_symlink() and not _is_held(left):
+            shutil.rmtree(left, ignore_errors=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as name,
+        (Path(name) / "held").open("w") as held,
+    ):
+        if fcntl is not None:
+            fcntl.flock(held, fcntl.LOCK_EX)  # let go by the system, however the process ends
+        yield Path(name)
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether the process that made a folder is there; so, too, where that cannot be told."""
+    try:
+        with (folder / "held").open("r+") as held:
+            if fcntl is None or folder.stat().st_uid != os.getuid():
+                return True
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+    except OSError:
+        return True
+
+
+def tidy_for_ever(uploads: Path) -> None:
+    """Delete uploads that broke off or were never opened."""
+    while True:
+        time.sleep(TIDY_EVERY)
+        tidy(uploads)
+
+
+def tidy(uploads: Path, older: float = UNOPENED) -> None:
+    """Delete what was uploaded and has not been touched for so many seconds."""
+    for entry in uploads.glob("*"):
+        with suppress(OSError):
+            parts = [entry, *entry.rglob("*")] if entry.is_dir() else [entry]
+            if time.time() - max(part.lstat().st_mtime for part in parts) > older:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
