@@ -1,17 +1,19 @@
-"""Files that are no slides, or no harmless ones, opened in the real app while somebody else keeps asking.
+"""Hostile files and requests against the real app, on this machine, while somebody else keeps asking.
 
-    python -m benchmarks.hostile [--model assets/demo-model] [--only NAME ...]
+    python -m benchmarks.hostile [--model assets/demo-model] [--rounds 2] [--seed 0] [--only NAME ...]
 
-Starts the app in its own process. Every file is opened as the page does (path field, then the slide, then its analysis)
-and, unless it is large, uploaded through the API. A second session asks about the example every few seconds meanwhile.
-Prints a table: seconds until the sentence, processor seconds of the process that looked first, highest memory of the
-app with all its children, and the longest wait of the second session. Linux; needs psutil.
+Starts the app in its own process and attacks it in random order, as often as --rounds says. Files are opened as the
+page does (path field, then the slide, then its analysis) and, unless large, uploaded through the API; requests are sent
+as a program would. A second session asks about the example every few seconds meanwhile. Prints a row for each: what,
+the sentence or status, seconds, highest memory of the app with all its children, and the longest wait of the second
+session; then whether the app still lives and answers. Linux; needs psutil. It talks to 127.0.0.1 alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
 import re
 import struct
 import subprocess
@@ -21,13 +23,18 @@ import threading
 import time
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import httpx
 import numpy as np
 import psutil
+import tifffile
 from gradio_client import Client, handle_file
 
 from benchmarks.sessions import QUESTION, Page
@@ -87,6 +94,34 @@ def damaged(path: Path, good: bytes, first: float, last: float) -> None:
     path.write_bytes(good[:first_byte] + bytes(last_byte - first_byte) + good[last_byte:])
 
 
+def huge_middle_level(path: Path) -> None:
+    """Levels of 720,000, 90,000 and 1,000 px; the first two are one tile each, which no memory holds."""
+    pixels, rng = np.full((64, 64, 3), 200, np.uint8), np.random.default_rng(0)
+    with tifffile.TiffWriter(path) as tiff:
+        for i, level in enumerate((pixels, pixels, rng.integers(150, 256, (1000, 1000, 3), dtype=np.uint8))):
+            kind = {"photometric": "rgb", "tile": (64, 64), "compression": "zlib", "metadata": None}
+            tiff.write(level, subfiletype=1 if i else 0, resolution=(2e4, 2e4), resolutionunit="CENTIMETER", **kind)
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        pages: Any = tiff.pages
+        for page, side in ((0, 720_000), (1, 90_000)):
+            for tag in ("ImageWidth", "ImageLength", "TileWidth", "TileLength"):
+                pages[page].tags[tag].overwrite(side, dtype="I")
+
+
+def leads_out(path: Path, kind: str) -> None:
+    """A zip of a slide whose text names a file outside."""
+    if kind == "vms":
+        parts = {"a.vms": b"[Virtual Microscope Specimen]\nNoLayers=1\nImageFile=../../../private.jpg\nMapFile=m.jpg\n"}
+    else:
+        text = (
+            b"[GENERAL]\nSLIDE_ID = 1\n[HIERARCHICAL]\nINDEXFILE = ../../../private.dat\n[DATAFILE]\nFILE_COUNT = 1\n"
+        )
+        parts = {"a.mrxs": b"\xff\xd8\xff", "a/Slidedat.ini": text + b"FILE_0 = /etc/hostname\n"}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+
+
 def sparse(path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(4 << 30)
@@ -106,6 +141,10 @@ def files(folder: Path) -> dict[str, tuple[str, Callable[[Path], object]]]:
         "TIFF bomb": ("bomb.tiff", tiff_bomb),
         "TIFF bomb, 0.5 um/px": ("bomb_mpp.tiff", lambda path: tiff_bomb(path, mpp=0.5)),
         "PNG bomb": ("bomb.png", png_bomb),
+        "PNG of 13,000 px": ("large.png", lambda path: png_bomb(path, 13_000)),
+        "middle level of 90,000 px": ("middle.tiff", huge_middle_level),
+        "VMS that leads out": ("vms.zip", lambda path: leads_out(path, "vms")),
+        "MRXS that leads out": ("mrxs.zip", lambda path: leads_out(path, "mrxs")),
         "zip with ..": ("escape.zip", lambda path: zipped(path, "../../escape.svs", b"junk")),
         "zip bomb": ("bomb.zip", lambda path: zipped(path, "slide.svs", bytes(400 << 20))),
         "4 GB sparse": ("sparse.svs", sparse),
@@ -137,9 +176,9 @@ def served(model: str, home: Path) -> Iterator[tuple[str, psutil.Process]]:
 def opened(page: Page, path: Path) -> str:
     """The sentence about a slide: what is wrong with it, or what the page says of it."""
     try:
-        page.call("open_path", str(path))
-        page.call("show", None, "")
-        return str(page.call("look", None, None, "")[2])
+        page.call("on_typed_path", str(path))
+        page.call("on_slide", None, "")
+        return str(page.call("on_slide_shown", None, None, "")[2])
     except ValueError as error:
         return str(error)
 
@@ -153,6 +192,100 @@ def uploaded(address: str, path: Path) -> str:
         return str(error)
     finally:
         client.close()
+
+
+# ---- requests
+
+
+def post(address: str, path: str, **body: Any) -> str:
+    answer = httpx.post(f"{address}/gradio_api/{path}", timeout=60, **body)
+    return f"{answer.status_code} {answer.text[:120]}"
+
+
+def get(address: str, path: str, **headers: str) -> str:
+    answer = httpx.get(f"{address}/{path}", timeout=60, headers=headers)
+    return f"{answer.status_code} {answer.text[:60].strip()}"
+
+
+def asked(address: str, name: str, *given: Any) -> str:
+    """What the API answers to a call."""
+    client = Client(address, verbose=False)
+    try:
+        return str(client.predict(*given, api_name=name))
+    except Exception as error:
+        return str(error)
+    finally:
+        client.close()
+
+
+def named(address: str, path: str) -> str:
+    """A file of the server named as if it had been uploaded."""
+    try:
+        return str(
+            Page(address).call("analyze", "", {"path": path, "meta": {"_type": "gradio.FileData"}}, 0, "learned")
+        )
+    except ValueError as error:
+        return str(error)
+
+
+def queued(address: str) -> str:
+    """A thousand events of one session at once."""
+    body = {"data": ["phantom", None, 0, "learned"], "fn_index": handler(address, "analyze"), "session_hash": "many"}
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda _: post(address, "queue/join", json=body)[:3], range(1000)))
+    return ", ".join(f"{count} times {status}" for status, count in Counter(answers).items())
+
+
+def gone(address: str) -> str:
+    """Who asks for an analysis and leaves; the seconds until the next one's has begun."""
+    page = Page(address)
+    body = {
+        "data": ["phantom", None, 0.3, "learned"],
+        "fn_index": page.handlers["analyze"],
+        "session_hash": page.session,
+    }
+    page.client.post(f"{address}/gradio_api/queue/join", json=body)
+    try:
+        with page.client.stream(
+            "GET", f"{address}/gradio_api/queue/data", params={"session_hash": page.session}, timeout=3
+        ) as stream:
+            list(stream.iter_lines())
+    except httpx.TimeoutException:
+        pass
+    began = time.perf_counter()
+    asked(address, "/ask", "nothing", "Which?")
+    return f"the next caller was answered after {time.perf_counter() - began:.1f} s"
+
+
+def handler(address: str, name: str) -> int:
+    return Page(address).handlers[name]
+
+
+def requests(address: str, case: str) -> dict[str, Callable[[], str]]:
+    """name -> what sends it and says what came back."""
+    tile = f"gradio_api/slide/{case}"
+    url = {"path": "http://127.0.0.1:9/secret", "meta": {"_type": "gradio.FileData"}}
+    body = {"data": ["", url, 0, "learned"], "session_hash": "files", "fn_index": handler(address, "analyze")}
+    return {
+        "tile of level 999999999": lambda: get(address, f"{tile}/999999999/0_0.jpg"),
+        "tile of level 99": lambda: get(address, f"{tile}/99/0_0.jpg"),
+        "tile far outside": lambda: get(address, f"{tile}/0/9999999_9999999.jpg"),
+        "patch of 9,999,999 px": lambda: get(address, f"{tile}/patch/0_0_9999999_9999999.jpg"),
+        "1e-5 um/px": lambda: asked(address, "/analyze", "phantom", None, 1e-5),
+        "32 um/px": lambda: asked(address, "/analyze", "phantom", None, 32),
+        "NaN um/px": lambda: asked(address, "/analyze", "phantom", None, float("nan")),
+        "question of 5,000 characters": lambda: asked(address, "/ask", case, "x" * 5000),
+        "question of 3 MB": lambda: asked(address, "/ask", case, "x" * (3 << 20)),
+        "100 options": lambda: asked(address, "/ask", case, "Which?", ["x"] * 100),
+        "answer of 100,000 characters": lambda: asked(address, "/evidence", case, "Which?", "x" * 100_000),
+        "another name": lambda: get(address, "", Host="evil.example"),
+        "file= with a URL": lambda: get(address, "gradio_api/file=http://127.0.0.1:9/secret"),
+        "FileData with a URL": lambda: post(address, "queue/join", json=body),
+        "FileData with a folder": lambda: named(address, tempfile.gettempdir()),
+        "FileData with /etc/hostname": lambda: named(address, "/etc/hostname"),
+        "1,000 events at once": lambda: queued(address),
+        "a caller who leaves": lambda: gone(address),
+    }
 
 
 @dataclass
@@ -196,16 +329,13 @@ class Watch:
             self.asking_since = 0.0
             time.sleep(PAUSE)
 
-    def children_seconds(self) -> float:
-        """Processor seconds of the app's children that have ended."""
-        times = self.process.cpu_times()
-        return times.children_user + times.children_system
-
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Hostile files against the real app.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="assets/demo-model")
-    parser.add_argument("--only", nargs="*", help="names of files, as in the table")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", help="names, as in the table")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -220,29 +350,29 @@ def main() -> None:
             try:
                 time.sleep(4 * PAUSE)
                 print(f"at rest: {watch.peak / 1e9:.2f} GB, longest wait {watch.longest():.1f} s")
-                print("| file | opened by | s | CPU s of the look | peak GB | longest wait, s | sentence |")
-                print("|---|---|---|---|---|---|---|")
+                print("| what | s | peak GB | longest wait, s | sentence or status |\n|---|---|---|---|---|")
+                attacks = dict(requests(address, case))
                 for kind, (file, make) in files(folder).items():
-                    if options.only and kind not in options.only:
-                        continue
                     path = folder / file
                     make(path)
-                    ways = {"path": lambda path=path: opened(Page(address), path)}
+                    attacks[f"{kind}, by path"] = lambda path=path: opened(Page(address), path)
                     if path.stat().st_size < UPLOAD_LIMIT:
-                        ways["upload"] = lambda path=path: uploaded(address, path)
-                    for way, deed in ways.items():
+                        attacks[f"{kind}, upload"] = lambda path=path: uploaded(address, path)
+                rng = random.Random(options.seed)
+                for _ in range(options.rounds):
+                    for kind in rng.sample(list(attacks), len(attacks)):
+                        if options.only and kind.split(", ")[0] not in options.only and kind not in options.only:
+                            continue
                         watch.clear()
-                        before, began = watch.children_seconds(), time.perf_counter()
-                        sentence = deed()
-                        took = time.perf_counter() - began
-                        cells = f"{took:.1f} | {watch.children_seconds() - before:.1f} | {watch.peak / 1e9:.2f}"
-                        print(f"| {kind} | {way} | {cells} | {watch.longest():.1f} | {sentence} |", flush=True)
-                    path.unlink()
+                        began = time.perf_counter()
+                        sentence = " ".join(attacks[kind]().split())[:200]
+                        took, wait = time.perf_counter() - began, watch.longest()
+                        print(f"| {kind} | {took:.1f} | {watch.peak / 1e9:.2f} | {wait:.1f} | {sentence} |", flush=True)
             finally:
                 watch.over = True
                 for thread in threads:
                     thread.join()
-            print(f"errors of the second session: {watch.errors}")
+            print(f"errors of the second session: {watch.errors}; the app lives: {process.is_running()}")
 
 
 if __name__ == "__main__":

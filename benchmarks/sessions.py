@@ -69,10 +69,10 @@ def first_word(address: str, pid: int | None) -> None:
 
     page = Page(address)
     say("page open")
-    page.call("open_phantom")
-    page.call("show", None, "")
+    page.call("on_phantom")
+    page.call("on_slide", None, "")
     say("slide on screen")
-    page.call("look", None, None, "")
+    page.call("on_slide_shown", None, None, "")
     say("patches selected")
     chat = page.call("add_turn", QUESTION[0], "\n".join(QUESTION[1]), None, [])[2]
     page.call("reply", None, chat, None, first=True)

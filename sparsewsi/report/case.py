@@ -186,9 +186,9 @@ class Case:
 
         slide: the slide, open; None: it is opened by its path. Without either the report holds no patches, and boxes
         are drawn on a plain canvas
-        What costs nothing to make is saved first. Returns the names of the files that were written: a map that cannot be drawn is left out with a
-        warning. Raises SlideError or OSError, once the others are written, if the slide cannot be read any more or the
-        disk is full.
+        What costs nothing to make is saved first. Returns the names of the files that were written: a map that cannot
+        be drawn is left out with a warning. Raises SlideError or OSError, once the others are written, if the slide
+        cannot be read any more or the disk is full.
         """
         if not set(names) <= set(FILES):
             raise ValueError(f"the files of a case are {', '.join(FILES)}; got {', '.join(names)}.")
