@@ -74,14 +74,33 @@ def test_a_token_cannot_be_guessed_and_ends_with_its_session(slide_path):
 def test_the_cache_and_the_open_slides_are_bounded(slide_path, monkeypatch):
     monkeypatch.setattr(viewer, "MOST_OPEN", 2)
     monkeypatch.setattr(viewer, "MOST_KNOWN", 4)
+    open_now, drawn = [], []
+
+    def open_and_watch(path: Path):
+        slide = open_slide(path)
+        close, read = slide.close, slide.read_scaled
+        monkeypatch.setattr(slide, "close", lambda: (open_now.remove(slide), close()))
+        monkeypatch.setattr(slide, "read_scaled", lambda *given: (drawn.append(given), read(*given))[1])
+        open_now.append(slide)
+        return slide
+
+    monkeypatch.setattr(viewer, "open_slide", open_and_watch)
     slides = Slides(cache_bytes=100_000)
     tokens = [slides.add(slide_path, f"session {i}") for i in range(6)]
+    assert [slides.holds(token) for token in tokens] == [False, False, True, True, True, True], (
+        "the oldest are forgotten"
+    )
+    sizes = []
     for token in tokens[2:]:
         for column in range(3):
-            slides.tile(token, 0, column, 0)
-    assert sum(map(len, slides._tiles.values())) <= 100_000
-    assert sum(known.slide is not None for known in slides._known.values()) <= 2
-    assert list(slides._known) == tokens[2:], "the oldest were forgotten"
+            sizes.append(len(slides.tile(token, 0, column, 0)))
+            assert len(open_now) <= 2
+    assert len(drawn) == len(sizes)
+    assert sum(sizes) > 100_000, "more than the cache holds"
+    slides.tile(tokens[5], 0, 2, 0)
+    assert len(drawn) == len(sizes), "the last tile is at hand"
+    slides.tile(tokens[2], 0, 0, 0)
+    assert len(drawn) == len(sizes) + 1, "the first one had to go"
 
 
 def test_routes_answer_pictures_and_offered_files_and_nothing_else(slide_path, tmp_path):
