@@ -20,6 +20,7 @@ from typing import Any
 
 from sparsewsi.files import allow_any_text
 from sparsewsi.model.config import DEFAULT_MODEL
+from sparsewsi.readers.choice import add_reader_flags, choose_reader
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,8 +59,10 @@ def parse_ask(words: Sequence[str]) -> dict[str, Any]:
     add("--max-patches", type=int, metavar="N", help="encode at most N patches, evenly spaced")
     add("--evidence", action="store_true", help="measure which patches each answer rests on (seconds)")
     add("--replay", type=Path, metavar="FILE", help="a selection.json: its patches, and its questions if none is given")
+    add_reader_flags(parser)
     add("--out", type=Path, metavar="DIR", help="default: out/<name of the slide>")
     given = parser.parse_args(words)
+    given.reader = choose_reader(given, os.environ)
     for name in ("k", "max_patches"):
         number = getattr(given, name)
         if number is not None and number < 1:

@@ -52,7 +52,7 @@ def build_prompt(
     Text from outside is tokenised as plain text: "<|im_end|>" in it is spelt out and ends nothing.
     Raises ValueError for messages that are not a chat, and for a tokenizer without any chat format.
     """
-    turns = _turns(messages, options)
+    turns = chat_turns(messages, options)
     first = next(i for i, (role, _) in enumerate(turns) if role == "user")
     markers = chatml_markers(tokenizer)
     if markers is not None:
@@ -119,7 +119,8 @@ def visual_positions(
     return at + indices * room // num_patches, at + room
 
 
-def _turns(messages: Sequence[Mapping[str, str]], options: Sequence[str] | None) -> list[tuple[str, str]]:
+def chat_turns(messages: Sequence[Mapping[str, str]], options: Sequence[str] | None = None) -> list[tuple[str, str]]:
+    """(role, content) of every message, the options under the last. Raises ValueError for what is no chat."""
     turns = []
     for message in messages:
         if not isinstance(message, Mapping):

@@ -6,7 +6,6 @@ vocabulary.
 
 import math
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from string import ascii_uppercase
@@ -15,13 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsewsi.bags.bag import Bag, check_bag
 from sparsewsi.model import artefact, evidence, limits, novelty
@@ -33,6 +26,7 @@ from sparsewsi.model.prompt import Prompt, build_prompt, end_of_turn, text_ids, 
 from sparsewsi.model.selection import Selection
 from sparsewsi.model.selector import LEARNED, ROWS, SELECTORS, Scorer, check_selector, describe_slide, select_learned
 from sparsewsi.model.slide_encoder import SlideEncoder
+from sparsewsi.model.stream import stream_text
 from sparsewsi.model.words import Words, find_nearest, place_words
 
 PARTS = ("slide_encoder", "scorer", "projector")  # what model.safetensors holds
@@ -223,37 +217,12 @@ class SparseWSI(nn.Module):
             "use_cache": True,  # generate drops a mask of ones, which is only harmless with a cache (see inputs)
             "eos_token_id": self._stop_tokens(),
         }
-        return self._stream(settings)
+        return stream_text(self.llm, self.tokenizer, settings)
 
     def _stop_tokens(self) -> list[int]:
         given = self.llm.generation_config.eos_token_id  # type: ignore[union-attr]
         given = [given] if isinstance(given, int) else list(given or [])
         return sorted({end_of_turn(self.tokenizer), *given})
-
-    def _stream(self, settings: dict[str, Any]) -> Iterator[str]:
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        stop = threading.Event()
-        criteria = StoppingCriteriaList([*settings.pop("stopping_criteria", []), _StopEvent(stop)])
-        errors: list[BaseException] = []
-
-        def generate() -> None:
-            try:
-                self.llm.generate(**settings, streamer=streamer, stopping_criteria=criteria)  # type: ignore[operator]
-            except BaseException as error:  # whatever it is, it belongs to the caller, who must not wait for ever
-                errors.append(error)
-                streamer.text_queue.put(streamer.stop_signal)
-
-        thread = threading.Thread(target=generate, name="sparsewsi-answer", daemon=True)
-        thread.start()
-        try:
-            for piece in streamer:
-                if piece:
-                    yield piece
-        finally:
-            stop.set()
-            thread.join()
-        if errors:
-            raise errors[0]
 
     @torch.no_grad()
     def option_probs(self, selection: Selection, question: str, options: Sequence[str]) -> Tensor:
@@ -443,11 +412,3 @@ def _embedding(llm: PreTrainedModel | PeftModel) -> nn.Embedding:
     found = llm.get_input_embeddings()
     assert isinstance(found, nn.Embedding)
     return found
-
-
-class _StopEvent(StoppingCriteria):
-    def __init__(self, event: threading.Event):
-        self.event = event
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        return torch.full((len(input_ids),), self.event.is_set(), dtype=torch.bool, device=input_ids.device)

@@ -16,8 +16,11 @@ class Answer:
     options:  empty for an open question
     probs:    one per option, sums to 1
     effects:  Evidence.effects, one per selection.indices; empty where no evidence was asked for
-    evidence: Evidence.sentence, what the effects mean
+    evidence: Evidence.sentence, what the effects mean: measured
     limit:    Limits.judge, how far such answers can be believed
+    reader:   who read the patches as pictures, "" for the model's own LLM, which reads them as tokens
+    sent:     what left this program for it and where to, "" for nothing
+    cited:    numbers of the patches that the reader says it rests on: its own words, not measured
     """
 
     question: str
@@ -27,6 +30,16 @@ class Answer:
     effects: tuple[float, ...] = ()
     evidence: str = ""
     limit: str = ""
+    reader: str = ""
+    sent: str = ""
+    cited: tuple[int, ...] = ()
+
+    @property
+    def citation(self) -> str:
+        """Which patches the reader cites, marked as its own words; "" if none."""
+        if not self.cited:
+            return ""
+        return f"Cited by the reader, not measured: {', '.join(f'#{rank}' for rank in self.cited)}."
 
 
 def word_notice(config: SparseWSIConfig) -> str:

@@ -14,6 +14,8 @@ from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.prompt import format_question
 from sparsewsi.model.selector import check_selector
 from sparsewsi.phantom import example_slide
+from sparsewsi.readers.choice import ReaderChoice, open_reader
+from sparsewsi.readers.pictures import PictureReader, ReaderError
 from sparsewsi.report.answer import Answer
 from sparsewsi.report.case import Case, Model, Reader, open_case, replay_case
 from sparsewsi.report.record import Record, read_selection
@@ -36,6 +38,7 @@ def ask(
     evidence: bool = False,
     replay: Path | None = None,
     out: Path | None = None,
+    reader: ReaderChoice | None = None,
 ) -> None:
     """Print the answers as they come, write the files of the case.
 
@@ -44,6 +47,7 @@ def ask(
     evidence:  measure which patches each answer rests on
     replay:    a selection.json whose patches are taken, and whose questions are asked where none is given
     out:       folder, default out/<name of the slide>
+    reader:    who answers, from pictures of the patches; None: the model's own LLM
     Raises ValueError or OSError, in words, for input at fault; before anything slow is loaded where that can be known.
     """
     check_selector(selector)
@@ -56,9 +60,12 @@ def ask(
         format_question(text, options)  # one that cannot be put is refused now, not after an hour of encoding
     if slide != "phantom":
         _check_slide(Path(slide), slide_mpp, record)
+    if reader is not None and slide != "phantom" and _holds_features(Path(slide)):
+        raise ReaderError(f"{reader.name} is shown pictures of patches, and features are none. Pass the slide itself.")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)  # and a folder that cannot be made
     loaded = _load_model(model)
+    read = None if reader is None else open_reader(reader)
     if record is not None:
         record.check_names(encoder=loaded.config.encoder)
         if record.weights_sha256 != loaded.weights_sha256:
@@ -71,33 +78,44 @@ def ask(
     else:
         how = {"k": k, "selector": selector, "max_patches": max_patches}
         case = open_case(loaded, bag, pictured, slide_mpp=slide_mpp, **how)
-    _answer(case, loaded, questions, evidence, out or Path("out") / bag.slide.replace(" ", "-"))
+    _answer(
+        case, loaded if read is None else read, questions, evidence, out or Path("out") / bag.slide.replace(" ", "-")
+    )
 
 
-def _answer(case: Case, model: Reader, questions: Questions, evidence: bool, out: Path) -> None:
+def _answer(case: Case, reader: Reader | PictureReader, questions: Questions, evidence: bool, out: Path) -> None:
     """Print what was selected, what to doubt and the answers; write the files."""
     print(case.summary)
     for doubt in filter(None, (case.bag.note, *case.doubts)):
         print(doubt)
     case.write(out, names=("selection.json", "patches.csv", "patches.geojson"))  # whatever happens to the answers
-    answers = [_put(case, model, text, options, evidence) for text, options in questions]
+    if isinstance(reader, PictureReader):
+        print(f"Read by {reader.name}, from pictures of the patches. {reader.sends}".strip())
+    answers, failure = [], None
+    try:
+        for text, options in questions:
+            answers.append(_put(case, reader, text, options, evidence))
+    except ReaderError as error:  # what was answered before is written
+        failure = error
     print(f"\n{case.notice}")
     written = case.write(out, answers)
     print(f"Wrote {', '.join(written[:-1])} and {written[-1]} to {out}.")
+    if failure is not None:
+        raise failure
 
 
-def _put(case: Case, model: Reader, question: str, options: Sequence[str], evidence: bool) -> Answer:
+def _put(case: Case, reader: Reader | PictureReader, question: str, options: Sequence[str], evidence: bool) -> Answer:
     """Put one question; prints the answer as it comes, the options' probabilities and which patches it rests on."""
     print(f"\nQ: {question}\nA: ", end="", flush=True)
     pieces, messages = [], [{"role": "user", "content": question}]
-    for piece in case.answer(model, messages, options):
+    for piece in case.answer(reader, messages, options):
         pieces.append(piece)
         print(piece, end="", flush=True)
     print()
-    answer = case.measure(model, messages, "".join(pieces), options, evidence=evidence)
+    answer = case.measure(reader, messages, "".join(pieces), options, evidence=evidence)
     for option, prob in zip(answer.options, answer.probs):
         print(f"   {prob:6.1%}  {option}")
-    for sentence in filter(None, (answer.limit, answer.evidence)):
+    for sentence in filter(None, (answer.limit, answer.evidence, answer.citation)):
         print(sentence)
     return answer
 

@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -29,6 +29,7 @@ from sparsewsi.model.limits import Limits
 from sparsewsi.model.novelty import Summary
 from sparsewsi.model.selection import Selection
 from sparsewsi.model.selector import LEARNED, SELECTORS, check_selector, select_learned
+from sparsewsi.readers.pictures import PictureReader, Pictures, find_cited
 from sparsewsi.report import html, plots, qupath, record, table, umap
 from sparsewsi.report.answer import Answer, summarise, word_notice
 from sparsewsi.report.doubts import find_doubts
@@ -37,12 +38,17 @@ from sparsewsi.slides.slide import Slide, open_slide
 
 FILES = ("report.html", "overlay.png", "umap.png", "patches.csv", "patches.geojson", "selection.json")
 OVERVIEW = 2000  # px, longer side of the slide's overview in files
+NOT_VALIDATED = "This reader was not validated here: how often it is right on such questions is unknown."
+SHOWN_OVERVIEW = 1024  # px, of the overview that a reader may be shown
 
 Messages = Sequence[Mapping[str, str]]
 
 
 class Reader(Protocol):
-    """What answers from a selection. SparseWSI is one; its docstrings say what each method promises."""
+    """What answers from a selection: SparseWSI, by its own LLM; its docstrings say what each method promises.
+
+    Wherever a Case takes one it takes a PictureReader, too, which is shown the patches themselves.
+    """
 
     def answer(
         self, selection: Selection, messages: Messages, options: Sequence[str] | None = None
@@ -115,13 +121,18 @@ class Case:
         """What a reader should know before believing an answer, gravest first; the bag's own note is not among them."""
         return tuple(find_doubts(self.bag, self.selection, self.trained_on, self.config.mpp))
 
-    def answer(self, reader: Reader, messages: Messages, options: Sequence[str] = ()) -> Iterator[str]:
-        """The answer to the user's last message, piece by piece. Closing the iterator stops it."""
+    def answer(self, reader: Reader | PictureReader, messages: Messages, options: Sequence[str] = ()) -> Iterator[str]:
+        """The answer to the user's last message, piece by piece. Closing the iterator stops it.
+
+        Raises ValueError where a reader of pictures has no slide to be shown patches of, SlideError if it is damaged.
+        """
+        if isinstance(reader, PictureReader):
+            return reader.answer(self._show(reader), messages, list(options) or None)
         return reader.answer(self.selection, messages, list(options) or None)
 
     def measure(
         self,
-        reader: Reader,
+        reader: Reader | PictureReader,
         messages: Messages,
         text: str,
         options: Sequence[str] = (),
@@ -131,15 +142,28 @@ class Case:
     ) -> Answer:
         """What is known of an answer: its options' probabilities and, if wanted, what it loses without each patch.
 
+        Of a reader of pictures: who it is, what was sent to it, which patches it cites; and, only where it gives
+        likelihoods, the same as of the model's own LLM.
+
         messages, options: as they were given to `answer`; text: what came back
         progress: called with (passes done, passes in all) of the evidence; what it raises ends the work
         """
         question, text = messages[-1]["content"], text.strip()
-        probs = reader.option_probs(self.selection, question, options).tolist() if options else []
-        answer = Answer(question, text, tuple(options), tuple(probs), limit=self.limits.judge(question, probs))
+        answer = Answer(question, text, tuple(options))
+        if isinstance(reader, PictureReader):
+            cited = find_cited(text, self.selection.ranks.tolist())
+            answer = replace(answer, reader=reader.name, sent=reader.sends, cited=cited, limit=NOT_VALIDATED)
+            if not reader.likelihoods:
+                unknown = f"{reader.name} gives no likelihoods, so what this answer rests on is not measured."
+                return replace(answer, evidence=unknown if evidence and text else "")
+        seen: Any = self._show(reader) if isinstance(reader, PictureReader) else self.selection
+        if options:
+            answer = replace(answer, probs=tuple(reader.option_probs(seen, question, options).tolist()))
+        if not answer.reader:
+            answer = replace(answer, limit=self.limits.judge(question, list(answer.probs)))
         if not evidence or not text:
             return answer
-        found = reader.leave_one_out(self.selection, messages, text, list(options) or None, progress)
+        found = reader.leave_one_out(seen, messages, text, list(options) or None, progress)
         return replace(answer, effects=tuple(found.effects.tolist()), evidence=found.sentence)
 
     def choose(
@@ -238,6 +262,26 @@ class Case:
         if failed:
             raise failed[0]
         return tuple(written)
+
+    @cached_property
+    def pictures(self) -> Pictures:
+        """The kept patches as they were encoded. Raises ValueError without the slide, SlideError if it is damaged."""
+        if self.path is None:
+            raise ValueError(
+                "Only the features of this slide are at hand, and this reader needs its pictures. Pass the slide."
+            )
+        with open_slide(self.path, slide_mpp=self.slide_mpp) as slide:
+            best_first = plots.cut_patches(slide, self.bag, self.selection)
+        patches = [best_first[place] for place in self.selection.best_first.argsort().tolist()]
+        return Pictures(tuple(patches), tuple(self.selection.ranks.tolist()), self.bag.mpp)
+
+    def _show(self, reader: PictureReader) -> Pictures:
+        """What this reader is shown."""
+        if not reader.overview:
+            return self.pictures
+        pictures = self.pictures
+        with open_slide(self.path or "", slide_mpp=self.slide_mpp) as slide:
+            return replace(pictures, overview=slide.thumbnail(SHOWN_OVERVIEW)[0])
 
     def _draw(self, slide: Slide | None) -> tuple[Image.Image, list]:
         """The overview with boxes, and the kept patches, best first; without the slide a canvas and no patches."""

@@ -115,6 +115,10 @@ def _answer_html(number: int, answer: Answer, selection: Selection) -> str:
         f"<table><tr><th>Option</th><th>Probability</th></tr>{rows}</table>" if rows else "",
         f"<p>{escape(answer.limit)}</p>" if answer.limit else "",
         f"<p>{escape(answer.evidence)}</p>" if answer.evidence else "",
+        f"<p>Read by {escape(answer.reader)}, from pictures of the patches. {escape(answer.sent)}</p>"
+        if answer.reader
+        else "",
+        f"<p>Cited by the reader, not measured: {_link(answer.cited)}.</p>" if answer.cited else "",
     ]
     if answer.effects:
         # The sort is stable: ties go to the better score.
@@ -129,6 +133,10 @@ def _answer_html(number: int, answer: Answer, selection: Selection) -> str:
             f'<span class="number">{links}</span></p>'
         )
     return "".join([*out, "</section>"])
+
+
+def _link(ranks: Sequence[int]) -> str:
+    return " · ".join(f'<a href="#patch-{rank}">#{rank}</a>' for rank in ranks)
 
 
 def _figures(bag: Bag, selection: Selection, patches: Sequence[np.ndarray], answers: Sequence[Answer]) -> Iterator[str]:
