@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sparsewsi.files import as_path
+from sparsewsi.slides.deepzoom import open_deep_zoom
 from sparsewsi.slides.find import find_dicom_file
 from sparsewsi.slides.refusals import SlideError, explain_unsupported
 from sparsewsi.slides.resize import resize
@@ -191,9 +192,9 @@ class Slide:
 
 
 def open_slide(path: str | Path, *, slide_mpp: float | None = None) -> Slide:
-    """Open a slide: what OpenSlide reads (a DICOM slide as its folder or one of its files), or a PNG or JPEG.
+    """Open a slide: what OpenSlide reads (a DICOM slide as its folder or one of its files), Deep Zoom, PNG or JPEG.
 
-    path:      as it may be pasted, in quotes or as a file:// URL too
+    path:      as it may be pasted, in quotes or as a file:// URL too; of a .dzi also its http(s) address
     slide_mpp: um per level-0 px; wins over what the slide states, and is needed to work with a PNG or JPEG
     Raises SlideError with one sentence for anything that is not a slide, is damaged or may not be read.
     """
@@ -203,6 +204,10 @@ def open_slide(path: str | Path, *, slide_mpp: float | None = None) -> Slide:
         raise SlideError(explain_implausible(slide_mpp))
     if not str(path).strip():
         raise SlideError("No slide was given; pass the path of one.")
+    zoomed = open_deep_zoom(path)
+    if zoomed is not None:
+        source, head = zoomed
+        return Slide(source, name=f"slide {_digest(len(head), head, source)}", slide_mpp=slide_mpp)
     file, head, tail, length = _look_at(as_path(path))
     source = open_source(file, head)
     if source is None:
