@@ -23,6 +23,7 @@ class Limit:
     right, low, high: share of right answers and its 95 % interval, over the cases asked
     least: probability of the likeliest option below which the answer counts as not sure
     right_when_sure, sure: share of right answers among the others, and share of these
+    found: share of the slides with Yes to which it said Yes; None where Yes is no answer
     """
 
     kind: str
@@ -35,6 +36,7 @@ class Limit:
     least: float = 0.0
     right_when_sure: float = 0.0
     sure: float = 1.0
+    found: float | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Limits:
         if found is None:
             return "Answers to this kind of question were not validated: take this one as no more than a guess."
         asked = f"{found.slides} slides of {found.cases} cases that the model had not seen"
+        if found.found is not None:
+            asked += f"; where Yes was right it said Yes in {found.found:.0%}"
         if probs and max(probs) < found.least:
             return (
                 f"Not sure: no option has {found.least:.0%} or more. Of all answers of this kind {found.right:.0%} "

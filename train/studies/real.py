@@ -8,7 +8,8 @@ several sets of wrong options; a mosaic of an open world is asked one question. 
 are ways to keep 32 patches, all patches, the majority answer, and a logistic regression on mean-pooled features of the
 train split (its strength chosen by cross-validation over train cases). Intervals resample cases, 2.5 to 97.5 %.
 
---limits writes what the artefact says of itself into its folder, from the slides asked: pass it with --split val.
+--limits writes what the artefact says of itself into its folder: where it is not sure as the answers about val slides
+suggest, how often it is right as those about the slides asked now.
 
 The folder --out gets a line a slide and row (slides.jsonl) and a line a mosaic (mosaics.jsonl) as they are answered; a
 run that was stopped goes on.
@@ -434,15 +435,20 @@ PATTERNS = {
 GOAL = {"neoplasm": 0.85, "malignant": 0.85, "carcinoma": 0.85, "organ": 0.75, "category": 0.75}
 
 
-def make_limits(records: Sequence[dict[str, Any]], vocabulary: Sequence[str], alike: float) -> Limits:
-    """What the artefact says of itself, from the answers of its own selection."""
+def make_limits(
+    chosen: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]], vocabulary: Sequence[str], alike: float
+) -> Limits:
+    """What the artefact says of its own selection's answers: thresholds from `chosen` (val), shares from `records`."""
     kinds = []
     for kind, words in PATTERNS.items():
-        some = [record for record in records if record["row"] == "learned" and record["kind"] == kind]
-        if not some:
+        some, before = (
+            [record for record in each if record["row"] == "learned" and record["kind"] == kind]
+            for each in (records, chosen)
+        )
+        if not some or not before:
             continue
         right, low, high = resample(some, accuracy)
-        least = select_risk(some, GOAL[kind])
+        least = select_risk(before, GOAL[kind])
         told = [record for record in some if sure(record) >= least]
         kinds.append(
             Limit(
@@ -456,9 +462,19 @@ def make_limits(records: Sequence[dict[str, Any]], vocabulary: Sequence[str], al
                 round(least, 3),
                 round(accuracy(told), 3) if told else 0.0,
                 round(len(told) / len(some), 3),
+                round(share_of("Yes")(some), 3) if kind in YES_NO else None,
             )
         )
     return Limits(tuple(kinds), tuple(vocabulary), alike)
+
+
+def read_answers(log: Path) -> list[dict[str, Any]]:
+    """One record per slide, row and question of slides.jsonl."""
+    return [
+        {"slide": line["slide"], "case": line["case"], "row": line["row"], **asked}
+        for line in read_lines(log)
+        for asked in line["asked"]
+    ]
 
 
 def list_vocabulary(path: Path) -> list[str]:
@@ -496,7 +512,7 @@ def main() -> None:
     add_flag(parser, "--questions", help="number of mosaics; 0: none")
     add_flag(parser, "--n", default=1024)
     add_flag(parser, "--seed")
-    parser.add_argument("--limits", action="store_true", help="write limits.json into the model's folder")
+    parser.add_argument("--limits", type=Path, help="--out of the val split: write limits.json into the model's folder")
     add_flag(parser, "--out")
     given = parser.parse_args()
     torch.manual_seed(0)
@@ -521,7 +537,8 @@ def main() -> None:
         if given.limits:
             if not given.bank:
                 parser.error("--limits needs --bank, for the words that the model has for patches")
-            model.limits = make_limits(records, list_vocabulary(given.bank), ALIKE)
+            chosen = read_answers(given.limits / "slides.jsonl")
+            model.limits = make_limits(chosen, records, list_vocabulary(given.bank), ALIKE)
             model.limits.save(find_model_folder(given.model))
         text.append(table_of_slides(records + add_majority(records), model.limits))
     if given.bank and given.questions:
