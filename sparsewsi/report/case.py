@@ -119,7 +119,8 @@ class Case:
     @cached_property
     def doubts(self) -> tuple[str, ...]:
         """What a reader should know before believing an answer, gravest first; the bag's own note is not among them."""
-        return tuple(find_doubts(self.bag, self.selection, self.trained_on, self.config.mpp))
+        ranked = not (self.config.diversity and self.selector in ("learned", "mmr"))
+        return tuple(find_doubts(self.bag, self.selection, self.trained_on, self.config.mpp, ranked))
 
     def answer(self, reader: Reader | PictureReader, messages: Messages, options: Sequence[str] = ()) -> Iterator[str]:
         """The answer to the user's last message, piece by piece. Closing the iterator stops it.

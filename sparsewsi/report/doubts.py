@@ -14,15 +14,20 @@ EQUAL = 0.1  # standard deviations of the scores: the paper's last temperature, 
 
 
 def find_doubts(
-    bag: Bag, selection: Selection, summary: novelty.Summary | None = None, mpp: float | None = None
+    bag: Bag,
+    selection: Selection,
+    summary: novelty.Summary | None = None,
+    mpp: float | None = None,
+    ranked: bool = True,
 ) -> list[str]:
     """Every sentence that must stand beside an answer about this slide, gravest first.
 
     summary: what the model's training features looked like; None where the artefact does not say
     mpp: um/px of the patches that the model was trained on
+    ranked: whether the highest scores were kept; else where they are cut says nothing
     """
     unlike = None if summary is None else doubt_slide(summary, bag)
-    return [*filter(None, [unlike, _doubt_mpp(bag, mpp)]), *doubt_selection(bag, selection)]
+    return [*filter(None, [unlike, _doubt_mpp(bag, mpp)]), *doubt_selection(bag, selection, ranked)]
 
 
 def doubt_slide(summary: novelty.Summary, bag: Bag) -> str | None:
@@ -59,7 +64,7 @@ def _doubt_mpp(bag: Bag, mpp: float | None) -> str | None:
     )
 
 
-def doubt_selection(bag: Bag, selection: Selection) -> list[str]:
+def doubt_selection(bag: Bag, selection: Selection, ranked: bool = True) -> list[str]:
     """Sentences about the scale, about slides of few patches, and about the cut between kept and left-out ones.
 
     Two patches count as equal if their scores differ by less than EQUAL standard deviations of the slide's scores:
@@ -77,7 +82,7 @@ def doubt_selection(bag: Bag, selection: Selection) -> list[str]:
         return out
     if n < 4 * k:
         out.append(f"The slide has only {n:,} patches with tissue, so that {k} of them are hardly a selection.")
-    cut = _cut(selection)
+    cut = _cut(selection) if ranked else None
     if cut is not None:
         out.append(cut)
     return out
