@@ -8,12 +8,14 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from sparsewsi.files import allow_any_text
 from sparsewsi.model.config import Unavailable
 from train.data.layout import LEAST_PATCHES
 
 
 def run_command(main: Callable[[], object]) -> None:
     """Run a command. A fault of its input ends it with one sentence and exit status 2, without a traceback."""
+    allow_any_text()
     try:
         main()
     except (ValueError, OSError, Unavailable, SafetensorError) as error:

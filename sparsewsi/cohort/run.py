@@ -32,7 +32,7 @@ from sparsewsi.cohort.find import Job, find_rank, find_slides, share_jobs
 from sparsewsi.cohort.on_ray import extract_on_ray
 from sparsewsi.cohort.report import Report, Row
 from sparsewsi.cohort.slide import Order, Settings, look_up
-from sparsewsi.files import write_json
+from sparsewsi.files import allow_any_text, write_json
 
 
 def check_settings(out: Path, settings: Settings) -> None:
@@ -114,6 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--part-seconds", type=float, default=20.0, help="put what is encoded on disk that often")
     parser.add_argument("--stall-seconds", type=float, default=1800.0, help="give a slide up that stands still so long")
     options = parser.parse_args(argv)
+    allow_any_text()
     settings = Settings(options.encoder, options.mpp, options.patch_size, options.max_patches)
     device = options.device
     local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))  # torchrun's, srun's

@@ -8,6 +8,8 @@ Compiled by numba (cached on disk); no fastmath, so that a pixel's value does no
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -59,26 +61,34 @@ NUCLEI = np.array(
 # ------------------------------------------------------------------------------------------- hashes and noise
 
 
-@njit(cache=True, nogil=True)
+def _compile(function: Callable) -> Any:
+    """Machine code, kept on disk where there is a place for it: a container may have none."""
+    try:
+        return njit(cache=True, nogil=True)(function)
+    except RuntimeError:
+        return njit(nogil=True)(function)
+
+
+@_compile
 def stir(base):
     """32 well mixed bits of a linear combination of integers with STEP_X, STEP_Y and STEP_SALT (int64, wrapping)."""
     h = (base ^ (base >> 29)) * STEP_MIX
     return ((h ^ (h >> 31)) >> 24) & WHOLE
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def mix(ix, iy, salt):
     """32 well mixed bits of two integers and a salt."""
     return stir(ix * STEP_X + iy * STEP_Y + salt * STEP_SALT)
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def unit(ix, iy, salt):
     """A number in [0, 1) of two integers and a salt."""
     return mix(ix, iy, salt) * (1.0 / 4294967296.0)
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def noise(x, y, salt):
     """Gradient noise (Perlin's) in [0, 1], mean 0.5, sd 0.2; waves are about two units of x and y long."""
     x, y = 0.8 * x, 0.8 * y
@@ -92,13 +102,13 @@ def noise(x, y, salt):
     return min(1.0, max(0.0, 0.5 + 1.22 * (a + (b - a) * s + (c - a) * t + (a - b - c + d) * s * t)))
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def _slope(base, u, v):
     h = stir(base)
     return ((h & 0xFFFF) / 32768.0 - 1.0) * u + ((h >> 16) / 32768.0 - 1.0) * v
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def fbm(x, y, salt):
     """Three octaves of noise in [0, 1], turned against each other so that no lattice shows."""
     return (
@@ -108,14 +118,14 @@ def fbm(x, y, salt):
     )
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def ramp(x, low, high):
     """Smooth step: 0 below low, 1 above high."""
     t = min(1.0, max(0.0, (x - low) / (high - low)))
     return t * t * (3.0 - 2.0 * t)
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def voronoi(x, y, spacing, jitter, salt):
     """The nearest and second nearest of the points of a jittered grid.
 
@@ -144,7 +154,7 @@ def voronoi(x, y, spacing, jitter, salt):
 # ------------------------------------------------------------------------------------------------- region map
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def kind_at(x, y, labels, pure, salt):
     """The tissue at a position relative to the map's corner, by vote of the four nearest cells, with a wobbly border.
 
@@ -182,14 +192,14 @@ def kind_at(x, y, labels, pure, salt):
     return winner, loser, best - second
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def _cell(labels, iy, ix):
     if iy < 0 or ix < 0 or iy >= labels.shape[0] or ix >= labels.shape[1]:
         return GLASS
     return int(labels[iy, ix])
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def kinds_at(xs, ys, labels, pure, salt):
     """Kind ids of many positions, uint8 (n,)."""
     out = np.empty(len(xs), np.uint8)
@@ -202,7 +212,7 @@ def kinds_at(xs, ys, labels, pure, salt):
 # Each returns (haematoxylin, eosin, red cells, room): densities without free nuclei, and whether one may lie here.
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def fibre_coordinates(x, y, angle, bend, salt):
     """Coordinates across and along the fibres, in px; bend 0 is straight."""
     s, c = math.sin(angle), math.cos(angle)
@@ -217,7 +227,7 @@ def fibre_coordinates(x, y, angle, bend, salt):
     return across, along
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def stroma(x, y, angle, salt):
     """Collagen: wavy bundles of fibrils, with clefts between them, looser in places."""
     across, along = fibre_coordinates(x, y, angle, 1.0, salt + 10)
@@ -235,7 +245,7 @@ def stroma(x, y, angle, salt):
     return h, e, 0.0, pale < 0.6
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def muscle(x, y, angle, salt):
     """Smooth muscle: long fine fibres in bundles, short clefts along them."""
     across, along = fibre_coordinates(x, y, angle, 0.42, salt + 20)
@@ -252,7 +262,7 @@ def muscle(x, y, angle, salt):
     return h, e, 0.0, pale < 0.5
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def fat_cells(x, y, salt):
     """(distance to the centre, distance to the wall, hash) of the fat cell at a position; cells differ in size."""
     wx = (
@@ -265,7 +275,7 @@ def fat_cells(x, y, salt):
     return centre, border, key
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def adipose(x, y, angle, salt):
     """Fat: empty cells in thin walls, now and then a fibrous septum."""
     septum = abs(noise(x / 620.0, y / 620.0, salt + 38) - 0.5)
@@ -289,13 +299,13 @@ def adipose(x, y, angle, salt):
     return 0.006 + 0.13 * wall * uneven + 0.02 * band + 0.05 * corner, e, 0.0, border < 2.2
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def chromatin(x, y, salt):
     """Mottling of a nucleus, about 1 on average."""
     return 0.72 + 0.56 * noise(x / 2.1, y / 2.1, salt)
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def mucosa(x, y, angle, salt):
     """Crypts (capsules of columnar epithelium with goblet cells around a lumen) in a cellular lamina propria."""
     wx = x + 70.0 * (noise(x / 170.0, y / 170.0, salt + 40) - 0.5) + 9.0 * (noise(x / 26.0, y / 26.0, salt + 51) - 0.5)
@@ -395,7 +405,7 @@ def mucosa(x, y, angle, salt):
     return h, e, 0.0, False
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def nest(x, y, salt):
     """Where tumour grows: below 0 stroma between the nests, above 1 the lumen of a malignant gland."""
     field = 0.60 * noise(x / 95.0, y / 95.0, salt + 60) + 0.29 * noise(x / 38.0, y / 38.0, salt + 61)
@@ -403,7 +413,7 @@ def nest(x, y, salt):
     return (field - 0.365) / 0.30
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def carcinoma(x, y, angle, salt):
     field = nest(x, y, salt)
     if field < 0.0:
@@ -428,13 +438,13 @@ def carcinoma(x, y, angle, salt):
     return max(0.0, h), max(0.0, e), 0.0, gap < 0.3
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def germinal(x, y, salt):
     """Depth inside a germinal centre: above 0.5 inside."""
     return ramp(noise(x / 330.0, y / 330.0, salt + 70), 0.60, 0.70)
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def lymphoid(x, y, salt):
     """What shows between lymphocytes: scant cytoplasm, reticulum, pale gaps."""
     granular = noise(x / 2.2, y / 2.2, salt + 71)
@@ -449,7 +459,7 @@ def lymphoid(x, y, salt):
     return h, e, 0.0, sinus < 0.5
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def mucin(x, y, angle, salt):
     """Pools of pale mucus with strands and froth, divided by thin septa."""
     wx = (
@@ -480,7 +490,7 @@ def mucin(x, y, angle, salt):
     return max(0.0, h), max(0.0, e), 0.0, True
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def necrosis(x, y, salt):
     """Coagulated debris: granular, without living nuclei, torn by small cracks."""
     coarse = fbm(x / 46.0, y / 46.0, salt + 100)
@@ -499,7 +509,7 @@ def necrosis(x, y, salt):
     return max(0.0, h), max(0.0, e), 0.0, crack < 0.6
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def red_cells(x, y, salt, crowding):
     """Packed erythrocytes, two layers of them: (haematoxylin, eosin, red cells)."""
     wx = x + 3.0 * (noise(x / 8.0, y / 8.0, salt + 3) - 0.5)
@@ -515,7 +525,7 @@ def red_cells(x, y, salt, crowding):
     return 0.01, 0.05, red
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def blood(x, y, salt):
     """Extravasated blood: red cells, islands of plasma, shrinkage cracks."""
     plasma = ramp(noise(x / 75.0, y / 75.0, salt + 110) * 0.7 + 0.3 * noise(x / 22.0, y / 22.0, salt + 111), 0.66, 0.70)
@@ -529,7 +539,7 @@ def blood(x, y, salt):
     return h, e * keep, red * keep, True
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def tissue(kind, x, y, angle, salt):
     """Densities of a kind at a position, without free nuclei and vessels."""
     if kind == STROMA:
@@ -553,7 +563,7 @@ def tissue(kind, x, y, angle, salt):
     return 0.0, 0.0, 0.0, False
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def border(h, e, red, room, kind, beyond, lead, x, y, angle, salt):
     """Densities near a border: a dense edge towards glass, a thin fibrous rim between a focus and its surroundings."""
     uneven = noise(x / 9.0, y / 9.0, salt + 405)
@@ -577,7 +587,7 @@ def border(h, e, red, room, kind, beyond, lead, x, y, angle, salt):
 # ------------------------------------------------------------------------------------------- nuclei and vessels
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def cell_type(kind, x, y, dice, salt):
     """Which cell lies at a candidate place of a kind; -1 for none."""
     if kind == STROMA:
@@ -604,7 +614,7 @@ def cell_type(kind, x, y, dice, salt):
     return LYMPHOCYTE
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def paint_nucleus(h, e, x, y, x0, y0, scale, kind, turn, key, salt):
     """Lay one nucleus centred at x, y (world px) over the fields of a block whose corner is x0, y0 (px)."""
     row = CELL_TYPES[kind]
@@ -641,7 +651,7 @@ def paint_nucleus(h, e, x, y, x0, y0, scale, kind, turn, key, salt):
             e[py, px] += soft * (0.16 + 0.25 * e[py, px] - e[py, px])
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def candidate(i, j, spacing, salt):
     """Position (world px) and hash of grid cell (i, j)'s candidate nucleus."""
     key = mix(i, j, salt)
@@ -650,7 +660,7 @@ def candidate(i, j, spacing, salt):
     return x, y, key
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def paint_nuclei(kind, kinds, room, h, e, x0, y0, scale, angle, salt):
     """Nuclei of one kind: a jittered grid, thinned where two come too close, kept where their centre has room."""
     spacing, chance, apart = NUCLEI[kind]
@@ -704,7 +714,7 @@ def paint_nuclei(kind, kinds, room, h, e, x0, y0, scale, angle, salt):
             paint_nucleus(h, e, x, y, x0, y0, scale, what, turn, mix(i, j, own + 3), salt)
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def paint_vessels(kinds, room, h, e, red, x0, y0, scale, salt):
     """Blood vessels of stroma, muscle and fat: endothelium and a muscular wall around red cells or an empty lumen."""
     spacing = 620.0
@@ -765,7 +775,7 @@ def paint_vessels(kinds, room, h, e, red, x0, y0, scale, salt):
 # ------------------------------------------------------------------------------------------------ a rectangle
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def densities(x0, y0, width, height, scale, labels, pure, origin_x, origin_y, angle, salt):
     """The three density fields of a rectangle, float32 (3, height, width) without blur.
 
@@ -809,7 +819,7 @@ def densities(x0, y0, width, height, scale, labels, pure, origin_x, origin_y, an
     return fields
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def blur(field, out, k0, k1, k2):
     """Symmetric five-tap blur of one field, without the two outermost px (left at 0)."""
     rows, columns = field.shape
@@ -826,7 +836,7 @@ def blur(field, out, k0, k1, k2):
             )
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def transmit(fields, x0, y0, margin, vectors, white, grain, table, salt, out):
     """Beer-Lambert and the sensor: light through the densities, with each pixel's noise; fills uint8 (h, w, 3)."""
     rows, columns = out.shape[0], out.shape[1]
@@ -846,7 +856,7 @@ def transmit(fields, x0, y0, margin, vectors, white, grain, table, salt, out):
                 out[py, px, c] = int(min(255.0, max(0.0, value + 0.5)))
 
 
-@njit(cache=True, nogil=True)
+@_compile
 def glass(x0, y0, white, grain, salt, out):
     """Bare glass: the lamp's colour and the sensor's noise, as `transmit` gives for density 0."""
     for py in range(out.shape[0]):

@@ -183,7 +183,9 @@ class Handlers:
             (folder / name).touch()
         else:
             with self.desk.open_slide(case.path, case.slide_mpp) if name == "report.html" else nullcontext() as slide:
-                case.write(folder, list(answers.values()), [name], slide)
+                written = case.write(folder, list(answers.values()), [name], slide)
+            if not written:
+                raise ValueError(f"{name} could not be drawn on this server.")
         return folder / name
 
     def on_map_wanted(self, opened: Opened | None) -> Changes:

@@ -420,3 +420,89 @@ def test_h5_files_that_do_not_fit(tmp_path: Path):
     write(features=features, coords=coords)
     with pytest.raises(ValueError, match=r"a\.h5: 1 of 12 patches"):
         load_bag(path)
+
+
+# ---- files that are good, but cannot be read as they are
+
+
+def write_h5(path: Path, features: np.ndarray, **how: Any) -> Path:
+    with h5py.File(path, "w") as file:
+        file.create_dataset("features", data=features, **how)
+        file["coords"] = np.stack([np.arange(len(features)) * 224, np.zeros(len(features))], 1).astype("i8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            BlockingIOError(11, "Unable to synchronously open file (unable to lock file, errno = 11)"),
+            "open for writing",
+        ),
+        (OSError("file is already open for SWMR write (may use <h5clear file>)"), "h5clear"),
+        (OSError("required filter 'lz4' is not registered"), "filter"),
+        (OSError("can't open directory (/usr/local/lib/plugin). Please verify its existence"), "filter"),
+        (PermissionError(13, "Permission denied"), "permission"),
+    ],
+)
+def test_only_a_broken_file_is_to_be_made_again(tmp_path: Path, monkeypatch, error: OSError, words: str):
+    path = write_h5(tmp_path / "a.h5", np.ones((4, 8), "f4"))
+
+    def fail(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(h5py, "File", fail)
+    with pytest.raises(ValueError, match=words) as caught:
+        load_bag(path)
+    assert "Make it again" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f2", ">f8", "<f4"])
+@pytest.mark.parametrize("kind", ["h5", "npy", "npz"])
+@pytest.mark.filterwarnings("ignore")
+def test_the_byte_order_and_the_container_do_not_matter(tmp_path: Path, dtype: str, kind: str):
+    features = np.arange(24, dtype=dtype).reshape(3, 8)
+    path = tmp_path / f"a.{kind}"
+    if kind == "h5":
+        write_h5(path, features)
+    elif kind == "npy":
+        np.save(path, features)
+    else:
+        np.savez(path, features=features, coords=np.array([[0, 0], [224, 0], [448, 0]]))
+    assert load_bag(path).features.tolist() == features.tolist()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\x1f\x8b\x08" + bytes(50), "gzip"),
+        (b"BZh9" + bytes(50), "bzip2"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    ],
+)
+def test_a_packed_file_or_a_pointer_is_called_one(tmp_path: Path, content: bytes, words: str):
+    (tmp_path / "a.h5").write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        load_bag(tmp_path / "a.h5")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("chunks", [None, (1, 64), (7, 64), (40, 3)])
+def test_features_are_read_in_parts_whatever_their_chunks(tmp_path: Path, chunks: tuple[int, int] | None):
+    features = np.random.default_rng(0).normal(size=(40, 64)).astype("f4")
+    read = load_bag(write_h5(tmp_path / "a.h5", features, chunks=chunks))
+    assert torch.equal(read.features, torch.from_numpy(features).half())
+
+
+def test_a_file_that_promises_more_than_it_holds_is_refused(tmp_path: Path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("features", (1_000_000, 1024), "f4", chunks=(1, 1024))
+        file["coords"] = np.zeros((3, 2), "i8")
+    with pytest.raises(ValueError, match="hardly any data"):
+        load_bag(tmp_path / "a.h5")
+
+
+@pytest.mark.parametrize("far", [2**31 - 1, 2**31 - 100, 2**31])
+def test_patches_beyond_32_bits_are_refused_before_anything_is_asked(bag: Bag, far: int):
+    with pytest.raises(ValueError, match="32 bits"):
+        replace(bag, coords=torch.full((len(bag.coords), 2), far, dtype=torch.int64), patch_size=224)

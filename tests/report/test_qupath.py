@@ -1,6 +1,7 @@
 """QuPath reads what is written, and what is drawn in it is read back."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -118,3 +119,22 @@ def test_a_region_file_that_is_too_big_is_not_read(tmp_path, grid):
         qupath.read_regions(tmp_path / "big.geojson", grid)
     with pytest.raises(ValueError, match="no file"):
         qupath.read_regions(tmp_path / "missing.geojson", grid)
+
+
+# ---- slides of which only a part was scanned
+
+
+@pytest.mark.parametrize("bounds", [(50, 30, 700, 700), (1010, 715, 768, 512), (3, 0, 900, 900)])
+def test_positions_count_from_the_corner_of_what_was_scanned_as_in_qupath(tmp_path, bag, selection, bounds):
+    scanned = replace(bag, bounds=bounds)
+    paths = []
+    for name, written in (("whole", bag), ("part", scanned)):
+        paths.append(tmp_path / f"{name}.geojson")
+        qupath.write_geojson(paths[-1], written, selection)
+    whole, part = (json.loads(path.read_text())["features"] for path in paths)
+    for here, there in zip(whole, part):
+        ours, theirs = (np.array(feature["geometry"]["coordinates"][0]) for feature in (here, there))
+        assert (ours - theirs == bounds[:2]).all()
+        assert here["id"] == there["id"]
+    wanted = sorted(selection.indices.tolist())
+    assert qupath.read_regions(paths[1], scanned).tolist() == qupath.read_regions(paths[0], bag).tolist() == wanted

@@ -151,6 +151,8 @@ def _csv_rows(text: str) -> Iterator[dict[str, str]]:
     while True:
         line = reader.line_num + 1
         try:
+            if line == 1:
+                line += bool(reader.fieldnames)  # reads the header
             row = next(reader)
         except StopIteration:
             return

@@ -14,7 +14,7 @@ from sparsewsi.bags.bag import Bag, join, save_bag
 from sparsewsi.model.sparse_wsi import SparseWSI
 from train.config import TrainConfig
 from train.data.example import Question, Record
-from train.data.questions import BENCHMARKS, main, read, read_closed_questions, split_options
+from train.data.questions import BENCHMARKS, BadRow, main, read, read_closed_questions, split_options
 from train.data.slides import FeatureFolder, SlideVQADataset, epoch_order, evenly
 from train.flags import run_command
 from train.run import train
@@ -382,3 +382,69 @@ def test_both_stages_train_on_slidechats_files(tmp_path: Path, tiny_llm: Path, c
     assert all(np.isfinite(step["loss"]) for step in steps)
     with pytest.raises(ValueError, match="either --banks"):
         train(replace(settings, data=[]))
+
+
+# ---- as people write them
+
+
+def asked(tmp_path: Path, text: str, answer: str) -> tuple[list[Record], list[BadRow]]:
+    turns = [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
+    return read([write(tmp_path / "q.json", [{"image": "S1", "conversations": turns}])])
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "options", "right"),
+    [
+        ("Grade?\nA: low\nB: high", "b", ("low", "high"), "high"),
+        ("Grade? (a) low (b) high", "(b) high", ("low", "high"), "high"),
+        ("Grade?\nA \u2013 low\nB \u2013 high\nC \u2013 none", "C", ("low", "high", "none"), "none"),
+        ("Grade?\n1) low\n2) high\n3) none", "3.", ("low", "high", "none"), "none"),
+        ("Grade?\na. low\nb. high", "high", ("low", "high"), "high"),
+        ("Grade?\n(A) low\n(B) high", "A", ("low", "high"), "low"),
+    ],
+)
+def test_marks_of_options_are_read_as_they_are_written(tmp_path, text, answer, options, right) -> None:
+    records, bad = asked(tmp_path, text, answer)
+    assert bad == []
+    assert [(r.question.question, r.question.options, r.question.answer) for r in records] == [
+        ("Grade?", options, right)
+    ]
+
+
+@pytest.mark.parametrize("answer", ["B", "c.", "(d)"])
+def test_a_letter_without_options_is_reported(tmp_path, answer) -> None:
+    records, (bad,) = asked(tmp_path, "Which of them is it, one, two or three?", answer)
+    assert records == []
+    assert "letter" in bad.reason
+
+
+@pytest.mark.parametrize("text", ["Describe:\n1. the grade\n2. the stage", "Tell a) size and b) margin", "A: is it?"])
+def test_a_list_in_an_open_question_is_no_list_of_options(tmp_path, text) -> None:
+    records, bad = asked(tmp_path, text, "It is of high grade and reaches the margin.")
+    assert bad == []
+    assert records[0].question.options == ()
+
+
+@pytest.mark.parametrize("change", [str.upper, str.lower, str.title])
+def test_columns_are_read_in_any_case(tmp_path, change) -> None:
+    header = change("slide,question,a,b,answer,task")
+    records, bad = read([write(tmp_path / "q.csv", f"{header}\nS1,Grade?,low,high,b,grading\n")])
+    assert bad == []
+    assert (records[0].question.answer, records[0].question.family) == ("high", "grading")
+
+
+@pytest.mark.parametrize("field", ["slide", "question", "answer"])
+def test_nan_is_no_text(tmp_path, field) -> None:
+    row = {"slide": "S1", "question": "Grade?", "options": ["low", "high"], "answer": "low"} | {field: float("nan")}
+    records, (bad,) = read([write(tmp_path / "q.json", [row])])
+    assert records == []
+    assert "nan" not in bad.reason.casefold()
+
+
+@pytest.mark.parametrize("row", [1, 3, 5])
+def test_a_quotation_mark_that_is_not_closed_is_named_with_its_line(tmp_path, row) -> None:
+    lines = ["slide,question,a,b,answer", *(f"S{i},Grade?,low,high,a" for i in range(1, 7))]
+    lines[row] = lines[row].replace("Grade?", '"Grade?')
+    records, (bad,) = read([write(tmp_path / "q.csv", "\n".join(lines) + "\n")])
+    assert len(records) == row - 1
+    assert f"line {row + 1} is not closed" in bad.reason
