@@ -301,7 +301,7 @@ def read_input(kind: str, path: Path) -> None:
     elif kind == "geojson":
         read_regions(path, BAG)
     elif kind in ("csv", "json"):
-        questions.read_questions([path])
+        questions.read([path])
     else:
         read_slide(path)
 

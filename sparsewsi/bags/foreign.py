@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import h5py
@@ -459,6 +460,8 @@ def _read_npz(path: Path) -> _Foreign:
 def _read_npy(path: Path, allow_pickle: bool) -> _Foreign:
     try:
         data = np.load(path, mmap_mode="r", allow_pickle=False)  # a header that promises more than the file is told
+    except (SyntaxError, TokenError, TypeError, OverflowError, EOFError) as error:  # NumPy parses the header as Python
+        raise ValueError(f"{path.name} is a broken npy file: its header says nothing. Make it again.") from error
     except ValueError as error:
         if "pickle" not in str(error).lower() and "object" not in str(error).lower():
             raise ValueError(f"{path.name} is a broken npy file ({error}). Make it again.") from error

@@ -506,3 +506,13 @@ def test_a_file_that_promises_more_than_it_holds_is_refused(tmp_path: Path):
 def test_patches_beyond_32_bits_are_refused_before_anything_is_asked(bag: Bag, far: int):
     with pytest.raises(ValueError, match="32 bits"):
         replace(bag, coords=torch.full((len(bag.coords), 2), far, dtype=torch.int64), patch_size=224)
+
+
+@pytest.mark.parametrize(
+    "header", ["{'descr': ('<f4', 'fortran_order': False", "{'descr': 3, 'shape': (1, 1)}", "(", ""]
+)
+def test_an_npy_whose_header_is_damaged_is_a_sentence(tmp_path, header):
+    text = header.encode().ljust(117) + b"\n"
+    (tmp_path / "a.npy").write_bytes(b"\x93NUMPY\x01\0" + len(text).to_bytes(2, "little") + text + bytes(64))
+    with pytest.raises(ValueError, match="broken npy file"):
+        load_bag(tmp_path / "a.npy")
