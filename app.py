@@ -7,7 +7,7 @@ The same as `sparsewsi app`. A Hugging Face Space runs this file. sparsewsi/web:
 
 import sys
 
-from sparsewsi.web.serve import main
+from sparsewsi.__main__ import run_app
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_app(sys.argv[1:]))

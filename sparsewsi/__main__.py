@@ -102,8 +102,11 @@ def run_extract(words: Sequence[str]) -> int:
 
 def run_app(words: Sequence[str]) -> int:
     """The command app; returns the exit status."""
-    from sparsewsi.web.serve import main as serve
-
+    try:
+        from sparsewsi.web.serve import main as serve
+    except ImportError as error:  # where a SOCKS proxy is set, Gradio's HTTP client needs a package of its own
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
     return serve(words)
 
 
