@@ -158,9 +158,12 @@ def measure_encoder(device: torch.device, batch: int, repeats: int) -> dict[str,
     """Images per second of a ViT-B/16 with random weights, the shape of CONCH's trunk."""
     from transformers import ViTConfig, ViTModel
 
-    small = {} if device.type == "cuda" else {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape: dict[str, Any] = {}  # that of ViT-B/16
+    if device.type != "cuda":
+        shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    vit = ViTModel(ViTConfig(**small), add_pooling_layer=False).to(device, dtype).eval()
+    vit: nn.Module = ViTModel(ViTConfig(**shape), add_pooling_layer=False)
+    vit = vit.to(device=device, dtype=dtype).eval()
     pixels = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8).to(device)
     with torch.inference_mode():
         seconds = measure_seconds(lambda: vit(pixel_values=pixels.to(dtype) / 255), device, repeats)

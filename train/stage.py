@@ -142,7 +142,8 @@ def freeze(model: SparseWSI, config: TrainConfig) -> None:
         parameter.requires_grad_(config.stage == 2 and "lora_" in name)
     for part in model.llm.modules():
         if isinstance(part, BaseTunerLayer):
-            part.cast_input_dtype_enabled = False  # autocast does it; PEFT's cast would keep a copy in float32
+            # Autocast does it; PEFT's own cast would keep a copy in float32.
+            part.cast_input_dtype_enabled = False  # type: ignore[arg-type, assignment]
 
 
 def parameter_groups(stage: StageModule, config: TrainConfig) -> list[dict]:
