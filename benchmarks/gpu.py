@@ -163,7 +163,7 @@ def measure_encoder(device: torch.device, batch: int, repeats: int) -> dict[str,
         shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     vit: nn.Module = ViTModel(ViTConfig(**shape), add_pooling_layer=False)
-    vit = vit.to(device=device, dtype=dtype).eval()
+    vit = vit.to(device=device, dtype=dtype).eval()  # type: ignore[call-arg]  # transformers wraps it
     pixels = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8).to(device)
     with torch.inference_mode():
         seconds = measure_seconds(lambda: vit(pixel_values=pixels.to(dtype) / 255), device, repeats)
