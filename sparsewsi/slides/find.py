@@ -94,9 +94,9 @@ def _kind(file: Path) -> str:
     """ "slide" | "dicom" | "image" | "" of a file, by content, or by its ending where the content says nothing."""
     with file.open("rb") as stream:
         head = stream.read(132)
-    if head[128:] == b"DICM":
-        return "dicom"
     suffix = file.suffix.lower()
+    if head[128:] == b"DICM" or suffix == ".dcm":
+        return "dicom"
     if suffix in SLIDE_SUFFIXES or _is_tiff(head):
         return "slide"
     if is_image(head) or suffix in IMAGE_SUFFIXES:
@@ -111,6 +111,8 @@ def _kind_or_suffix(file: Path) -> str:
         return _kind(file)
     except OSError:
         suffix = file.suffix.lower()
+        if suffix == ".dcm":
+            return "dicom"
         return "slide" if suffix in SLIDE_SUFFIXES else "image" if suffix in IMAGE_SUFFIXES else ""
 
 
