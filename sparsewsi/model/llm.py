@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -37,9 +38,10 @@ def load_llm(
     try:
         with hide_progress_bars():
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-            llm, loaded = AutoModelForCausalLM.from_pretrained(
+            pair: Any = AutoModelForCausalLM.from_pretrained(
                 source, revision=revision, use_safetensors=True, output_loading_info=True, **options
             )
+            llm, loaded = pair
     except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
         raise ValueError(
             f"the weights of the LLM {name} cannot be read ({_first_line(error)}): they are damaged, cut short or of "

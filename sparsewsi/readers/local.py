@@ -104,13 +104,14 @@ def load_reader(source: str, images_per_call: int | None = None, overview: bool 
             require_hub(name, source)
         place = str(folder) if folder.is_dir() else source
         processor = AutoProcessor.from_pretrained(place, local_files_only=cached)
-        model, found = AutoModelForImageTextToText.from_pretrained(
+        pair: Any = AutoModelForImageTextToText.from_pretrained(
             place,
             local_files_only=cached,
             dtype=default_dtype(device),
             use_safetensors=True,
             output_loading_info=True,
         )
+        model, found = pair
     except ImportError as error:
         raise ReaderError(f"{name} needs a package that is not installed: {first_line(error)}") from error
     except (OSError, ValueError, KeyError) as error:

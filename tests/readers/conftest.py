@@ -44,7 +44,8 @@ def tiny_llava(tiny_llm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     with torch.random.fork_rng():
         torch.manual_seed(1)
         image = tokenizer.convert_tokens_to_ids("<image>")
-        config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=image, vision_feature_layer=-1)
+        settings: Any = {"image_token_id": image, "vision_feature_layer": -1}
+        config = LlavaConfig(vision_config=vision, text_config=text, **settings)
         model = LlavaForConditionalGeneration(config)
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
     processor = LlavaProcessor(

@@ -74,7 +74,8 @@ def write(path: Path, pages: Sequence[tuple[np.ndarray, int]], mpps: Sequence[fl
     ],
 )
 def test_the_scale_of_a_level_padded_or_cut_is_measured(tmp_path, factor, size, fill):
-    level = fit(reduce(SLIDE, factor), *size, fill)
+    width, height = size
+    level = fit(reduce(SLIDE, factor), width, height, fill)
     with open_slide(write(tmp_path / "a.tif", [(SLIDE, 0), (level, 1)])) as slide:
         assert slide.level_downsamples == (1.0, factor)
         assert slide.warnings == ()

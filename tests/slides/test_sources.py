@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import imagecodecs
 import numpy as np
@@ -33,7 +34,7 @@ def write_jpeg(path: Path, change: Callable[[bytes], bytes], codec: str = "jpeg"
     for i, top in enumerate(range(0, PIXELS.shape[0], TILE)):
         for j, left in enumerate(range(0, PIXELS.shape[1], TILE)):
             px = np.ascontiguousarray(PIXELS[top : top + TILE, left : left + TILE])
-            data = imagecodecs.jpeg8_encode(px, level=92) if codec == "jpeg" else j2k(px)
+            data = bytes(imagecodecs.jpeg8_encode(px, level=92)) if codec == "jpeg" else j2k(px)
             tiles.append(change(data) if (i + j) % 3 == 2 else data)
     aperio = "Aperio Image Library v1\r\n640x384 (128x128) J2K/KDU Q=90|AppMag = 20|MPP = 0.5"
     how = {"photometric": "ycbcr", "subsampling": (2, 2), "compression": "jpeg"}
@@ -54,7 +55,7 @@ def write_jpeg(path: Path, change: Callable[[bytes], bytes], codec: str = "jpeg"
 
 
 def j2k(px: np.ndarray) -> bytes:
-    return imagecodecs.jpeg2k_encode(px, level=0, codecformat="j2k")
+    return bytes(imagecodecs.jpeg2k_encode(px, level=0, codecformat="j2k"))
 
 
 def with_segment(marker: int, content: bytes) -> Callable[[bytes], bytes]:
@@ -108,7 +109,7 @@ def test_a_tile_that_is_cut_loses_its_patches(tmp_path, share, filler):
 
 
 def test_the_end_of_a_tile_is_found_behind_its_headers():
-    jpeg = imagecodecs.jpeg8_encode(PIXELS)
+    jpeg = bytes(imagecodecs.jpeg8_encode(PIXELS))
     for data in (jpeg, j2k(PIXELS)):
         assert has_end(data)
         assert has_end(data + bytes(99))
@@ -122,8 +123,8 @@ def test_the_end_of_a_tile_is_found_behind_its_headers():
 
 
 def write(path: Path, pixels: np.ndarray, **how) -> Path:
-    how = {"photometric": "rgb", "compression": "zlib"} | how
-    tifffile.imwrite(path, pixels, tile=(64, 64), metadata=None, resolution=(2e4, 2e4), resolutionunit=3, **how)
+    settings: dict[str, Any] = {"photometric": "rgb", "compression": "zlib"} | how
+    tifffile.imwrite(path, pixels, tile=(64, 64), metadata=None, resolution=(2e4, 2e4), resolutionunit=3, **settings)
     return path
 
 

@@ -172,7 +172,8 @@ def test_a_login_that_lets_anybody_in_is_refused(text):
 
 def test_what_is_too_long_is_said():
     check_question("Which tissue?", ["liver", "skin"], "skin")
-    for asked in (("x" * 2001,), ("x", ["y"] * 27), ("x", ["y" * 1001] * 2), ("x", [], "y" * 2001), ("x", [3])):
+    too_much: list[Any] = [("x" * 2001,), ("x", ["y"] * 27), ("x", ["y" * 1001] * 2), ("x", [], "y" * 2001), ("x", [3])]
+    for asked in too_much:
         with pytest.raises(ValueError, match=r"^The .*\.$|^A question"):
             check_question(*asked)
     check_told({"views": [{"x": 1.5}] * 200})

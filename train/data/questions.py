@@ -282,10 +282,11 @@ def _find_options(text: str, answer: str) -> tuple[str, tuple[str, ...], str]:
         question, options, marks = found
         stated = re.fullmatch(r"\(?(\w{1,2})\)?\s*[.):]?(?:\s+(.+))?", answer, re.DOTALL)
         for mark, option in zip(marks, options):
-            by_mark = stated and stated[1].casefold() == mark.casefold()
-            if same_text(answer) == same_text(option) or (
-                by_mark and same_text(stated[2] or option) == same_text(option)
-            ):
+            if same_text(answer) == same_text(option):
+                return question, options, option
+            if stated is None or stated[1].casefold() != mark.casefold():
+                continue
+            if same_text(stated[2] or option) == same_text(option):
                 return question, options, option
     return text, (), answer
 
