@@ -84,8 +84,7 @@ def test_the_cache_and_the_open_slides_are_bounded(slide_path, monkeypatch):
         open_now.append(slide)
         return slide
 
-    monkeypatch.setattr(viewer, "open_slide", open_and_watch)
-    slides = Slides(cache_bytes=100_000)
+    slides = Slides(open_and_watch, cache_bytes=100_000)
     tokens = [slides.add(slide_path, f"session {i}") for i in range(6)]
     assert [slides.holds(token) for token in tokens] == [False, False, True, True, True, True], (
         "the oldest are forgotten"

@@ -179,7 +179,12 @@ def make_start(dense: Path, folder: Path, config: TrainConfig) -> None:
     torch.manual_seed(config.seed)
     model.config = settings
     model.scorer = Scorer(
-        settings.dim, settings.scorer_layers, settings.scorer_dim, settings.heads, settings.scorer_attention
+        settings.dim,
+        settings.scorer_layers,
+        settings.scorer_dim,
+        settings.heads,
+        settings.scorer_attention,
+        settings.scorer_relative,
     )
     model.save_pretrained(folder)
 
