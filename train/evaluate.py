@@ -76,10 +76,10 @@ def choose_mosaics(given: argparse.Namespace) -> QuestionSet:
     return QuestionSet(items, given.questions * len(given.n), settings)
 
 
-def choose_phantoms(given: argparse.Namespace) -> QuestionSet:
+def choose_phantoms(given: argparse.Namespace, config: SparseWSIConfig) -> QuestionSet:
     """Questions on whole phantom slides of the test split."""
     seeds = list_phantom_seeds("test", given.slides)
-    items = make_phantom_items(given.out / "slides", seeds, given.size, given.per_slide)
+    items = make_phantom_items(given.out / "slides", seeds, given.size, given.per_slide, config.encoder)
     settings = {"size": given.size, "per_slide": given.per_slide}
     return QuestionSet(items, given.slides * given.per_slide, settings)
 
@@ -110,7 +110,7 @@ def run(given: argparse.Namespace) -> str:
     if given.benchmark == "mosaic":
         chosen = choose_mosaics(given)
     elif given.benchmark == "phantom":
-        chosen = choose_phantoms(given)
+        chosen = choose_phantoms(given, config)
     else:
         chosen = choose_file(given, config)
     settings = chosen.settings | {"benchmark": given.benchmark, "k": given.k, "prompt": given.prompt}

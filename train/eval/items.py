@@ -92,9 +92,11 @@ def make_mosaic_items(
 
 
 def make_phantom_items(
-    folder: Path, seeds: range, size: int, per_slide: int, progress: Callable[[str], None] = print
+    folder: Path, seeds: range, size: int, per_slide: int, encoder: str, progress: Callable[[str], None] = print
 ) -> Iterator[Item]:
     """Questions on whole phantom slides, written, opened and encoded as any slide is; bags are cached in folder.
+
+    encoder: the name of the one that the model takes the features of
 
     Families come in random order. There are fewer facts than questions: a slide is asked some of them again, with the
     options in another order or with others.
@@ -106,7 +108,7 @@ def make_phantom_items(
         slide, cached = folder / f"phantom-{seed}.tiff", folder / f"phantom-{seed}.safetensors"
         if not cached.exists():
             write_phantom(slide, seed=seed, size=size)
-            save_bag(extract_bag(slide, "efficientnet-lite0"), cached)
+            save_bag(extract_bag(slide, encoder), cached)
             slide.unlink()  # the truth stays beside it, and the features are all that is asked about
             progress(f"phantom {seed}: {len(load_bag(cached).features)} patches")
         bag, truth = load_bag(cached), load_truth(slide)
