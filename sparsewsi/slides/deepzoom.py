@@ -4,11 +4,7 @@ The format states no resolution, so that slide_mpp is asked for. Frames: level p
 """
 
 import io
-import re
-import threading
-import time
 import xml.etree.ElementTree as ElementTree
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +15,14 @@ from PIL import Image
 
 from sparsewsi.files import as_path
 from sparsewsi.slides.refusals import DAMAGED, SlideError, quote_reason
+from sparsewsi.slides.remote import ANY, UNREACHABLE, Hosts, Remote, find_address
+from sparsewsi.slides.tile_cache import TileCache
 
 CACHE_BYTES = 64 << 20  # of decoded tiles
 MOST_BYTES = 16 << 20  # of one tile; of a descriptor, see MOST_TEXT
 MOST_TEXT = 1 << 16
 MOST_SIDE = 4096  # px, of a tile
-TRIES = 4
 NO_DESCRIPTOR = "The .dzi is no Deep Zoom description, or holds sizes that cannot be; copy or export it again."
-UNREACHABLE = "The slide's server {}; check the address and that the server runs."
 
 Fetch = Callable[[str, int], bytes]  # (what comes after the descriptor's name without .dzi, most bytes) -> content
 
@@ -50,24 +46,25 @@ class Layout:
         return (max(self.size) - 1).bit_length()
 
 
-def open_deep_zoom(path: str | Path) -> tuple["DeepZoomSource", bytes] | None:
+def open_deep_zoom(path: str | Path, hosts: Hosts = ANY) -> tuple["DeepZoomSource", bytes] | None:
     """The source and some bytes that tell it from others; None for what is not named .dzi.
 
-    path: a .dzi file, or its http(s) address. Raises SlideError if it cannot be read or is no Deep Zoom.
+    path: a .dzi file, or its http(s) address; hosts: which servers may be asked
+    Raises SlideError if it cannot be read or is no Deep Zoom.
     """
     address = find_address(path)
     if not (urlsplit(address).path if address else str(path)).strip().strip("'\"").lower().endswith(".dzi"):
         return None
-    fetch = _fetch_from(address) if address else _read_from(as_path(path))
-    text = fetch(".dzi", MOST_TEXT)
-    source = DeepZoomSource(parse_descriptor(text), fetch)
-    return source, text + source.coarsest_bytes()
-
-
-def find_address(path: str | Path) -> str | None:
-    """The http(s) address that a path is; a Path folds the two slashes into one."""
-    match = re.match(r"\s*(https?):/+(.+?)\s*$", str(path), re.IGNORECASE)
-    return f"{match[1].lower()}://{match[2]}" if match else None
+    remote = Remote(hosts) if address else None
+    fetch = _fetch_from(address, remote) if address and remote else _read_from(as_path(path))
+    try:
+        text = fetch(".dzi", MOST_TEXT)
+        source = DeepZoomSource(parse_descriptor(text), fetch, remote)
+        return source, text + source.coarsest_bytes()
+    except BaseException:
+        if remote is not None:
+            remote.close()
+        raise
 
 
 def parse_descriptor(text: bytes) -> Layout:
@@ -97,16 +94,14 @@ class DeepZoomSource:
     vendor = "deepzoom"
     doubts: tuple[str, ...] = ()
 
-    def __init__(self, layout: Layout, fetch: Fetch):
-        self._layout, self._fetch = layout, fetch
+    def __init__(self, layout: Layout, fetch: Fetch, remote: Remote | None = None):
+        self._layout, self._fetch, self._remote = layout, fetch, remote
         self.properties: dict[str, str] = {}
         shrinks = range(layout.highest + 1)
         last = next((n for n in shrinks if max(layout.level_size(n)) <= layout.tile), layout.highest)
         self.level_sizes = tuple(layout.level_size(shrink) for shrink in range(last + 1))
         self.level_downsamples = tuple(float(2**shrink) for shrink in range(last + 1))
-        self._tiles: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
-        self._held = 0  # bytes
-        self._lock = threading.Lock()
+        self._tiles = TileCache(CACHE_BYTES)
 
     def read(self, level: int, xy: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
         out = np.full((size[1], size[0], 3), 255, np.uint8)
@@ -129,24 +124,17 @@ class DeepZoomSource:
         return self._load(len(self.level_sizes) - 1, 0, 0)
 
     def close(self) -> None:
-        with self._lock:
-            self._tiles.clear()
-            self._held = 0
+        if self._remote is not None:
+            self._remote.close()
+        self._tiles.clear()
 
     def _tile(self, level: int, column: int, row: int) -> np.ndarray:
         """A tile's own px, uint8 (h, w, 3), from the cache or read; only whole ones are kept."""
-        key = (level, column, row)
-        with self._lock:
-            if key in self._tiles:
-                self._tiles.move_to_end(key)
-                return self._tiles[key]
-        pixels = self._decode(self._load(level, column, row), level, column, row)
-        with self._lock:
-            if key not in self._tiles:
-                self._tiles[key] = pixels
-                self._held += pixels.nbytes
-            while self._held > CACHE_BYTES and len(self._tiles) > 1:
-                self._held -= self._tiles.popitem(last=False)[1].nbytes
+        place = (level, column, row)
+        pixels = self._tiles.get(place)
+        if pixels is None:
+            pixels = self._decode(self._load(level, column, row), level, column, row)
+            self._tiles.put(place, pixels)
         return pixels
 
     def _load(self, level: int, column: int, row: int) -> bytes:
@@ -199,38 +187,14 @@ def _read_from(file: Path) -> Fetch:
     return fetch
 
 
-def _fetch_from(address: str) -> Fetch:
-    """Reads over http(s). Redirects are not followed, so that an address leads where it says."""
-    import httpx  # only those wait for it who read from a server
-
+def _fetch_from(address: str, remote: Remote) -> Fetch:
     parts = urlsplit(address)
     stem = parts.path[: -len(".dzi")]
-    client = httpx.Client(timeout=httpx.Timeout(30, connect=10), follow_redirects=False)
 
     def fetch(what: str, most: int) -> bytes:
-        place = urlunsplit(parts._replace(path=stem + what, fragment=""))
-        problem = ""
-        for number in range(TRIES):
-            if number:
-                time.sleep(0.2 * 4 ** (number - 1))
-            try:
-                with client.stream("GET", place) as response:
-                    if response.status_code == 200:
-                        return _take(response.iter_bytes(), most)
-                    problem = f"answered {response.status_code}"
-                    if response.status_code < 500 and response.status_code != 429:
-                        break
-            except (httpx.TransportError, httpx.InvalidURL) as error:
-                problem = "broke off" if isinstance(error, httpx.RemoteProtocolError) else "cannot be reached"
-        raise SlideError(UNREACHABLE.format(problem))
+        reply = remote.get(urlunsplit(parts._replace(path=stem + what, fragment="")), most)
+        if reply.status != 200:
+            raise SlideError(UNREACHABLE.format(f"answered {reply.status}"))
+        return reply.content
 
     return fetch
-
-
-def _take(pieces, most: int) -> bytes:
-    data = bytearray()
-    for piece in pieces:
-        data += piece
-        if len(data) > most:
-            raise SlideError(DAMAGED.format(": the server sends more than a tile may hold"))
-    return bytes(data)

@@ -21,8 +21,10 @@ from numpy.typing import ArrayLike
 
 from sparsewsi.files import as_path
 from sparsewsi.slides.deepzoom import open_deep_zoom
+from sparsewsi.slides.dicomweb import open_dicomweb
 from sparsewsi.slides.find import find_dicom_file
 from sparsewsi.slides.refusals import SlideError, explain_unsupported
+from sparsewsi.slides.remote import ANY, Hosts, is_remote
 from sparsewsi.slides.resize import resize
 from sparsewsi.slides.resolution import PLAUSIBLE_MPP, explain_implausible, explain_too_coarse, find_resolution
 from sparsewsi.slides.sources import BLOCK, Source, open_source, split
@@ -191,11 +193,13 @@ class Slide:
         return self._source.read(level, xy, size)
 
 
-def open_slide(path: str | Path, *, slide_mpp: float | None = None) -> Slide:
+def open_slide(path: str | Path, *, slide_mpp: float | None = None, hosts: Hosts = ANY) -> Slide:
     """Open a slide: what OpenSlide reads (a DICOM slide as its folder or one of its files), Deep Zoom, PNG or JPEG.
 
-    path:      as it may be pasted, in quotes or as a file:// URL too; of a .dzi also its http(s) address
+    path:      as it may be pasted, in quotes or as a file:// URL too; of a .dzi also its http(s) address; of a slide
+               on a DICOMweb server dicomweb:<base URL>?study=<UID>&series=<UID>
     slide_mpp: um per level-0 px; wins over what the slide states, and is needed to work with a PNG or JPEG
+    hosts:     which servers may be asked
     Raises SlideError with one sentence for anything that is not a slide, is damaged or may not be read.
     """
     if slide_mpp is not None and not (math.isfinite(slide_mpp) and slide_mpp > 0):
@@ -204,10 +208,12 @@ def open_slide(path: str | Path, *, slide_mpp: float | None = None) -> Slide:
         raise SlideError(explain_implausible(slide_mpp))
     if not str(path).strip():
         raise SlideError("No slide was given; pass the path of one.")
-    zoomed = open_deep_zoom(path)
-    if zoomed is not None:
-        source, head = zoomed
-        return Slide(source, name=f"slide {_digest(len(head), head, source)}", slide_mpp=slide_mpp)
+    found = open_dicomweb(path, hosts) or open_deep_zoom(path, hosts)
+    if found is not None:
+        source, head = found
+        return Slide(source, name=f"slide {hashlib.sha256(head).hexdigest()[:8]}", slide_mpp=slide_mpp)
+    if is_remote(path):
+        raise SlideError("The address leads to no slide that is read over the network: a .dzi, or a dicomweb: series.")
     file, head, tail, length = _look_at(as_path(path))
     source = open_source(file, head)
     if source is None:

@@ -32,7 +32,8 @@ from sparsewsi.report import umap
 from sparsewsi.report.answer import Answer, word_notice
 from sparsewsi.report.case import Case, Model, open_case
 from sparsewsi.slides.confined import open_confined
-from sparsewsi.slides.slide import Slide, SlideError
+from sparsewsi.slides.remote import ANY, OPEN, is_remote
+from sparsewsi.slides.slide import Slide, SlideError, open_slide
 from sparsewsi.web import intake
 from sparsewsi.web.errors import Halted, stop_unseen
 from sparsewsi.web.examples import name_example
@@ -60,7 +61,8 @@ class Desk:
     folder:      where uploads and downloads lie; nobody but us may read it, and who made it deletes it
     uploads:     where Gradio puts files that are uploaded
     log:         file that views and questions of all sessions are added to, as JSON lines
-    allow_paths: any file of this machine may be opened by its path: never on a page that others can reach
+    allow_paths: any file of this machine may be opened by its path, and slides of any server: never on a page that
+                 others can reach, which opens those of public collections alone (slides.remote.OPEN)
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Desk:
         allow_paths: bool = False,
     ) -> None:
         self.model_name, self.log, self.allow_paths = model, log, allow_paths
+        self.hosts = ANY if allow_paths else OPEN
         self.folder, self.uploads = folder, uploads or folder / "gradio"
         self.slides, self.turns = Slides(self.open_slide), Turns()
         self._cases: dict[str, Case] = {}  # by token
@@ -132,9 +135,14 @@ class Desk:
     # ---- slides
 
     def open_slide(self, path: str | Path | None, slide_mpp: float | None = None) -> Slide:
-        """Open a slide in a process of its own; one of a session's folder sees that folder alone. Raises SlideError."""
+        """Open a slide in a process of its own; one of a session's folder sees that folder alone. Raises SlideError.
+
+        A slide on a server is read in this process: the child may open no connection.
+        """
         if path is None:
             raise SlideError("The slide is not at hand, only its features.")
+        if is_remote(path):
+            return open_slide(path, slide_mpp=slide_mpp, hosts=self.hosts)
         uploaded = Path(path).is_relative_to(self.folder)
         root = self.folder / Path(path).relative_to(self.folder).parts[0] if uploaded else None
         return open_confined(path, root=root, slide_mpp=slide_mpp)

@@ -12,6 +12,8 @@ from pathlib import Path, PurePosixPath
 
 from sparsewsi.files import as_path
 from sparsewsi.slides.confined import open_confined
+from sparsewsi.slides.remote import is_remote
+from sparsewsi.slides.slide import open_slide
 
 OVERVIEW = 1024  # px
 ENTRIES, UNPACKED, RATIO = 20_000, 16 << 30, 100  # what an archive may hold: files, bytes, bytes per stored byte
@@ -26,8 +28,13 @@ SEVERAL_FILES = (".mrxs", ".vms", ".vmu", ".dcm")  # the file that is opened is 
 def check(path: str | Path, root: Path | None = None) -> None:
     """Raise ValueError with one sentence if a slide cannot be opened and looked at within open_confined's limits.
 
-    root: the folder of a stranger's slide; see open_confined
+    root: the folder of a stranger's slide; see open_confined. None: whoever asks may open what this machine can, and
+    slides of any server
     """
+    if root is None and is_remote(path):
+        with open_slide(path) as slide:
+            slide.thumbnail(OVERVIEW)
+        return
     with open_confined(path, root=root) as slide:
         file, (width, height) = as_path(path), slide.level_sizes[-1]
         alone = file.is_file() and file.suffix.lower() not in SEVERAL_FILES
