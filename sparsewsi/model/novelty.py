@@ -11,7 +11,8 @@ patches were picked for variety, while one tissue may fill a slide.
 
 Both limits come from training slides as if they were new: sources are dealt to FOLDS folds, and each fold is measured
 with a summary of the others. So a slide that is like the S training slides stays within the largest of their S
-distances with a chance of at least S / (S + 1).
+distances with a chance of at least S / (S + 1). That is all: tissue of an organ that training has not seen is no
+farther than tissue of one that it has (train/studies/novelty.py), and no warning does not mean that it is known.
 """
 
 import dataclasses
@@ -78,6 +79,12 @@ def summarise(features: Tensor, sources: np.ndarray) -> Summary:
 
     Takes a few seconds. Raises ValueError for fewer sources than folds.
     """
+    whole, far, near = measure_sources(features, sources)
+    return dataclasses.replace(whole, farthest=max(far), least_spread=min(near, default=0.0))
+
+
+def measure_sources(features: Tensor, sources: np.ndarray) -> tuple[Summary, list[float], list[float]]:
+    """A summary that has no limits yet, and the median distance and the spread of each source as if it were new."""
     names = np.unique(sources)
     if len(names) < FOLDS:
         raise ValueError(f"limits need patches of at least {FOLDS} slides, got {len(names)}.")
@@ -87,8 +94,7 @@ def summarise(features: Tensor, sources: np.ndarray) -> Summary:
         others = _fit(torch.cat([x for i, x in enumerate(slides) if i % FOLDS != fold]), len(names))
         far += [float(distances(others, x).median()) for x in slides[fold::FOLDS]]
         near += [spread(others, x) for x in slides[fold::FOLDS] if len(x) >= FEW]
-    whole = _fit(torch.cat(slides), len(names))
-    return dataclasses.replace(whole, farthest=max(far), least_spread=min(near, default=0.0))
+    return _fit(torch.cat(slides), len(names)), far, near
 
 
 def _some(rows: np.ndarray) -> np.ndarray:
