@@ -15,6 +15,7 @@ patient lie in train and test alike, and accuracies come out too high.
 import json
 from pathlib import Path
 
+from sparsewsi.bags.efficientnet import HE
 from train.data.bank import cut_tiles, draw_phantom_patches, write_bank
 from train.data.mosaic_slides import write_slides
 from train.data.tiles import find_class_tiles, find_tiles
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--per-class", type=int, help="images of a class at most")
     parser.add_argument("--phantoms", type=int, default=60, help="number of training phantoms")
     parser.add_argument("--copies", type=int, default=6, help="augmented copies of a real training tile")
-    parser.add_argument("--encoder", default="efficientnet-lite0")
+    parser.add_argument("--encoder", default=HE)
     parser.add_argument("--slides", type=int, default=1, help="slides: how many")
     add_flag(parser, "--n", default=4096, help="slides: patches of each")
     add_flag(parser, "--split", help="slides: whose tiles to use")
