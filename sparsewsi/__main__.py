@@ -3,6 +3,7 @@
     sparsewsi ask SLIDE          answer questions about a slide, write what was selected (SLIDE alone is short for this)
     sparsewsi extract SLIDES     encode many slides, resumable
     sparsewsi app                serve the page and its API
+    sparsewsi doctor             what is installed, which weights are at hand, what this machine can run
 
 `sparsewsi COMMAND --help` says more. `python -m sparsewsi` does the same as `sparsewsi`.
 Exit status 0, or 2 with one sentence on stderr when the input is at fault.
@@ -100,6 +101,13 @@ def run_extract(words: Sequence[str]) -> int:
     return extract(list(words))
 
 
+def run_doctor(words: Sequence[str]) -> int:
+    """The command doctor; returns the exit status."""
+    from sparsewsi.doctor import main as doctor
+
+    return doctor(words)
+
+
 def run_app(words: Sequence[str]) -> int:
     """The command app; returns the exit status."""
     try:
@@ -149,6 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_extract(words[1:])
     if command == "app":
         return run_app(words[1:])
+    if command == "doctor":
+        return run_doctor(words[1:])
     return run_ask(words[1:] if command == "ask" else words)
 
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A room, and the rooms that it may import besides itself. The road is in the order of the rows.
 ROAD = {
     "files": "",
+    "presets": "",
     "slides": "files",
     "bags": "files slides",
     "phantom": "files slides",
@@ -25,6 +26,7 @@ ROAD = {
     "readers": "files slides bags model",
     "report": "files slides bags phantom model readers",
     "web": "files slides bags phantom model readers report",
+    "doctor": "files bags model presets",
 }
 ENTRANCES = ("sparsewsi", "sparsewsi.__main__", "app")  # public names and command lines: they may import any room
 STORIES = {"recipe": "data eval", "data": "recipe", "eval": "recipe data", "studies": "recipe data eval"}  # of train/

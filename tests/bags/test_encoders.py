@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from sparsewsi.bags.encoders import ENCODERS, load_encoder
+from sparsewsi.bags.encoders import load_encoder
+from sparsewsi.bags.vit import HUB_VITS
 
 
 def test_a_name_that_does_not_exist_lists_those_that_do():
@@ -12,7 +13,7 @@ def test_a_name_that_does_not_exist_lists_those_that_do():
         load_encoder("resnet")
 
 
-@pytest.mark.parametrize("name", [name for name in ENCODERS if "lite0" not in name])
+@pytest.mark.parametrize("name", HUB_VITS)
 def test_a_missing_extra_is_named(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ValueError, match=rf"{name} needs timm.*pip install 'sparsewsi\[encoders\]'"):

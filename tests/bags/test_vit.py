@@ -79,6 +79,25 @@ def test_a_transformers_model_gives_its_class_token_or_pooled_output(kind, tmp_p
     assert torch.allclose(encoder(small[3:4]), encoder(small)[3:4], atol=1e-6)
 
 
+def test_midnight_is_its_class_token_and_the_mean_of_its_patches(tmp_path, patches, monkeypatch):
+    monkeypatch.setattr(vit, "fast_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(vit, "MIDNIGHT", str(tmp_path / "midnight"))
+    model = _save_tiny_model("dinov2", tmp_path / "midnight")
+    encoder = load_encoder("midnight", device="cpu")
+    x = torch.from_numpy(patches[:2]).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.inference_mode():
+        tokens = model(pixel_values=x).last_hidden_state
+    expected = torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)
+    assert (encoder.name, encoder.dim) == ("midnight", 64)
+    assert torch.allclose(encoder(patches[:2]), expected, atol=1e-5)
+
+
+def test_weights_of_other_towers_are_left_out_and_unknown_ones_are_not():
+    spec = vit.HUB_VITS["keep"]
+    stored = {name: torch.zeros(1) for name in ("visual.cls_token", "visual_head.0.bias", "text.x", "logit_scale", "?")}
+    assert list(vit.rename_weights(stored, spec)) == ["trunk.cls_token", "head.0.bias", "?"]
+
+
 def test_hub_weights_load_strictly(tmp_path, monkeypatch):
     """A small ViT in CONCH's layout, with its text tower beside it; one key less is refused."""
     pytest.importorskip("timm")
