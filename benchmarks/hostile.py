@@ -4,23 +4,29 @@
 
 Starts the app in its own process and attacks it in random order, as often as --rounds says. Files are opened as the
 page does (path field, then the slide, then its analysis) and, unless large, uploaded through the API; requests are sent
-as a program would. A second session asks about the example every few seconds meanwhile. Prints a row for each: what,
-the sentence or status, seconds, highest memory of the app with all its children, and the longest wait of the second
-session; then whether the app still lives and answers. Linux; needs psutil. It talks to 127.0.0.1 alone.
+as a program would; logins are tried on a second app, which asks for one and serves MCP. A second session asks about the
+example every few seconds meanwhile. Prints a row for each: what, seconds, highest memory of the app with all its
+children (shared pages once: PSS), how much longer than at rest the second session had to wait for an answer, and the
+sentence or status; then what was over the limits, and whether the app still lives and answers. Linux; needs psutil. It
+talks to 127.0.0.1 alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import re
+import socket
+import statistics
 import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import uuid
 import zipfile
 import zlib
 from collections import Counter
@@ -28,6 +34,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +48,9 @@ from benchmarks.sessions import QUESTION, Page
 from sparsewsi import phantom
 
 ROOT = Path(__file__).resolve().parents[1]
-PAUSE = 3  # s between two questions of the second session
+PAUSE = 1  # s between two questions of the second session
+LIMITS = (10.0, 1.5, 2.0)  # s, GB, s of wait
+JSON = {"Content-Type": "application/json"}
 UPLOAD_LIMIT = 100 << 20  # bytes; larger files are opened by their path only
 
 
@@ -122,6 +131,22 @@ def leads_out(path: Path, kind: str) -> None:
             archive.writestr(name, content)
 
 
+def archive(path: Path, kind: str) -> None:
+    """A zip that asks for more than a slide does."""
+    if kind == "link":
+        link = zipfile.ZipInfo("slide.svs")
+        link.external_attr = 0o120777 << 16
+        with zipfile.ZipFile(path, "w") as packed:
+            packed.writestr(link, "/etc/passwd")
+    elif kind == "entries":
+        with zipfile.ZipFile(path, "w") as packed:
+            for i in range(200_000):
+                packed.writestr(zipfile.ZipInfo(f"{i:060d}"), b"")
+    else:  # a dictionary of LZMA may take gigabytes
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as packed:
+            packed.writestr("slide.svs", bytes(50 << 20))
+
+
 def sparse(path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(4 << 30)
@@ -142,10 +167,14 @@ def files(folder: Path) -> dict[str, tuple[str, Callable[[Path], object]]]:
         "TIFF bomb, 0.5 um/px": ("bomb_mpp.tiff", lambda path: tiff_bomb(path, mpp=0.5)),
         "PNG bomb": ("bomb.png", png_bomb),
         "PNG of 13,000 px": ("large.png", lambda path: png_bomb(path, 13_000)),
+        "PNG of 9,000 px": ("fair.png", lambda path: png_bomb(path, 9_000)),
         "middle level of 90,000 px": ("middle.tiff", huge_middle_level),
         "VMS that leads out": ("vms.zip", lambda path: leads_out(path, "vms")),
         "MRXS that leads out": ("mrxs.zip", lambda path: leads_out(path, "mrxs")),
         "zip with ..": ("escape.zip", lambda path: zipped(path, "../../escape.svs", b"junk")),
+        "zip with a link": ("link.zip", lambda path: archive(path, "link")),
+        "zip of 200,000 files": ("entries.zip", lambda path: archive(path, "entries")),
+        "zip by LZMA": ("lzma.zip", lambda path: archive(path, "lzma")),
         "zip bomb": ("bomb.zip", lambda path: zipped(path, "slide.svs", bytes(400 << 20))),
         "4 GB sparse": ("sparse.svs", sparse),
     }
@@ -154,20 +183,27 @@ def files(folder: Path) -> dict[str, tuple[str, Callable[[Path], object]]]:
 # ---- the app and its visitors
 
 
-@contextmanager
-def served(model: str, home: Path) -> Iterator[tuple[str, psutil.Process]]:
-    """The app in its own process: its address and the process."""
+def launch(model: str, home: Path, *flags: str) -> tuple[subprocess.Popen, str]:
+    """The app in its own process, and its address."""
     environment = {**os.environ, "TMPDIR": str(home), "PYTHONUNBUFFERED": "1"}
     environment.pop("GRADIO_TEMP_DIR", None)
-    command = [sys.executable, "app.py", "--model", model]
+    command = [sys.executable, "app.py", "--model", model, *flags]
     with (home / "out").open("w") as out:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
+    while process.poll() is None and "served at" not in (home / "out").read_text():
+        time.sleep(0.2)
+    found = re.search(r"served at (\S+)", (home / "out").read_text())
+    assert found, (home / "out").read_text()
+    return process, found[1].rstrip("/")
+
+
+@contextmanager
+def served(model: str, home: Path, *flags: str) -> Iterator[tuple[str, psutil.Process]]:
+    """The app in its own process: its address and the process."""
+    home.mkdir(exist_ok=True)
+    process, address = launch(model, home, *flags)
     try:
-        while process.poll() is None and "served at" not in (home / "out").read_text():
-            time.sleep(0.2)
-        found = re.search(r"served at (\S+)", (home / "out").read_text())
-        assert found, (home / "out").read_text()
-        yield found[1].rstrip("/"), psutil.Process(process.pid)
+        yield address, psutil.Process(process.pid)
     finally:
         process.terminate()
         process.wait(30)
@@ -228,41 +264,172 @@ def named(address: str, path: str) -> str:
         return str(error)
 
 
-def queued(address: str) -> str:
-    """A thousand events of one session at once."""
-    body = {"data": ["phantom", None, 0, "learned"], "fn_index": handler(address, "analyze"), "session_hash": "many"}
-    with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda _: post(address, "queue/join", json=body)[:3], range(1000)))
+def queued(address: str, sessions: int) -> str:
+    """A thousand events at once, of one session or of many."""
+    body = {"data": ["phantom", None, 0, "learned"], "fn_index": handler(address, "analyze")}
+    names = [uuid.uuid4().hex for _ in range(sessions)]
+    with ThreadPoolExecutor(16) as pool, httpx.Client(timeout=60) as sender:
+
+        def join(i: int) -> int:
+            named = {**body, "session_hash": names[i % sessions]}
+            return sender.post(f"{address}/gradio_api/queue/join", json=named).status_code
+
+        answers = list(pool.map(join, range(1000)))
     return ", ".join(f"{count} times {status}" for status, count in Counter(answers).items())
 
 
-def gone(address: str) -> str:
-    """Who asks for an analysis and leaves; the seconds until the next one's has begun."""
-    page = Page(address)
-    body = {
-        "data": ["phantom", None, 0.3, "learned"],
-        "fn_index": page.handlers["analyze"],
-        "session_hash": page.session,
-    }
-    page.client.post(f"{address}/gradio_api/queue/join", json=body)
+class Visitor(Page):
+    """Somebody who opens the phantom and asks about it, as the page does."""
+
+    def __init__(self, address: str, mpp: str = ""):
+        super().__init__(address)
+        self.call("on_phantom")
+        self.call("on_slide", None, mpp)
+        self.mpp = mpp
+
+    def join(self, name: str, *data: object, told: dict | None = None) -> None:
+        body = {"data": data, "fn_index": self.handlers[name], "session_hash": self.session, "event_data": told}
+        self.client.post(f"{self.address}/gradio_api/queue/join", json=body).raise_for_status()
+
+    def leave_after(self, seconds: float) -> None:
+        """Listen for so long, then go."""
+        try:
+            where = f"{self.address}/gradio_api/queue/data"
+            with self.client.stream("GET", where, params={"session_hash": self.session}, timeout=seconds) as stream:
+                ends = time.monotonic() + seconds
+                for _ in stream.iter_lines():
+                    if time.monotonic() > ends:
+                        break
+        except httpx.TimeoutException:
+            pass
+
+    def asked(self) -> list:
+        """The chat with a question that calls for a long answer."""
+        self.call("on_slide_shown", None, None, self.mpp)
+        return self.call("on_question", "Describe everything that you see in great detail.", "", None, [], None)[0]
+
+
+def gone(address: str, process: psutil.Process, doing: str) -> str:
+    """Who asks for something and leaves in the middle of it; what the app still does three seconds later."""
+    visitor = Visitor(address, "0.3")
+    if doing == "analysing":
+        visitor.join("on_slide_shown", None, None, visitor.mpp)
+        visitor.leave_after(4)
+    else:
+        chat = visitor.asked()
+        visitor.join(*{"answering": ("on_asked", None, chat, None, None), "mapping": ("on_map_wanted", None)}[doing])
+        visitor.leave_after(1.5)
+    time.sleep(2)
+    before = busy_seconds(process)
+    time.sleep(1)
+    return f"{busy_seconds(process) - before:.1f} processor seconds in the third second after"
+
+
+def busy_seconds(process: psutil.Process) -> float:
+    total = 0.0
+    for one in [process, *process.children(recursive=True)]:
+        try:
+            total += one.cpu_times().user + one.cpu_times().system
+        except psutil.NoSuchProcess:
+            continue
+    return total
+
+
+def told(address: str, event: str, data: dict, times: int = 1) -> str:
+    """Events of the viewer."""
+    visitor = Visitor(address)
+    if event == "on_picks":
+        visitor.call("on_slide_shown", None, None, "")
+    answers: Counter[str] = Counter()
+    for _ in range(times):
+        try:
+            visitor.join(event, *([None] if event == "on_picks" else []), told=data)
+            with visitor.client.stream(
+                "GET", f"{address}/gradio_api/queue/data", params={"session_hash": visitor.session}
+            ) as lines:
+                said = [json.loads(line[5:]) for line in lines.iter_lines() if line.startswith("data:")]
+            done = next(message for message in said if message["msg"] == "process_completed")
+            answers[str(done["output"].get("error") or "taken")] += 1
+        except httpx.HTTPStatusError as error:
+            answers[f"{error.response.status_code} {error.response.text[:80]}"] += 1
+    token = visitor.call("on_slide", None, "")[0]
+    return ", ".join(f"{count} times: {words}" for words, count in answers.items()) + f" ({token is None})"
+
+
+def regions(address: str, folder: Path, kind: str) -> str:
+    """GeoJSON of more than anybody draws."""
+    square = [[0, 0], [0, 9e3], [9e3, 9e3], [0, 0]]
+    geometry = {
+        "points": {"type": "MultiPoint", "coordinates": [[i % 4000, i % 3989] for i in range(1_000_000)]},
+        "polygons": {"type": "MultiPolygon", "coordinates": [[square]] * 60_000},
+        "lines": {"type": "LineString", "coordinates": [[i, i] for i in range(1_000_000)]},
+    }[kind]
+    path = folder / f"{kind}.geojson"
+    path.write_text(json.dumps({"type": "Feature", "geometry": geometry}))
+    visitor = Visitor(address)
+    visitor.call("on_slide_shown", None, None, "")
+    with path.open("rb") as file:
+        sent = visitor.client.post(f"{address}/gradio_api/upload", files={"files": (path.name, file)})
     try:
-        with page.client.stream(
-            "GET", f"{address}/gradio_api/queue/data", params={"session_hash": page.session}, timeout=3
-        ) as stream:
-            list(stream.iter_lines())
-    except httpx.TimeoutException:
-        pass
-    began = time.perf_counter()
-    asked(address, "/ask", "nothing", "Which?")
-    return f"the next caller was answered after {time.perf_counter() - began:.1f} s"
+        visitor.call("on_regions", {"path": sent.json()[0], "meta": {"_type": "gradio.FileData"}}, None)
+        return "taken"
+    except ValueError as error:
+        return str(error)
+
+
+def at_once(address: str, path: Path, count: int) -> str:
+    """The same file uploaded and looked at by many."""
+    with ThreadPoolExecutor(count) as pool:
+        said = Counter(pool.map(lambda _: uploaded(address, path)[:90], range(count)))
+    return "; ".join(f"{times} times {sentence}" for sentence, times in said.items())
+
+
+def upload(address: str, how: str) -> str:
+    """An upload that is no upload."""
+    host, port = address.removeprefix("http://").split(":")
+    head = "POST /gradio_api/upload HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+    part = '--x\r\nContent-Disposition: form-data; name="files"; filename="a.svs"\r\n\r\n'
+    if how == "a field of 200 MB":
+        return post(address, "upload", files={"files": ("a.svs", b"x")}, data={"note": "x" * (200 << 20)})
+    length = {"half a slide": 1 << 20, "of 50 GB": 50 << 30}[how]
+    with socket.create_connection((host, int(port)), timeout=20) as line:
+        line.sendall(f"{head}Content-Length: {length}\r\n\r\n{part}half a slide".encode())
+        if how == "half a slide":
+            time.sleep(0.5)
+            return "broken off"
+        return line.recv(300).decode().replace("\r\n", " ")[-120:]
+
+
+def named_auth(value: str) -> str:
+    """What the app says that is started with such a login."""
+    command = [sys.executable, "app.py", "--auth", value]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return f"exit status {ended.returncode}: {ended.stderr.strip()[-120:]}"
+
+
+def guessed(address: str) -> str:
+    """Fifty wrong passwords at once."""
+    with ThreadPoolExecutor(16) as pool:
+        tries = pool.map(
+            lambda i: httpx.post(f"{address}/login", data={"username": "me", "password": f"{i}"}).status_code, range(50)
+        )
+        return ", ".join(f"{count} times {status}" for status, count in Counter(tries).items())
+
+
+def unlogged(address: str, path: str) -> str:
+    body = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
+    return f"{get(address, f'gradio_api/{path}')}; POST {post(address, path, json=body)}"
 
 
 def handler(address: str, name: str) -> int:
     return Page(address).handlers[name]
 
 
-def requests(address: str, case: str) -> dict[str, Callable[[], str]]:
-    """name -> what sends it and says what came back."""
+def requests(
+    address: str, case: str, guarded: str, process: psutil.Process, folder: Path
+) -> dict[str, Callable[[], str]]:
+    """name -> what sends it and says what came back. guarded: the app that asks for a login."""
+    longest, options = "Which of these is it? " * 90, [f"{i} " + "carcinoma " * 7 for i in range(26)]
     tile = f"gradio_api/slide/{case}"
     url = {"path": "http://127.0.0.1:9/secret", "meta": {"_type": "gradio.FileData"}}
     body = {"data": ["", url, 0, "learned"], "session_hash": "files", "fn_index": handler(address, "analyze")}
@@ -273,18 +440,44 @@ def requests(address: str, case: str) -> dict[str, Callable[[], str]]:
         "patch of 9,999,999 px": lambda: get(address, f"{tile}/patch/0_0_9999999_9999999.jpg"),
         "1e-5 um/px": lambda: asked(address, "/analyze", "phantom", None, 1e-5),
         "32 um/px": lambda: asked(address, "/analyze", "phantom", None, 32),
-        "NaN um/px": lambda: asked(address, "/analyze", "phantom", None, float("nan")),
+        "NaN um/px": lambda: post(
+            address, "call/analyze", content='{"data": ["phantom", null, NaN, "learned"]}', headers=JSON
+        ),
         "question of 5,000 characters": lambda: asked(address, "/ask", case, "x" * 5000),
         "question of 3 MB": lambda: asked(address, "/ask", case, "x" * (3 << 20)),
         "100 options": lambda: asked(address, "/ask", case, "Which?", ["x"] * 100),
         "answer of 100,000 characters": lambda: asked(address, "/evidence", case, "Which?", "x" * 100_000),
+        "26 long options": lambda: asked(address, "/ask", case, longest, options),
+        "evidence of 26 long options": lambda: asked(address, "/evidence", case, longest, options[0], options),
+        "evidence of 2,000 characters": lambda: asked(address, "/evidence", case, longest, "carcinoma " * 200),
+        "half a character and U+2028": lambda: asked(address, "/ask", case, "Which\u2028tissue\ud800?"),
+        "10,000 pins": lambda: told(address, "on_picks", {"pinned": list(range(10_000)), "dropped": []}),
+        "log event of 5 MB": lambda: told(address, "on_journal", {"views": ["x" * 1000] * 5000}),
+        "log events of 60 kB, 30 times": lambda: told(address, "on_journal", {"views": ["x" * 600] * 100}, 30),
+        "GeoJSON of a million points": lambda: regions(address, folder, "points"),
+        "GeoJSON of 60,000 polygons": lambda: regions(address, folder, "polygons"),
+        "GeoJSON of a line of a million points": lambda: regions(address, folder, "lines"),
+        "upload that breaks off": lambda: upload(address, "half a slide"),
+        "upload of 50 GB": lambda: upload(address, "of 50 GB"),
+        "upload with a field of 200 MB": lambda: upload(address, "a field of 200 MB"),
         "another name": lambda: get(address, "", Host="evil.example"),
         "file= with a URL": lambda: get(address, "gradio_api/file=http://127.0.0.1:9/secret"),
         "FileData with a URL": lambda: post(address, "queue/join", json=body),
         "FileData with a folder": lambda: named(address, tempfile.gettempdir()),
         "FileData with /etc/hostname": lambda: named(address, "/etc/hostname"),
-        "1,000 events at once": lambda: queued(address),
-        "a caller who leaves": lambda: gone(address),
+        "1,000 events of one at once": lambda: queued(address, 1),
+        "1,000 events of 500 at once": lambda: queued(address, 500),
+        "leaves while its slide is encoded": lambda: gone(address, process, "analysing"),
+        "leaves while it is answered": lambda: gone(address, process, "answering"),
+        "leaves while its map is made": lambda: gone(address, process, "mapping"),
+        "login ''": lambda: named_auth(""),
+        "login 'me:'": lambda: named_auth("me:"),
+        "50 wrong passwords": lambda: guessed(guarded),
+        "MCP without a login": lambda: unlogged(guarded, "mcp/"),
+        "heartbeat without a login": lambda: unlogged(guarded, "heartbeat/a"),
+        "page of another origin": lambda: post(
+            address, "queue/join", json=body, headers={"Origin": "https://evil.example"}
+        ),
     }
 
 
@@ -298,24 +491,26 @@ class Watch:
     asking_since: float = 0.0
     errors: int = 0
     over: bool = False
+    rest: float = 0.0  # s that an answer takes at rest
 
     def clear(self) -> None:
         self.peak, self.waits = 0, ()
 
     def longest(self) -> float:
+        """How much longer than at rest an answer took, or takes already."""
         now = time.perf_counter() - self.asking_since if self.asking_since else 0.0
-        return max([now, *self.waits])
+        return max(0.0, max([now, *self.waits]) - self.rest)
 
     def weigh(self) -> None:
         while not self.over:
             total = 0
             for process in [self.process, *self.process.children(recursive=True)]:
                 try:
-                    total += process.memory_info().rss
-                except psutil.NoSuchProcess:
+                    total += process.memory_full_info().pss
+                except (psutil.NoSuchProcess, psutil.ZombieProcess, ProcessLookupError):
                     continue
             self.peak = max(self.peak, total)
-            time.sleep(0.05)
+            time.sleep(0.1)
 
     def ask(self, client: Client, case: str) -> None:
         while not self.over:
@@ -339,7 +534,11 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with served(options.model, folder) as (address, process):
+        login = ("--auth", "me:secret", *(["--mcp"] if find_spec("mcp") else []))
+        with (
+            served(options.model, folder / "app") as (address, process),
+            served(options.model, folder / "guarded", *login) as (guarded, _),
+        ):
             second = Client(address, verbose=False)
             case = second.predict(api_name="/analyze")["case"]
             second.predict(case, *QUESTION, api_name="/ask")
@@ -347,17 +546,21 @@ def main() -> None:
             threads = [threading.Thread(target=watch.weigh), threading.Thread(target=watch.ask, args=(second, case))]
             for thread in threads:
                 thread.start()
+            over: list[str] = []
             try:
-                time.sleep(4 * PAUSE)
-                print(f"at rest: {watch.peak / 1e9:.2f} GB, longest wait {watch.longest():.1f} s")
-                print("| what | s | peak GB | longest wait, s | sentence or status |\n|---|---|---|---|---|")
-                attacks = dict(requests(address, case))
+                time.sleep(20)
+                watch.rest = statistics.median(watch.waits)
+                print(f"at rest: {watch.peak / 1e9:.2f} GB, an answer takes {watch.rest:.1f} s")
+                print("| what | s | peak GB | wait, s | sentence or status |\n|---|---|---|---|---|")
+                attacks = dict(requests(address, case, guarded, process, folder))
                 for kind, (file, make) in files(folder).items():
                     path = folder / file
                     make(path)
                     attacks[f"{kind}, by path"] = lambda path=path: opened(Page(address), path)
                     if path.stat().st_size < UPLOAD_LIMIT:
                         attacks[f"{kind}, upload"] = lambda path=path: uploaded(address, path)
+                for kind in ("fair.png", "large.png", "bomb_mpp.tiff"):
+                    attacks[f"{kind}, ten at once"] = lambda path=folder / kind: at_once(address, path, 10)
                 rng = random.Random(options.seed)
                 for _ in range(options.rounds):
                     for kind in rng.sample(list(attacks), len(attacks)):
@@ -368,10 +571,14 @@ def main() -> None:
                         sentence = " ".join(attacks[kind]().split())[:200]
                         took, wait = time.perf_counter() - began, watch.longest()
                         print(f"| {kind} | {took:.1f} | {watch.peak / 1e9:.2f} | {wait:.1f} | {sentence} |", flush=True)
+                        if any(value > limit for value, limit in zip((took, watch.peak / 1e9, wait), LIMITS)):
+                            over.append(kind)
+                        time.sleep(PAUSE)
             finally:
                 watch.over = True
                 for thread in threads:
                     thread.join()
+            print(f"over {LIMITS[0]:.0f} s, {LIMITS[1]} GB or {LIMITS[2]:.0f} s of wait: {', '.join(over) or 'none'}")
             print(f"errors of the second session: {watch.errors}; the app lives: {process.is_running()}")
 
 

@@ -74,8 +74,8 @@ def first_word(address: str, pid: int | None) -> None:
     say("slide on screen")
     page.call("on_slide_shown", None, None, "")
     say("patches selected")
-    chat = page.call("add_turn", QUESTION[0], "\n".join(QUESTION[1]), None, [])[2]
-    page.call("reply", None, chat, None, first=True)
+    chat = page.call("on_question", QUESTION[0], "\n".join(QUESTION[1]), None, [], None)[0]
+    page.call("on_asked", None, chat, None, None, first=True)
     say("first word")
 
 

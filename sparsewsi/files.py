@@ -132,8 +132,8 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """write_bytes of the text in UTF-8."""
-    write_bytes(path, text.encode("utf-8"))
+    """write_bytes of the text in UTF-8; half a character (a lone surrogate) is written as \\ud800, as JSON does."""
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:

@@ -47,6 +47,17 @@ def test_a_folder_takes_the_place_of_the_old_one_at_the_end(tmp_path: Path) -> N
     assert os.listdir(tmp_path) == ["model"]
 
 
+@pytest.mark.parametrize("text", ["\ud800", "a\udfffb", "\u2028\u2029\x85", "\x00", "é🙂"])
+def test_any_text_can_be_written_and_read(text: str, tmp_path: Path) -> None:
+    files.write_json(tmp_path / "a.json", {"text": text, "score": float("inf")})
+    assert files.read_json(tmp_path / "a.json") == {"text": text, "score": None}
+    files.append_line(tmp_path / "log.jsonl", {"text": text, "score": float("-inf")})
+    files.append_line(tmp_path / "log.jsonl", {"text": text})
+    assert len((tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()) == 2
+    files.write_text(tmp_path / "a.html", text)
+    assert (tmp_path / "a.html").stat().st_size
+
+
 def test_lines_after_a_torn_one_are_read(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     files.append_line(log, {"a": 1})

@@ -4,7 +4,6 @@ QuPath's origin is the corner of the part that was scanned (openslide.bounds-*),
 that of the slide. N patches, V corners of a region. Positions are level-0 px.
 """
 
-import json
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +14,14 @@ import torch
 from torch import Tensor
 
 from sparsewsi.bags.bag import Bag
-from sparsewsi.files import read_json, write_text
+from sparsewsi.files import read_json, write_json
 from sparsewsi.model.selection import Selection
 
 CLASS_NAME = "SparseWSI selected"
 CLASS_COLOUR = (230, 159, 0)  # Okabe and Ito's orange: told from blue by every kind of colour vision
-MOST_CORNERS = 200_000  # of all regions of a GeoJSON together: a second or two on a slide of 100,000 patches
+MOST_BYTES = 16 << 20  # of a GeoJSON; parsed, it takes ten times as many
+# Of all regions of a GeoJSON together: some seconds on a slide of 100,000 patches.
+MOST_CORNERS, MOST_REGIONS = 200_000, 5000
 
 
 def write_geojson(path: str | Path, bag: Bag, selection: Selection) -> None:
@@ -29,7 +30,7 @@ def write_geojson(path: str | Path, bag: Bag, selection: Selection) -> None:
     Each has the classification CLASS_NAME, its rank as its name, and the measurements "Rank" and "Score".
     """
     features = [_square(bag, selection, place) for place in selection.best_first.tolist()]
-    write_text(path, json.dumps({"type": "FeatureCollection", "features": features}, indent=1))
+    write_json(path, {"type": "FeatureCollection", "features": features})
 
 
 def _square(bag: Bag, selection: Selection, place: int) -> dict[str, Any]:
@@ -68,9 +69,11 @@ def read_regions(path: str | Path, bag: Bag) -> Tensor:
     Raises ValueError, in words, for a file that is too big, that is no GeoJSON, or whose regions meet no patch.
     """
     name = Path(path).name
-    polygons, points = _geometries(read_json(path), name)
+    polygons, points = _geometries(read_json(path, MOST_BYTES), name)
     if not polygons and not points:
         raise ValueError(f"{name} holds no polygon and no point. Draw a region in QuPath and export it as GeoJSON.")
+    if len(polygons) + len(points) > MOST_REGIONS:
+        raise ValueError(f"{name} holds more than {MOST_REGIONS:,} regions or points. Export fewer objects.")
     if sum(len(ring) for rings in polygons for ring in rings) > MOST_CORNERS:
         raise ValueError(f"the regions of {name} have more than {MOST_CORNERS:,} corners. Simplify their shapes.")
     corners = bag.coords.numpy().astype(np.float64) - _origin(bag)  # (N, 2)

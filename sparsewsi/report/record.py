@@ -4,7 +4,6 @@ N patches, K kept.
 """
 
 import hashlib
-import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsewsi.bags.bag import Bag
-from sparsewsi.files import read_json, write_text
+from sparsewsi.files import read_json, write_json
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.selection import Selection
 from sparsewsi.report.answer import Answer, name_llm, word_notice
@@ -75,7 +74,7 @@ def write_selection(
         "answers": [asdict(answer) for answer in answers],
         "versions": {"python": platform.python_version(), **list_versions()},
     }
-    write_text(path, json.dumps(record, indent=1, ensure_ascii=False))
+    write_json(path, record)
 
 
 # ---- back from it ----

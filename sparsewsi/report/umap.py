@@ -4,7 +4,9 @@ N patches, K kept, D feature dim, M points drawn. matplotlib and umap-learn are 
 import of umap-learn takes seconds.
 """
 
+import io
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,10 +45,17 @@ class FeatureMap:
         return f"{self.method} of the features of {count}" + (" (too few for UMAP)" if self.method == "PCA" else "")
 
 
-def map_features(features: Tensor, selection: Selection, seed: int = 0, max_points: int = 20_000) -> FeatureMap:
+def map_features(
+    features: Tensor,
+    selection: Selection,
+    seed: int = 0,
+    max_points: int = 20_000,
+    look: Callable[[], object] | None = None,
+) -> FeatureMap:
     """Map features (N, D) to two dimensions: UMAP, or PCA when there are fewer than 5 patches.
 
     max_points: of a larger slide a seeded random part is mapped, which holds every kept patch
+    look: called a few times a second; what it raises ends the work
     The same input and seed give the same map. The first call imports umap-learn and compiles it, which takes seconds.
     """
     total = len(features)
@@ -68,15 +77,28 @@ def map_features(features: Tensor, selection: Selection, seed: int = 0, max_poin
         reducer = umap.UMAP(
             n_neighbors=neighbours,
             # Exact neighbours by matrix products: umap's own search for N < 4,096 is a Python loop over all pairs.
-            precomputed_knn=find_neighbours(x, neighbours),
+            precomputed_knn=find_neighbours(x, neighbours, look),
             force_approximation_algorithm=True,
             init=_start(x, seed),  # type: ignore[arg-type]  # an array is allowed
             random_state=seed,
             n_jobs=1,
             n_epochs=200,
+            tqdm_kwds={"disable": False, "file": _Looking(look), "mininterval": 0.1} if look is not None else None,
         )
         xy = np.asarray(reducer.fit_transform(x), np.float32)
     return FeatureMap(xy, rows, total, "UMAP")
+
+
+class _Looking(io.StringIO):
+    """Where umap-learn's bar of epochs is drawn: its only way to be asked to end."""
+
+    def __init__(self, look: Callable[[], object]):
+        super().__init__()
+        self._look = look
+
+    def write(self, text: str, /) -> int:
+        self._look()
+        return len(text)
 
 
 def _principal(x: np.ndarray, most: int) -> np.ndarray:
@@ -94,10 +116,12 @@ def _principal(x: np.ndarray, most: int) -> np.ndarray:
     return np.ascontiguousarray(x @ axes, np.float32)
 
 
-def find_neighbours(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def find_neighbours(x: np.ndarray, k: int, look: Callable[[], object] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Indices and distances (M, k) of the k nearest points of x (M, d) to each of its points, itself first."""
     points, parts = torch.from_numpy(x), []
     for start in range(0, len(x), 1024):
+        if look is not None:
+            look()
         distance = torch.cdist(points[start : start + 1024], points)
         here = torch.arange(len(distance))
         distance[here, start + here] = -1.0  # a twin at distance 0 must not come before the point itself

@@ -57,11 +57,18 @@ REQUEST, DONE, REFUSED = 0, 1, 2  # what a turn is
 _T = TypeVar("_T")
 
 
-def open_confined(path: str | Path, *, root: str | Path | None = None, slide_mpp: float | None = None) -> Slide:
+def open_confined(
+    path: str | Path,
+    *,
+    root: str | Path | None = None,
+    slide_mpp: float | None = None,
+    begun: Callable[[Slide], None] | None = None,
+) -> Slide:
     """open_slide in a process of its own.
 
     root: the folder that holds the slide and nothing else, all of which may be read; every file in it must be a plain
     one. None: the folder that the slide lies in. A stranger's slide is no phantom, whatever it says
+    begun: called with the slide before it is opened, so that another thread may close it meanwhile
     Raises SlideError as open_slide does, and from every read once the child was killed or crashed. Close it: the child
     lives until then.
     """
@@ -77,7 +84,7 @@ def open_confined(path: str | Path, *, root: str | Path | None = None, slide_mpp
     _refuse_references(path)
     if os.name != "posix":
         return open_slide(path, slide_mpp=slide_mpp)
-    slide = ConfinedSlide(path, root, slide_mpp)
+    slide = ConfinedSlide(path, root, slide_mpp, begun)
     if strange and slide.phantom_seed is not None:  # a file's text may say so of any slide
         slide.name, slide.phantom_seed = f"slide {_digest(path)}", None
     return slide
@@ -97,7 +104,13 @@ class ConfinedSlide(Slide):
 
     walls: tuple[str, ...]
 
-    def __init__(self, path: Path, root: Path, slide_mpp: float | None = None):
+    def __init__(
+        self,
+        path: Path,
+        root: Path,
+        slide_mpp: float | None = None,
+        begun: Callable[[Slide], None] | None = None,
+    ):
         self._failure = ""  # why nothing more can be read
         self._closing = threading.Lock()
         self.process, channels = _start()
@@ -106,12 +119,19 @@ class ConfinedSlide(Slide):
         for channel in channels:
             self._free.put(channel)
         try:
+            if begun is not None:
+                begun(self)
             facts = self._ask({"path": str(path), "root": str(root), "slide_mpp": slide_mpp})
             stated = {name: _frozen(value) for name, value in json.loads(facts).items()}
             self.__dict__.update(stated, _resolution=Resolution(**stated["_resolution"]), cache={})
         except BaseException:
             self.close()
             raise
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more can be read."""
+        return bool(self._failure)
 
     def close(self) -> None:
         """End the child; who is reading gets a SlideError."""

@@ -84,6 +84,11 @@ class Slide:
             self._closed = True
             self._source.close()
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more can be read."""
+        return self._closed
+
     def require_mpp(self) -> float:
         """um per level-0 px. Raises SlideError, naming the remedy, if the slide states none."""
         if self.mpp is None:

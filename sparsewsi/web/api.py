@@ -1,10 +1,12 @@
 """What programs can ask: gradio_client, HTTP and, as tools, MCP. Their docstrings are what the callers read."""
 
 import uuid
+from pathlib import Path
 
 import gradio as gr
 
 from sparsewsi.web.desk import Desk
+from sparsewsi.web.door import CALLER
 from sparsewsi.web.errors import explain_errors
 from sparsewsi.web.examples import EXAMPLES, open_example
 from sparsewsi.web.limits import check_question
@@ -27,7 +29,8 @@ class Api:
         """Open a whole-slide image, encode its patches and keep those the model selects.
 
         Args:
-            slide: "phantom" or "cmu-1" for an example; not looked at when a file is given.
+            slide: "phantom" or "cmu-1" for an example, or the path that POST /gradio_api/upload answered; not looked at
+                when a file is given.
             file: a slide to upload.
             slide_mpp: micrometres per pixel of the scan, for slides that do not state it; 0 if they do.
             selector: "learned", or a training-free one such as "farthest".
@@ -36,17 +39,22 @@ class Api:
             patches in raster order, ranks (by score among all patches, 1 = best), scores of the kept, summary, doubts,
             notice.
         """
-        desk, session = self.desk, request.session_hash or uuid.uuid4().hex  # without one, a session of its own
+        desk, session = self.desk, name_caller(request)
         with explain_errors():
-            if file:
-                path = desk.keep_upload(file["path"] if isinstance(file, dict) else file.path, session)
-            elif slide in EXAMPLES:
-                path = open_example(slide)
-            else:
-                raise ValueError(f"The slide must be {' or '.join(EXAMPLES)}, or a file, got {slide!r}.")
-            token = desk.slides.add(path, session)
-            opened = desk.analyse(token, str(path), slide_mpp or None, selector)
-            desk.keep_case(opened)
+            with desk.jobs.run(session, "slide") as job:
+                if file:
+                    path = desk.keep_upload(file["path"] if isinstance(file, dict) else file.path, session, job)
+                elif slide in EXAMPLES:
+                    path = open_example(slide)
+                elif Path(slide).is_relative_to(desk.uploads):
+                    path = desk.keep_upload(slide, session, job)
+                else:
+                    names = " or ".join(EXAMPLES)
+                    raise ValueError(f"The slide must be {names}, an upload's path, or a file, got {slide[:40]!r}.")
+                token = desk.show(path, job)
+                opened = desk.analyse(token, str(path), slide_mpp or None, selector, job.name)
+            if not desk.keep(opened):
+                raise ValueError("This caller has opened another slide meanwhile; one at a time.")
             case = opened.case
             kept = case.selection.indices
             return {
@@ -74,11 +82,12 @@ class Api:
         """
         desk = self.desk
         with explain_errors():
-            given, caller = options or [], str(request.session_hash)
+            given, caller = options or [], name_caller(request)
             check_question(question, given)
             opened, messages = desk.find_case(case), [{"role": "user", "content": question}]
-            text = "".join(desk.answer(opened, messages, given, caller))
-            found = desk.measure(opened, messages, text, given, evidence=False, caller=caller)
+            with desk.jobs.run(caller, "question", case) as job:
+                text = "".join(desk.answer(opened, messages, given, job.name))
+                found = desk.measure(opened, messages, text, given, job.name, evidence=False)
             return {"answer": found.text, "probabilities": list(found.probs), "notice": opened.notice}
 
     def evidence(
@@ -97,10 +106,11 @@ class Api:
         """
         desk = self.desk
         with explain_errors():
-            given, caller = options or [], str(request.session_hash)
+            given, caller = options or [], name_caller(request)
             check_question(question, given, answer)
             opened = desk.find_case(case)
-            found = desk.measure(opened, [{"role": "user", "content": question}], answer, given, caller=caller)
+            with desk.jobs.run(caller, "question", case) as job:
+                found = desk.measure(opened, [{"role": "user", "content": question}], answer, given, job.name)
             kept = opened.selection
             return {
                 "indices": kept.indices.tolist(),
@@ -109,3 +119,8 @@ class Api:
                 "sentence": found.evidence,
                 "notice": opened.notice,
             }
+
+
+def name_caller(request: gr.Request) -> str:
+    """The session of who calls; without one, and for every call of MCP, a session of its own."""
+    return request.headers.get(CALLER) or request.session_hash or uuid.uuid4().hex

@@ -5,24 +5,27 @@ A Desk is made in main and passed to what needs it; no module keeps anything of 
 
 import hashlib
 import importlib.util
-import math
 import os
+import re
 import shutil
 import sys
 import threading
 import time
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from sparsewsi.bags.bag import Bag, save_bag
 from sparsewsi.bags.encoders import load_encoder
-from sparsewsi.bags.extract import encode_slide
+from sparsewsi.bags.extract import bag_of, choose_coords, read_patches
 from sparsewsi.bags.foreign import load_bag
 from sparsewsi.bags.patch_encoder import PatchEncoder
 from sparsewsi.files import append_line, cache_folder
@@ -34,24 +37,41 @@ from sparsewsi.report.case import Case, Model, open_case
 from sparsewsi.slides.confined import open_confined
 from sparsewsi.slides.remote import ANY, OPEN, is_remote
 from sparsewsi.slides.slide import Slide, SlideError, open_slide
+from sparsewsi.slides.tissue import patch_side
 from sparsewsi.web import intake
-from sparsewsi.web.errors import Halted, stop_unseen
 from sparsewsi.web.examples import name_example
+from sparsewsi.web.folder import UNOPENED, delete_untouched, measure
+from sparsewsi.web.jobs import Halted, Job, Jobs, Peek
 from sparsewsi.web.turns import Turns
 from sparsewsi.web.viewer import Slides
 
-Progress = Callable[..., Any]  # called as gr.Progress is
 Messages = Sequence[Mapping[str, str]]
-MOST_LEFT = 10_000  # callers that are remembered to have left
-CASES = 16  # analysed slides kept for callers of the API; the oldest is forgotten first
+MOST_OPENED, MOST_FEATURES = 512, 1 << 30  # analysed slides that are kept, and bytes of their features
+BATCH = 16  # patches that are encoded in one turn: who waits for theirs waits so long
+MOST_DECODED = 256 << 20  # bytes of px of all PNG and JPEG slides that are open
+MOST_GONE = 10_000  # sessions that are remembered to have ended
+MOST_LOGGED, MOST_LOGGED_IN_ALL = 1 << 20, 1 << 30  # bytes of a session's log, and of the server's
 
 
-@dataclass(frozen=True, eq=False)
 class Opened:
-    """A slide that was analysed for a page or a caller of the API. token: its name for the viewer."""
+    """A slide that was analysed for a page or a caller of the API. token: its name for the viewer.
 
-    token: str
-    case: Case
+    Its features, which take most of the memory, go when its session does, whoever still holds this.
+    """
+
+    def __init__(self, token: str, case: Case):
+        self.token, self.bytes = token, case.bag.features.nbytes
+        self._case: Case | None = case
+
+    @property
+    def case(self) -> Case:
+        """Raises ValueError once the slide was closed."""
+        if self._case is None:
+            raise ValueError("This slide has been closed; open it again.")
+        return self._case
+
+    def close(self) -> None:
+        self._case = None
 
 
 class Desk:
@@ -60,6 +80,7 @@ class Desk:
     model:       folder or hub repository of the model
     folder:      where uploads and downloads lie; nobody but us may read it, and who made it deletes it
     uploads:     where Gradio puts files that are uploaded
+    quota:       bytes of strangers' files in all, at most; a session has a quarter of them
     log:         file that views and questions of all sessions are added to, as JSON lines
     allow_paths: any file of this machine may be opened by its path, and slides of any server: never on a page that
                  others can reach, which opens those of public collections alone (slides.remote.OPEN)
@@ -71,18 +92,21 @@ class Desk:
         folder: Path,
         *,
         uploads: Path | None = None,
+        quota: int = 64 << 30,
         log: Path | None = None,
         allow_paths: bool = False,
     ) -> None:
         self.model_name, self.log, self.allow_paths = model, log, allow_paths
         self.hosts = ANY if allow_paths else OPEN
-        self.folder, self.uploads = folder, uploads or folder / "gradio"
-        self.slides, self.turns = Slides(self.open_slide), Turns()
-        self._cases: dict[str, Case] = {}  # by token
+        self.folder, self.uploads, self.quota = folder, uploads or folder / "gradio", quota
+        self.slides, self.turns, self.jobs = Slides(self.open_slide), Turns(), Jobs()
+        self._opened: OrderedDict[str, Opened] = OrderedDict()  # by token; first what was not asked about for longest
+        self._gone: OrderedDict[str, None] = OrderedDict()  # sessions that were forgotten
+        self._here: set[str] = set()  # sessions with an open page
+        self._asked: dict[str, float] = {}  # by session: when it last asked for something (time.monotonic)
         self._openings: dict[str, object] = {}  # by session: the slide that was asked for last
-        self._left: dict[str, float] = {}  # by session: when its caller was found gone (time.monotonic)
-        self._reading: set[tuple[str, Slide]] = set()  # (session, a slide that is analysed for it)
-        self._loading, self._writing = threading.Lock(), threading.Lock()
+        self._images: weakref.WeakSet[Slide] = weakref.WeakSet()
+        self._loading, self._writing, self._weighing = threading.Lock(), threading.Lock(), threading.Lock()
         self._loaded: tuple[Model, PatchEncoder] | None = None
         # On a Space what these are given is pickled, so the desk must not be among it.
         self.analyse = _run_on_gpu(self._analyse)
@@ -134,63 +158,110 @@ class Desk:
 
     # ---- slides
 
-    def open_slide(self, path: str | Path | None, slide_mpp: float | None = None) -> Slide:
+    def open_slide(self, path: str | Path | None, slide_mpp: float | None = None, job: Job | None = None) -> Slide:
         """Open a slide in a process of its own; one of a session's folder sees that folder alone. Raises SlideError.
 
+        job: closes it under its readers when it ends, from the moment on that its process runs
         A slide on a server is read in this process: the child may open no connection.
         """
         if path is None:
             raise SlideError("The slide is not at hand, only its features.")
         if is_remote(path):
             return open_slide(path, slide_mpp=slide_mpp, hosts=self.hosts)
-        uploaded = Path(path).is_relative_to(self.folder)
-        root = self.folder / Path(path).relative_to(self.folder).parts[0] if uploaded else None
-        return open_confined(path, root=root, slide_mpp=slide_mpp)
+        strange = self.is_upload(path)
+        root = self.folder / Path(path).relative_to(self.folder).parts[0] if strange else None
+        slide = open_confined(path, root=root, slide_mpp=slide_mpp, begun=job.hold if job else None)
+        if slide.vendor in ("png", "jpeg"):
+            self._weigh(slide)
+        return slide
 
-    def keep_upload(self, file: str | Path, session: str | None) -> Path:
-        """Move an upload to its session's folder and look at it; returns what to open. Raises ValueError."""
+    def is_upload(self, path: str | Path) -> bool:
+        """Whether a file is a stranger's."""
+        return Path(path).is_relative_to(self.folder)
+
+    def _weigh(self, slide: Slide) -> None:
+        """Close the slide and raise SlideError if there is no memory for its px, all of which are decoded together."""
+        weight, most = 3 * slide.size[0] * slide.size[1], f"{MOST_DECODED / 1e6:.0f} MB"
+        with self._weighing:
+            if weight <= MOST_DECODED and self._decoded() + weight > MOST_DECODED:
+                self.slides.rest()
+            if self._decoded() + weight <= MOST_DECODED:
+                self._images.add(slide)
+                return
+        slide.close()
+        if weight > MOST_DECODED:
+            raise SlideError(
+                f"A PNG or JPEG is decoded as a whole; this one takes {weight / 1e6:,.0f} MB, more than the {most} "
+                "that the page has for pictures. Save it as a pyramidal TIFF."
+            )
+        raise SlideError("The server has no memory for another PNG or JPEG now; try again in a few minutes.")
+
+    def _decoded(self) -> int:
+        """Bytes that the px of all open pictures take at most."""
+        return sum(3 * slide.size[0] * slide.size[1] for slide in list(self._images) if not slide.closed)
+
+    def check(self, path: str | Path, job: Job) -> None:
+        """Raise ValueError if a slide cannot be opened and looked at."""
+        intake.check(path, lambda path: self.open_slide(path, job=job))
+
+    def keep_upload(self, file: str | Path, session: str | None, job: Job) -> Path:
+        """Move an upload to its session's folder and look at it; returns what to open. Raises ValueError and Halted."""
         folder = self.folder_of(session)
-        kept = intake.keep_upload(intake.require_upload(file, self.uploads), folder)
+        upload = intake.require_upload(file, self.uploads)
         try:
-            intake.check(kept, folder)
-        except ValueError:
+            room = min(self.quota // 4, self.quota - measure(self.folder))
+            kept = intake.keep_upload(upload, folder, room, job.look)
+            self.check(kept, job)
+            self._require_here(session, job)
+        except (ValueError, Halted):
             shutil.rmtree(folder, ignore_errors=True)
+            job.look()
             raise
+        finally:
+            shutil.rmtree(upload.parent, ignore_errors=True)
         return kept
 
-    @contextmanager
-    def _read_for(self, session: str, slide: Slide) -> Iterator[None]:
-        """A slide that is closed under its readers once the session's caller is gone."""
-        self._reading.add((session, slide))
-        try:
-            yield
-        finally:
-            self._reading.discard((session, slide))
+    def _require_here(self, session: str | None, job: Job) -> None:
+        job.look()
+        if str(session) in self._gone:
+            raise Halted
+
+    def show(self, path: str | Path, job: Job, slide: Slide | None = None) -> str:
+        """A token for a slide of the job's session, in place of the one before. Raises Halted if that has ended.
+
+        slide: open already, and closed from here on
+        """
+        job.token = self.slides.add(path, job.session, slide)
+        if job.ended:
+            self.slides.forget(job.session)
+            raise Halted
+        return job.token
 
     def drop_upload(self, file: str | Path) -> None:
         """Delete what was uploaded and read; what was not uploaded stays."""
         with suppress(ValueError, OSError):
-            intake.require_upload(file, self.uploads).unlink()
+            upload = intake.require_upload(file, self.uploads)
+            shutil.rmtree(upload.parent)
 
     # ---- from a slide to an answer
 
     def _analyse(
-        self,
-        token: str,
-        path: str,
-        slide_mpp: float | None,
-        selector: str = "learned",
-        progress: Progress | None = None,
+        self, token: str, path: str, slide_mpp: float | None, selector: str = "learned", job: str = ""
     ) -> Opened:
-        """Slide -> bag -> selection, saying what it is doing."""
-        tell = progress or _say_nothing
-        tell(None, desc="Loading the model")
+        """Slide -> bag -> selection, saying what it is doing. job: the name of its job"""
+        doing = self.jobs.find(job)
+        doing.tell("loading the model")
         model = self.model
-        bag = self._read_bag(token, path, slide_mpp, tell)
-        tell(1, desc="Selecting patches")
-        return Opened(token, open_case(model, bag, path, selector=selector, slide_mpp=slide_mpp))
+        try:
+            bag = self._read_bag(token, path, slide_mpp, doing)
+        except SlideError:
+            doing.look()  # a slide that was closed under its reader is nobody's any more
+            raise
+        doing.tell("selecting")
+        with self.jobs.step(doing):
+            return Opened(token, open_case(model, bag, path, selector=selector, slide_mpp=slide_mpp))
 
-    def _read_bag(self, token: str, path: str, slide_mpp: float | None, tell: Progress) -> Bag:
+    def _read_bag(self, token: str, path: str, slide_mpp: float | None, job: Job) -> Bag:
         """The slide's patches, encoded; those of examples are kept in the cache, nobody else's ever are."""
         model, encoder = self.load()
         config = model.config
@@ -198,35 +269,59 @@ class Desk:
         kept = cache_folder() / name if name_example(path) and slide_mpp is None else None
         if kept is not None and kept.is_file():
             return load_bag(kept)
-
-        session, shown = self.slides.owner_of(token), self.slides.holds(token)
-        look = self.watch(session)
-
-        def count(done: int, total: int) -> None:
-            look()
-            if shown and not self.slides.holds(token):  # another one was opened
-                raise stop_unseen()
-            tell((done, total), desc="Encoding the patches", unit="patches")
-
-        tell(None, desc="Finding tissue")
-        with self.open_slide(path, slide_mpp) as slide, self._read_for(session, slide):
-            bag = encode_slide(slide, encoder, mpp=config.mpp, patch_size=config.patch_size, progress=count)
+        job.tell("finding tissue")
+        with self.open_slide(path, slide_mpp, job) as slide:
+            bag = self._encode(token, slide, encoder, job)
         if kept is not None:
             save_bag(bag, kept)
         return bag
 
-    def _choose(self, case: Case, k: int, selector: str, pinned: Collection[int], dropped: Collection[int]) -> Case:
-        """The case with other patches."""
-        return case.choose(self.model, k, selector, pinned, dropped)
+    def _encode(self, token: str, slide: Slide, encoder: PatchEncoder, job: Job) -> Bag:
+        """bags.encode_slide, batch by batch when it is the session's turn, with what is there so far to be seen."""
+        mpp, patch_size, shown = self.config.mpp, self.config.patch_size, self.slides.holds(token)
+        coords = choose_coords(slide, mpp, patch_size)
+        side = patch_side(slide, mpp, patch_size)
+        features = torch.empty(len(coords), encoder.dim, dtype=torch.float16)
+        readable, done, kept = np.zeros(len(coords), bool), 0, 0
+        job.seen = lambda: Peek(coords, side, features[:kept], readable[:done])
+        job.tell("encoding", 0, len(coords))
+        with closing(read_patches(slide, coords, mpp, patch_size, BATCH)) as batches:
+            for pixels, fine in batches:
+                if shown and not self.slides.holds(token):  # another one was opened
+                    raise Halted
+                with self.jobs.step(job):
+                    part = encoder(pixels)
+                features[kept : kept + len(part)] = part
+                readable[done : done + len(fine)] = fine
+                kept, done = kept + len(part), done + len(fine)
+                job.tell("encoding", done, len(coords))
+        return bag_of(slide, encoder.name, coords, readable, features[:kept], mpp, patch_size)
 
-    def _answer(
-        self, case: Case, messages: Messages, options: Sequence[str], session: str | None = None
-    ) -> Iterator[str]:
-        """The answer to the last of the messages, in pieces, for as long as the session's caller is there."""
-        look = self.watch(session)
-        for piece in case.answer(self.model, messages, options):
-            look()
-            yield piece
+    def provisional(self, job: Job, k: int | None = None) -> Tensor:
+        """What the model would keep if the patches that are encoded so far were all: (K,) indices of all patches."""
+        peek = job.peek()
+        if peek is None or not len(peek.features):
+            return torch.empty(0, dtype=torch.int64)
+        coords = torch.from_numpy(np.flatnonzero(peek.readable)[: len(peek.features)])  # (n,)
+        there = torch.from_numpy(np.ascontiguousarray(peek.coords[coords.numpy()], dtype=np.int32))
+        bag = Bag(peek.features, there, peek.patch_size, self.config.mpp, self.config.encoder, "so far")
+        return coords[self.model.select(bag, k).indices]
+
+    def _choose(
+        self, case: Case, k: int, selector: str, pinned: Collection[int], dropped: Collection[int], job: str = ""
+    ) -> Case:
+        """The case with other patches. job: the name of its job, here and below"""
+        with self.jobs.step(self.jobs.find(job)):
+            return case.choose(self.model, k, selector, pinned, dropped)
+
+    def _answer(self, case: Case, messages: Messages, options: Sequence[str], job: str = "") -> Iterator[str]:
+        """The answer to the last of the messages, in pieces, for as long as somebody waits for it."""
+        doing = self.jobs.find(job)
+        doing.tell("answering")
+        with closing(case.answer(self.model, messages, options)) as pieces:  # type: ignore[type-var]
+            for piece in pieces:
+                doing.look()
+                yield piece
 
     def _measure(
         self,
@@ -234,23 +329,19 @@ class Desk:
         messages: Messages,
         text: str,
         options: Sequence[str],
-        session: str | None = None,
+        job: str = "",
         evidence: bool = True,
-        caller: str | None = None,
     ) -> Answer:
-        """What is known of an answer, for as long as the caller, a session, is there.
+        """What is known of an answer. Raises Halted once nobody waits for it."""
+        doing = self.jobs.find(job)
 
-        session: whose Stop button ends it too; raises Halted then
-        """
-        turn = self.turns.get(session) if session is not None else None
-        here = self.watch(caller or session)
+        def look(done: int, total: int) -> None:
+            doing.tell("weighing the evidence", done, total)
+            self.jobs.pause(doing)
 
-        def look(*_: int) -> None:
-            here()
-            if session is not None and not self.turns.wanted(session, turn):
-                raise Halted
-
-        return case.measure(self.model, messages, text, options, evidence=evidence, progress=look)
+        doing.tell("weighing the evidence")
+        with self.jobs.step(doing):
+            return case.measure(self.model, messages, text, options, evidence=evidence, progress=look)
 
     # ---- sessions
 
@@ -259,17 +350,29 @@ class Desk:
         return self.folder / (hashlib.sha256(str(session).encode()).hexdigest()[:32] + what)
 
     def record(self, session: str | None, **event: Any) -> None:
-        """Add a line to the session's log, and to the server's."""
+        """Add a line to the session's log, and to the server's, unless they are full or the session has ended."""
         folder = self.folder_of(session, "-files")
-        folder.mkdir(mode=0o700, exist_ok=True)
         line = {"time": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", "session": folder.name[:8], **event}
         with self._writing:
+            if str(session) in self._gone or not _has_room(folder / "log.jsonl", MOST_LOGGED):
+                return
+            folder.mkdir(mode=0o700, exist_ok=True)
             append_line(folder / "log.jsonl", line)
-            if self.log is not None:
+            if self.log is not None and _has_room(self.log, MOST_LOGGED_IN_ALL):
                 append_line(self.log, line)
 
+    def files_of(self, session: str | None) -> Path:
+        """Where what is made for a session lies. Raises ValueError once it has ended."""
+        folder = self.folder_of(session, "-files")
+        with self._writing:
+            if str(session) in self._gone:
+                raise ValueError("This page has been closed; open it again.")
+            folder.mkdir(mode=0o700, exist_ok=True)
+        return folder
+
     def begin_opening(self, session: str) -> object:
-        """A slide was asked for. Returns what end_opening must be given."""
+        """A slide was asked for, in place of the one before. Returns what end_opening must be given."""
+        self.jobs.end(session)
         self._openings[session] = mine = object()
         return mine
 
@@ -280,53 +383,94 @@ class Desk:
             self._openings.pop(session, None)
         return last
 
-    def leave(self, session: str) -> None:
-        """A session's caller is gone: what is done for it now ends."""
-        self._left[session] = time.monotonic()
-        while len(self._left) > MOST_LEFT:
-            self._left.pop(next(iter(self._left)), None)
-        for slide in [slide for owner, slide in list(self._reading) if owner == session]:
-            slide.close()
+    def cancel(self, session: str) -> None:
+        """A session's slide is not wanted any more, however far its analysis has come."""
+        self.jobs.end(session, "slide", "map")
 
-    def watch(self, session: str | None) -> Callable[..., None]:
-        """What work for a session calls now and then: raises an unseen error once its caller has left."""
-        began = time.monotonic()
+    def keep(self, opened: Opened) -> bool:
+        """Keep an analysed slide until its session ends or, if there are too many, was not asked about for longest.
 
-        def look(*_: int) -> None:
-            if session is not None and self._left.get(session, -math.inf) >= began:
-                raise stop_unseen()
+        False if its session has ended, or has opened another one, while it was analysed.
+        """
+        self._opened[opened.token] = opened
+        if not self.slides.holds(opened.token):
+            self._drop(opened.token)
+            return False
+        while len(self._opened) > 1 and (
+            len(self._opened) > MOST_OPENED or sum(one.bytes for one in list(self._opened.values())) > MOST_FEATURES
+        ):
+            old = list(self._opened)[:-1]
+            self._drop(next((token for token in old if self.slides.owner_of(token) not in self._here), old[0]))
+        return True
 
-        return look
-
-    def keep_case(self, opened: Opened) -> None:
-        """Keep a case for callers of the API, in place of the oldest if there are too many."""
-        self._cases[opened.token] = opened.case
-        for old in list(self._cases)[:-CASES]:
-            self._cases.pop(old, None)
-            if self.slides.holds(old):  # its caller may have no session that could end
-                self.forget(self.slides.owner_of(old))
+    def _drop(self, token: str) -> None:
+        opened = self._opened.pop(token, None)
+        if opened is not None:
+            opened.close()
 
     def find_case(self, token: str) -> Case:
         """An analysed slide of the API. Raises ValueError for one that is not known."""
-        if token not in self._cases:
+        opened = self._opened.get(token)
+        if opened is None:
             raise ValueError(
                 "This case is not known, or no longer. Call analyze first; a case lives as long as its session."
             )
-        return self._cases[token]
+        with suppress(KeyError):
+            self._opened.move_to_end(token)
+        if (owner := self.slides.owner_of(token)) in self._asked:
+            self._asked[owner] = time.monotonic()
+        return opened.case
 
     def forget(self, session: str | None) -> None:
         """Delete what a session uploaded and what was made of it; what is done for it ends."""
+        with self._writing:
+            self._gone[str(session)] = None
+            while len(self._gone) > MOST_GONE:
+                self._gone.popitem(last=False)
+            self._asked.pop(str(session), None)
+        self._here.discard(str(session))
         self.leave(str(session))
         for token in self.slides.forget(str(session)):
-            self._cases.pop(token, None)
+            self._drop(token)
         self.turns.drop(str(session))
         self._openings.pop(str(session), None)
         for what in ("", "-files"):
             shutil.rmtree(self.folder_of(session, what), ignore_errors=True)
 
+    # ---- callers come and go: the door tells
 
-def _say_nothing(*_given: Any, **_named: Any) -> None:
-    """Progress of which nobody is told."""
+    def arrive(self, session: str) -> None:
+        """Somebody opens a page, perhaps again, and stays until forget."""
+        self._here.add(session)
+        self.ask(session)
+
+    def ask(self, session: str) -> None:
+        """Somebody asks for something, perhaps without a page that could be closed."""
+        with self._writing:
+            self._gone.pop(session, None)
+            self._asked[session] = time.monotonic()
+
+    def leave(self, session: str) -> None:
+        """A session's caller does not wait any more: what is done for it now ends."""
+        self.jobs.end(session)
+
+    def tidy(self) -> None:
+        """Forget who has no page and has asked for nothing for long, and delete what nobody owns."""
+        late = time.monotonic() - UNOPENED
+        for session, last in list(self._asked.items()):
+            if last < late and session not in self._here and not self.jobs.busy(session):
+                self.forget(session)
+        known = {self.folder_of(session).name for session in [*self._here, *self._asked, *self.slides.owners()]}
+        for entry in self.folder.iterdir():
+            strange = re.fullmatch(r"[0-9a-f]{32}(-files)?", entry.name) and entry.name[:32] not in known
+            if strange and entry.is_dir():
+                delete_untouched(entry)
+        for entry in self.uploads.glob("*"):
+            delete_untouched(entry)
+
+
+def _has_room(file: Path, most: int) -> bool:
+    return not file.is_file() or file.stat().st_size < most
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -1,18 +1,19 @@
 """The door of a server: what is turned away before Gradio sees it, and who has left.
 
-Gradio checks logins and origins, but believes any Host (so a page elsewhere whose name is rebound to 127.0.0.1 gets
-in), fetches URLs that it is given for files, asks nobody who wants MCP or a heartbeat to log in, and queues all that
-comes.
+Gradio checks logins, but believes any Host (so a page elsewhere whose name is rebound to 127.0.0.1 gets in), fetches
+URLs that it is given for files, reads requests of any length, asks nobody who wants MCP or a heartbeat to log in, and
+queues all that comes.
 """
 
 import asyncio
 import json
 import re
-import shutil
+import secrets
+import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Awaitable, Callable, Collection, MutableMapping, Sequence
+from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import cookie_parser
@@ -20,92 +21,211 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MOST_ASKED = 2 << 20  # bytes of a request that is no upload; a long chat comes to some 100 kB
-MOST_WAITING = 12  # events of a session in the queue; opening a slide takes six
-ROOM = 2 << 30  # bytes that stay free on the disk of the uploads
+PATIENCE = 30.0  # s until a request has come whole, or an upload's next bytes
+MOST_WAITING, MOST_OF_ADDRESS, MOST_OF_ALL = 12, 48, 96  # events of a session, an address, all; a slide takes six
 GONE_AFTER = 1.0  # s without a stream of answers that was broken off; a page opens the next one at once
-SLOWEST = 8.0  # s until a wrong password is called wrong, after several
+STREAMS_OF_ADDRESS, STREAMS_OF_ALL = 256, 1024  # that are open; a page has two
+LISTEN_WITHIN = 10.0  # s until who asked for something wants to hear the answer
+TRIES = 4  # wrong passwords in a row that are answered at once
+SLOWEST = 60.0  # s until the next password is looked at, after many wrong ones
+CALLER = "x-sparsewsi-caller"  # header that tells calls of MCP apart, which all come through one client of Gradio's
 API = re.compile(r"/gradio_api/(.*)", re.DOTALL)
-OPEN_TO_ALL = ("user", "login_check", "startup-events", "token")  # below /gradio_api/, before a login
+BEFORE_LOGIN = ("user", "login_check", "startup-events", "token", "theme.css")  # below /gradio_api/
+# What the page, gradio_client, plain HTTP and MCP need of Gradio; it has much more, none of which is for strangers.
+OPEN = {
+    "GET": (
+        *BEFORE_LOGIN,
+        *("app_id", "call/", "heartbeat/", "info", "mcp", "openapi.json", "queue/", "slide/", "upload_progress"),
+    ),
+    "POST": ("call/", "cancel", "mcp", "queue/join", "reset", "run/", "upload"),
+    "DELETE": ("mcp",),
+}
+CLOSED = ("/monitoring", "/docs", "/redoc")
+OLD_MCP = ("mcp/sse", "mcp/messages")  # its calls cannot be told apart
+Refusal = tuple[int, str]  # status, sentence
+
+
+class Sessions(Protocol):
+    """Who is told of callers: the desk."""
+
+    def arrive(self, session: str) -> None: ...
+    def ask(self, session: str) -> None: ...
+    def leave(self, session: str) -> None: ...
+    def forget(self, session: str) -> None: ...
 
 
 class Door:
-    """ASGI middleware. Sentences for what is turned away; `leave` is called with a session whose caller is gone.
+    """ASGI middleware. Sentences for what is turned away; `sessions` are told who has come, who has left.
 
-    names:   host names that the server may be asked by; none: any
-    embed:   origins whose pages may show this one in a frame, besides its own
-    uploads: the folder on whose disk uploads need room
+    names: host names that the server may be asked by; none: any
+    embed: origins whose pages may show this one in a frame, besides its own
     """
 
     def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        leave: Callable[[str], None],
-        uploads: Path,
-        names: Collection[str] = (),
-        embed: Sequence[str] = (),
+        self, app: ASGIApp, *, sessions: Sessions, names: Collection[str] = (), embed: Sequence[str] = ()
     ) -> None:
-        self._app, self._leave, self._uploads = app, leave, uploads
+        self._app, self._sessions = app, sessions
         self._names = {name.lower().strip("[]") for name in names}
         self._frames = " ".join(["frame-ancestors", *(["*"] if "*" in embed else ["'self'", *embed])])
-        self._wrong: dict[str, int] = {}  # by address: wrong passwords in a row
+        self._wrong: dict[str, tuple[int, float]] = {}  # by address: wrong passwords in a row, and when the last was
         self._listening: Counter[str] = Counter()  # streams of answers, by session
+        self._beating: Counter[str] = Counter()  # heartbeats, by session
+        self._streams: Counter[str] = Counter()  # that are open, by address
+        self._callers: dict[str, str] = {}  # calls of MCP that are under way, and the address of each
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket"):
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        found = API.search(scope["path"])
-        what, method = found[1] if found else "", scope.get("method", "GET")
-        refused = self._refuse(scope, what)
-        if refused is None and method == "POST" and what and not what.startswith(("upload", "mcp")):
+        if scope["type"] != "http":  # Gradio speaks HTTP alone
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        found, method = API.search(scope["path"]), scope["method"]
+        what, send = found[1] if found else "", self._framed(send)
+        refused, body = self._refuse(scope, what, bool(found)), b""
+        if refused is None and method == "POST" and not what.startswith("upload"):
             body = await _read(receive)
-            refused = _refuse_body(scope["app"], body, queued=what.startswith(("queue/join", "call/")))
+            refused = self._refuse_body(scope, what, body)
             receive = _again(body or b"", receive)
         if refused is not None:
             await PlainTextResponse(refused[1], refused[0])(scope, receive, send)
         elif method == "POST" and scope["path"].rstrip("/").endswith("/login"):
             await self._log_in(scope, receive, send)
-        elif method == "GET" and what.startswith(("queue/data", "call/")):
-            await self._stream(_session_of(scope, what), scope, receive, self._framed(send))
+        elif method == "POST" and what.startswith("mcp"):
+            await self._call_tool(scope, receive, send)
+        elif method == "POST" and what.startswith(("queue/join", "call/")):
+            await self._join(_session_in(body or b""), scope, receive, send)
+        elif method == "GET" and what.startswith(("queue/data", "call/", "heartbeat/", "mcp", "upload_progress")):
+            await self._stream(what, scope, receive, send)
         else:
-            await self._app(scope, receive, self._framed(send))
+            await self._app(scope, receive, send)
 
-    def _refuse(self, scope: Scope, what: str) -> tuple[int, str] | None:
-        """(status, sentence), or None for what may come in."""
-        headers = Headers(scope=scope)
-        name = re.sub(r":\d*$", "", headers.get("host", "")).lower().strip("[]")
-        if self._names and name not in self._names:
+    def _refuse(self, scope: Scope, what: str, api: bool) -> Refusal | None:
+        """None for what may come in."""
+        headers, method = Headers(scope=scope), "GET" if scope["method"] == "HEAD" else scope["method"]
+        if self._names and _host(headers.get("host", "")) not in self._names:
             return 421, "This server is asked by another name than its own; start it with --name to allow it."
-        if re.match(r"(file|proxy)=https?:", what, re.IGNORECASE) or what.startswith("proxy="):
-            return 403, "This server fetches nothing for others."
-        if what and not what.startswith(OPEN_TO_ALL) and not _is_logged_in(scope):
+        origin = headers.get("origin")
+        if self._names and method != "GET" and origin and _host(urlsplit(origin).netloc) not in self._names:
+            return 403, "This server takes nothing from pages of others."
+        if api and (not what.startswith(OPEN.get(method, ())) or what.startswith(OLD_MCP)):
+            if re.match(r"(file|proxy)[=/]", what):
+                return 403, "This server fetches nothing for others, and gives no file by its path."
+            return (404, "Not there.") if method != "OPTIONS" else None
+        if scope["path"].startswith(CLOSED):
+            return 404, "Not there."
+        if api and not what.startswith(BEFORE_LOGIN) and not _is_logged_in(scope):
             return 401, "Log in first."
-        if what.startswith("upload") and scope.get("method") == "POST":
-            length = headers.get("content-length", "")
-            if not length.isdigit():
-                return 411, "An upload must say how long it is."
-            self._uploads.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if shutil.disk_usage(self._uploads).free - int(length) < ROOM:
-                return 507, "The server has no room for this file now; try again later."
         return None
 
-    async def _stream(self, session: str, scope: Scope, receive: Receive, send: Send) -> None:
-        """A stream of answers. Its caller has left if it is broken off and no other takes its place.
+    def _refuse_body(self, scope: Scope, what: str, body: bytes | None) -> Refusal | None:
+        if body is None:
+            return 413, f"A request may have {MOST_ASKED >> 20} MB at most and {PATIENCE:.0f} s; files are uploaded."
+        queued = what.startswith(("queue/join", "call/"))
+        if not what:
+            return None
+        try:
+            asked = json.loads(body) if body.strip() else {}
+        except (ValueError, RecursionError):
+            return 400, "The request is not JSON."
+        if not isinstance(asked, dict | list) or not isinstance(_session_named(asked), str | None):
+            return 400, "The request is not what Gradio's are."
+        if _names_file(asked, anywhere=what.startswith("mcp")):
+            return 403, "A file is uploaded, not named by its address: this server fetches nothing for others."
+        if not queued or not isinstance(asked, dict) or scope["app"].blocks is None:
+            return None
+        if Headers(scope=scope).get(CALLER) in self._callers:  # counted where they came in
+            return None
+        queue, address = scope["app"].blocks._queue, _address(scope)
+        waiting = len(queue.pending_event_ids_session.get(_session_named(asked), ()))
+        if waiting >= MOST_WAITING:
+            return 429, f"{waiting} things are being done for this page already; wait for them."
+        events = list(queue.event_ids_to_events.values())
+        if sum(event.request.client is not None and event.request.client.host == address for event in events) >= (
+            MOST_OF_ADDRESS
+        ):
+            return 429, "Too much is being done for your address already; try again in a few minutes."
+        if len(events) >= MOST_OF_ALL:
+            return 503, "The server is busy; try again in a few minutes."
+        return None
+
+    # ---- who is there, who has left
+
+    async def _join(self, session: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Something is asked for. Who does not listen for the answer before long has left."""
+        caller = Headers(scope=scope).get(CALLER)
+        if caller is not None and caller not in self._callers:
+            scope["headers"] = [pair for pair in scope["headers"] if pair[0] != CALLER.encode()]
+        answer = bytearray()
+
+        async def note(message: Message) -> None:
+            if message["type"] == "http.response.body" and len(answer) < 1000:
+                answer.extend(message.get("body", b""))
+            await send(message)
+
+        if session and caller is None:
+            self._sessions.ask(session)
+        await self._app(scope, receive, note)
+        session = session or _event_in(bytes(answer))  # a call through plain HTTP is a session of its own
+        if session and caller is None:
+            self._sessions.ask(session)
+            asyncio.get_running_loop().call_later(LISTEN_WITHIN, self._check, session)
+
+    def _check(self, session: str) -> None:
+        if not self._listening[session]:
+            del self._listening[session]
+            self._sessions.leave(session)
+
+    async def _stream(self, what: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Something that stays open: answers, heartbeats."""
+        address = _address(scope)
+        if self._streams[address] >= STREAMS_OF_ADDRESS or self._streams.total() >= STREAMS_OF_ALL:
+            await PlainTextResponse("Too many pages are open; close some.", 429)(scope, receive, send)
+            return
+        self._streams[address] += 1
+        try:
+            if what.startswith("heartbeat/"):
+                session = what.removeprefix("heartbeat/").rstrip("/")
+                self._sessions.arrive(session)
+                await self._watch(self._beating, session, self._sessions.forget, scope, receive, send)
+            elif what.startswith(("queue/data", "call/")):
+                await self._watch(self._listening, _session_of(scope, what), self._sessions.leave, scope, receive, send)
+            else:
+                await self._app(scope, receive, send)
+        finally:
+            self._streams[address] -= 1
+            if not self._streams[address]:
+                del self._streams[address]
+
+    async def _watch(
+        self,
+        open_streams: Counter[str],
+        session: str,
+        left: Callable[[str], None],
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        """A stream that ends whole, or is broken off: then, unless another has taken its place, its caller has left.
 
         Starlette and Gradio notice that only when they next send something.
         """
         whole = counted = False
 
+        def check() -> None:
+            if not open_streams[session]:
+                del open_streams[session]
+                left(session)
+
         def end() -> None:
             nonlocal counted
             if counted:
                 counted = False
-                self._listening[session] -= 1
+                open_streams[session] -= 1
                 if not whole:
-                    asyncio.get_running_loop().call_later(GONE_AFTER, self._check, session)
-                elif not self._listening[session]:
-                    del self._listening[session]
+                    asyncio.get_running_loop().call_later(GONE_AFTER, check)
+                elif not open_streams[session]:
+                    del open_streams[session]
 
         async def listen() -> None:
             while (await receive())["type"] != "http.disconnect":
@@ -117,7 +237,7 @@ class Door:
             whole = whole or (message["type"] == "http.response.body" and not message.get("more_body"))
             await send(message)
 
-        self._listening[session] += 1
+        open_streams[session] += 1
         counted = True
         listener = asyncio.create_task(listen())
         try:
@@ -126,30 +246,76 @@ class Door:
             listener.cancel()
             end()
 
-    def _check(self, session: str) -> None:
-        if not self._listening[session]:
-            del self._listening[session]
-            self._leave(session)
+    async def _call_tool(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A request of MCP: each is a caller of its own, who has left when the request is broken off."""
+        address, caller = _address(scope), f"mcp-{secrets.token_urlsafe(16)}"
+        if list(self._callers.values()).count(address) >= MOST_WAITING:
+            await PlainTextResponse("Wait for the calls that you have made already.", 429)(scope, receive, send)
+            return
+        headers = [pair for pair in scope["headers"] if pair[0] != CALLER.encode()]
+        self._callers[caller] = address
+        self._sessions.ask(caller)
+
+        async def watch() -> Message:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                self._sessions.leave(caller)
+            return message
+
+        waiting: asyncio.Task[Message] | None = None
+
+        async def shared() -> Message:  # what the app reads and we watch: a disconnection is told to both
+            nonlocal waiting
+            if waiting is None or waiting.done():
+                waiting = asyncio.ensure_future(watch())
+            return await asyncio.shield(waiting)
+
+        async def listen() -> None:
+            while (await shared())["type"] != "http.disconnect":
+                pass
+
+        first = await receive()  # the body, which was read already
+        sent = False
+
+        async def give() -> Message:
+            nonlocal sent
+            if not sent:
+                sent = True
+                return first
+            return await shared()
+
+        listener = asyncio.create_task(listen())
+        try:
+            await self._app({**scope, "headers": [*headers, (CALLER.encode(), caller.encode())]}, give, send)
+        finally:
+            listener.cancel()
+            self._callers.pop(caller, None)
+
+    # ---- logins
 
     async def _log_in(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Every wrong password in a row is answered later than the one before."""
-        address, held = (scope.get("client") or ("",))[0], []
+        """After a few wrong passwords in a row every further one is looked at only after a pause, longer each time."""
+        address, now, status = _address(scope), time.monotonic(), 500
+        wrong, last = self._wrong.get(address, (0, 0.0))
+        pause = 0.0 if wrong < TRIES else min(2.0 ** (wrong - TRIES), SLOWEST)
+        if now < last + pause:
+            sentence = f"Too many wrong passwords; try again in {last + pause - now:.0f} s."
+            await PlainTextResponse(sentence, 429)(scope, receive, send)
+            return
+        self._wrong[address] = wrong + 1, now  # counted before, so that all at once is no way
 
-        async def hold(message: Message) -> None:
-            held.append(message)
+        async def note(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
 
-        tries = self._wrong[address] = self._wrong.get(address, 0) + 1  # counted before, so that all at once is no way
-        await self._app(scope, receive, hold)
-        if held and held[0].get("status", 500) < 400:
+        await self._app(scope, receive, note)
+        if status < 400:
             self._wrong.pop(address, None)
-        else:
-            await asyncio.sleep(min(0.25 * 2 ** min(tries, 10), SLOWEST))
-        for message in held:
-            await self._framed(send)(message)
         while len(self._wrong) > 10_000:
             self._wrong.pop(next(iter(self._wrong)))
 
-    def _framed(self, send: Send) -> Send:
+    def _framed(self, send: Send) -> Callable[[MutableMapping[str, Any]], Awaitable[None]]:
         async def add(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
@@ -171,6 +337,15 @@ def read_logins(text: str | None) -> list[tuple[str, str]] | None:
     return [(name.strip(), password) for name, password in pairs]
 
 
+def _host(text: str) -> str:
+    """The name of a host[:port]."""
+    return re.sub(r":\d*$", "", text).lower().strip("[]")
+
+
+def _address(scope: Scope) -> str:
+    return (scope.get("client") or ("",))[0]
+
+
 def _is_logged_in(scope: Scope) -> bool:
     """Whether the browser holds a login that has not been ended, where the app asks for one."""
     app = scope["app"]
@@ -182,23 +357,42 @@ def _is_logged_in(scope: Scope) -> bool:
 
 
 def _session_of(scope: Scope, what: str) -> str:
-    """Who listened to a stream of answers: a call through plain HTTP is a session of its own."""
+    """Who listens to a stream of answers: a call through plain HTTP is a session of its own."""
     found = re.search(rb"(?:^|&)session_hash=([^&]*)", scope.get("query_string", b""))
-    return found[1].decode() if found else what.rstrip("/").rsplit("/", 1)[-1]
+    return found[1].decode(errors="replace") if found else what.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _session_in(body: bytes) -> str:
+    """The session that a request for work names."""
+    return _session_named(json.loads(body) if body.strip() else {}) or ""
+
+
+def _session_named(asked: Any) -> Any:
+    return asked.get("session_hash") if isinstance(asked, dict) else None
+
+
+def _event_in(answer: bytes) -> str:
+    """The event that Gradio gives a request for work."""
+    found = re.search(rb'"event_id"\s*:\s*"(\w+)"', answer)
+    return found[1].decode() if found else ""
 
 
 async def _read(receive: Receive) -> bytes | None:
-    """The whole body; None if it is too long, or was broken off."""
+    """The whole body; None if it is too long or too slow, or was broken off."""
     body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] != "http.request":
-            return None
-        body += message.get("body", b"")
-        if len(body) > MOST_ASKED:
-            return None
-        if not message.get("more_body"):
-            return bytes(body)
+    try:
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                message = await receive()
+                if message["type"] != "http.request":
+                    return None
+                body += message.get("body", b"")
+                if len(body) > MOST_ASKED:
+                    return None
+                if not message.get("more_body"):
+                    return bytes(body)
+    except TimeoutError:
+        return None
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
@@ -215,30 +409,19 @@ def _again(body: bytes, receive: Receive) -> Receive:
     return give
 
 
-def _refuse_body(app: Any, body: bytes | None, queued: bool) -> tuple[int, str] | None:
-    if body is None:
-        return 413, f"A request may have {MOST_ASKED >> 20} MB at most; files are uploaded."
-    try:
-        asked = json.loads(body) if body.strip() else {}
-    except (ValueError, RecursionError):
-        return None if not queued else (400, "The request is not JSON.")
-    if _names_url(asked):
-        return 403, "A file is uploaded, not named by its address: this server fetches nothing for others."
-    if queued and isinstance(asked, dict) and app.blocks is not None:
-        waiting = app.blocks._queue.pending_event_ids_session.get(asked.get("session_hash"), ())
-        if len(waiting) >= MOST_WAITING:
-            return 429, f"{len(waiting)} things are being done for this page already; wait for them."
-    return None
+def _names_file(asked: Any, anywhere: bool) -> bool:
+    """Whether somewhere in it a file's path is a web address, which Gradio would fetch.
 
-
-def _names_url(asked: Any) -> bool:
-    """Whether somewhere in it a file's path is a web address, which Gradio would fetch."""
-    rest = [asked]
+    anywhere: so, too, any path and any text that is an address: what MCP is given, Gradio itself uploads as a client
+    """
+    rest, address = [asked], re.compile(r"\s*(https?|ftp|file):", re.IGNORECASE)
     while rest:
         one = rest.pop()
         if isinstance(one, dict):
-            path = one.get("path")
-            if isinstance(path, str) and re.match(r"\s*(https?|ftp):", path, re.IGNORECASE):
+            path, file = one.get("path"), one.get("file")
+            if isinstance(path, str) and (anywhere or address.match(path)):
+                return True
+            if anywhere and isinstance(file, str) and (address.match(file) or file.startswith("data:")):
                 return True
             rest += one.values()
         elif isinstance(one, list):

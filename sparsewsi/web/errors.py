@@ -5,17 +5,17 @@ from contextlib import contextmanager
 
 import gradio as gr
 
-
-class Halted(Exception):
-    """Stop was pressed while the evidence was weighed."""
+from sparsewsi.web.jobs import Halted
 
 
 @contextmanager
 def explain_errors() -> Iterator[None]:
-    """Raise gr.Error with one sentence for input at fault, and for a defect of ours; Halted passes."""
+    """Raise gr.Error with one sentence for input at fault, and for a defect of ours; for Halted one nobody sees."""
     try:
         yield
-    except (gr.Error, Halted):  # the first is a ValueError
+    except Halted:
+        raise stop_unseen() from None
+    except gr.Error:  # a ValueError
         raise
     except (ValueError, OSError, RuntimeError) as error:
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

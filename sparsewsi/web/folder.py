@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -44,17 +44,27 @@ def _is_held(folder: Path) -> bool:
         return True
 
 
-def tidy_for_ever(uploads: Path) -> None:
-    """Delete uploads that broke off or were never opened."""
+def tidy_for_ever(tidy: Callable[[], None]) -> None:
+    """Call it every minute."""
     while True:
         time.sleep(TIDY_EVERY)
-        tidy(uploads)
-
-
-def tidy(uploads: Path, older: float = UNOPENED) -> None:
-    """Delete what was uploaded and has not been touched for so many seconds."""
-    for entry in uploads.glob("*"):
         with suppress(OSError):
-            parts = [entry, *entry.rglob("*")] if entry.is_dir() else [entry]
-            if time.time() - max(part.lstat().st_mtime for part in parts) > older:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            tidy()
+
+
+def delete_untouched(entry: Path, older: float = UNOPENED) -> None:
+    """Delete a file or folder, nothing of which has been touched for so many seconds."""
+    with suppress(OSError):
+        parts = [entry, *entry.rglob("*")] if entry.is_dir() else [entry]
+        if time.time() - max(part.lstat().st_mtime for part in parts) > older:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def measure(folder: Path) -> int:
+    """Bytes of the files below a folder."""
+    total = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += os.lstat(os.path.join(where, name)).st_size
+    return total

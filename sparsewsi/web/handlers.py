@@ -7,8 +7,8 @@ import dataclasses
 import functools
 import html
 import uuid
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Hashable, Iterator
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,11 @@ from sparsewsi.web.chat import (
     text_of,
 )
 from sparsewsi.web.desk import Desk, Opened
-from sparsewsi.web.errors import Halted, explain_errors, refuse, stop_unseen
+from sparsewsi.web.errors import explain_errors, refuse, stop_unseen
 from sparsewsi.web.examples import EXAMPLES, name_example, open_example
+from sparsewsi.web.jobs import Halted, Job
 from sparsewsi.web.layout import FEWEST, MOST, Page, state_facts
-from sparsewsi.web.limits import check_question, check_told
+from sparsewsi.web.limits import check_question, check_turns, read_told
 from sparsewsi.web.viewer import bag_props, file_props, map_props, packed, slide_props
 
 STOPPED = "Stopped; the evidence was not weighed."
@@ -70,14 +71,17 @@ class Handlers:
 
     def on_upload(self, file: str, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Changes:  # noqa: B008
         progress(None, desc="Looking at the file")
-        with self._opening(request):
-            path = self.desk.keep_upload(file, request.session_hash)
+        try:
+            with self._opening(request) as job:
+                path = self.desk.keep_upload(file, request.session_hash, job)
+        finally:
+            self.desk.drop_upload(file)
         return {self.page.path: str(path)}
 
     def on_typed_path(self, text: str, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Changes:  # noqa: B008
         progress(None, desc="Looking at the file")
-        with self._opening(request):
-            intake.check(text)
+        with self._opening(request) as job:
+            self.desk.check(text, job)
         return {self.page.path: str(as_path(text))}
 
     def on_load(self, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Changes:  # noqa: B008
@@ -89,18 +93,18 @@ class Handlers:
 
     def _open_example(self, name: str, request: gr.Request, progress: gr.Progress) -> Changes:
         progress(None, desc=OPENING[name])
-        with self._opening(request):
+        with self._opening(request, "example"):  # which may wait for a network
             path = open_example(name)
         return {self.page.path: str(path)}
 
     @contextmanager
-    def _opening(self, request: gr.Request) -> Iterator[None]:
+    def _opening(self, request: gr.Request, what: str = "slide") -> Iterator[Job]:
         """The slide that was asked for last is the one that opens, however long the others take."""
         session = str(request.session_hash)
         mine = self.desk.begin_opening(session)
         try:
-            with explain_errors():
-                yield
+            with explain_errors(), self.desk.jobs.run(session, what) as job:
+                yield job
         except gr.Error:
             self.desk.end_opening(session, mine, failed=True)
             raise
@@ -115,12 +119,13 @@ class Handlers:
 
     def on_slide(self, path: str, resolution: str, request: gr.Request) -> Changes:
         """Show the slide itself, at once; what belonged to the one before goes."""
-        desk, page = self.desk, self.page
-        with explain_errors():
+        desk, page, session = self.desk, self.page, str(request.session_hash)
+        desk.jobs.end(session)
+        with explain_errors(), desk.jobs.run(session, "slide") as job:
             if not path:
                 raise ValueError("Open a slide first.")
-            slide = desk.open_slide(path, read_mpp(resolution))
-            token = desk.slides.add(path, str(request.session_hash), slide)
+            slide = desk.open_slide(path, read_mpp(resolution), job)
+            token = desk.show(path, job, slide)
             props = slide_props(token, slide, name_example(path))
             desk.record(request.session_hash, event="open", slide=slide.name, size=slide.size, mpp=slide.mpp)
         desk.turns.drop(str(request.session_hash))
@@ -137,26 +142,32 @@ class Handlers:
             page.question: ask_for_question(),
         }
 
-    def on_slide_shown(
-        self,
-        token: str,
-        path: str,
-        resolution: str,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008
-    ) -> Changes:
-        """Analyse the slide. Its resolution leaves the field, where it would be taken for the next slide's."""
-        desk, page = self.desk, self.page
+    def on_slide_shown(self, token: str, path: str, resolution: str, request: gr.Request) -> Iterator[Changes]:
+        """Analyse the slide, saying every second how far it is.
+
+        Its resolution leaves the field, where it would be taken for the next slide's.
+        """
+        desk, page, opened = self.desk, self.page, None
         with explain_errors():
-            opened = desk.analyse(token, path, read_mpp(resolution), progress=progress)
-            if not desk.slides.holds(token):  # another one was opened meanwhile
-                return gr.skip()
-            case, truth = opened.case, find_truth(path)
+            mpp = read_mpp(resolution)
+
+            def analyse(job: Job) -> Opened:
+                return desk.analyse(token, path, mpp, job=job.name)
+
+            for job in desk.jobs.follow(str(request.session_hash), "slide", token, analyse):
+                opened = job.result
+                if opened is None:
+                    yield {page.view: gr.HTML(work=work_props(job))}
+            if opened is None or not desk.keep(opened):  # another one was opened meanwhile
+                raise Halted
+            case = opened.case
+            truth = None if desk.is_upload(path) else find_truth(path)  # a stranger's file may say what it likes
             planted = describe_truth(truth, case.bag, case.selection)
             facts = state_facts(desk, case)
         starters = choose_questions(truth)
-        return {
+        yield {
             page.opened: opened,
-            page.view: gr.HTML(**bag_props(case.bag, case.selection), files=file_props()),
+            page.view: gr.HTML(**bag_props(case.bag, case.selection), files=file_props(), work=None),
             page.facts: facts,
             page.secret: gr.Accordion(visible=truth is not None, open=False),
             page.planted: planted,
@@ -176,25 +187,34 @@ class Handlers:
             self.desk.slides.offer(opened.token, make)
 
     def _write_download(self, case: Case, answers: Answers, session: str | None, name: str) -> Path:
-        """Write one of DOWNLOADS to the session's folder, now that somebody asks for it."""
-        folder = self.desk.folder_of(session, "-files")
-        folder.mkdir(mode=0o700, exist_ok=True)
+        """Write one of DOWNLOADS to the session's folder, now that somebody asks for it. Raises as Jobs.run does."""
+        desk, folder = self.desk, self.desk.files_of(session)
         if name == "log.jsonl":
             (folder / name).touch()
-        else:
-            with self.desk.open_slide(case.path, case.slide_mpp) if name == "report.html" else nullcontext() as slide:
+            return folder / name
+        with desk.jobs.run(str(session), "files") as job:
+            drawn = name == "report.html"
+            with desk.open_slide(case.path, case.slide_mpp, job) if drawn else nullcontext() as slide:
                 written = case.write(folder, list(answers.values()), [name], slide)
-            if not written:
-                raise ValueError(f"{name} could not be drawn on this server.")
+        if not written:
+            raise ValueError(f"{name} could not be drawn on this server.")
         return folder / name
 
-    def on_map_wanted(self, opened: Opened | None) -> Changes:
+    def on_map_wanted(self, opened: Opened | None, request: gr.Request) -> Changes:
         """Lay the patches out by what they look like."""
         if opened is None:
             return gr.skip()
-        with explain_errors():
-            props = map_props(umap.map_features(opened.case.bag.features, opened.case.selection))
-        return {self.page.view: gr.HTML(map=props)} if self.desk.slides.holds(opened.token) else gr.skip()
+        desk = self.desk
+        with explain_errors(), desk.jobs.run(str(request.session_hash), "map", opened.token) as job:
+            case = opened.case
+
+            def look() -> None:
+                job.look()
+                desk.jobs.pause(job)
+
+            with desk.jobs.step(job):
+                props = map_props(umap.map_features(case.bag.features, case.selection, look=look))
+        return {self.page.view: gr.HTML(map=props)} if desk.slides.holds(opened.token) else gr.skip()
 
     # ---- a question is asked
 
@@ -264,9 +284,11 @@ class Handlers:
         if opened is None or turn is None:
             yield gr.skip()
             return
-        case = opened.case
+        with explain_errors():
+            case = opened.case
+            turns, given = words.turns_of(chat, questions, history=desk.config.multi_turn)
+            check_turns(turns, given)
         answers = {place: earlier for place, earlier in answers.items() if place < len(chat)}
-        turns, given = words.turns_of(chat, questions, history=desk.config.multi_turn)
         text, lines = "", [STOPPED]
         failure, if_it_fails = None, BROKEN_OFF
 
@@ -274,21 +296,19 @@ class Handlers:
             return [*chat, show_answer(text, case.notice, lines)]
 
         try:
-            with explain_errors():
-                for piece in desk.answer(case, turns, given, session):
-                    if not desk.turns.wanted(session, turn):
-                        break
-                    text += piece
-                    yield {page.chat: so_far(WEIGHING)}
-                else:
-                    if_it_fails = UNWEIGHED
-                    yield {page.chat: so_far(WEIGHING)}
-                    shown = text_of(so_far()[-1]) if text else ""
-                    answer = desk.measure(case, turns, shown, given, session)
-                    answers[len(chat)], text = answer, answer.text
-                    lines = show_evidence(answer, case.selection)
-        except Halted:
-            pass
+            with explain_errors(), suppress(Halted), desk.jobs.run(session, "question", opened.token) as job:
+                if turn.stopped:
+                    raise Halted
+                with closing(desk.answer(case, turns, given, job.name)) as pieces:  # type: ignore[type-var]
+                    for piece in pieces:
+                        text += piece
+                        yield {page.chat: so_far(WEIGHING)}
+                if_it_fails = UNWEIGHED
+                yield {page.chat: so_far(WEIGHING)}
+                shown = text_of(so_far()[-1]) if text else ""
+                answer = desk.measure(case, turns, shown, given, job.name)
+                answers[len(chat)], text = answer, answer.text
+                lines = show_evidence(answer, case.selection)
         except gr.Error as error:  # no half answer may stand as a whole one
             failure, lines = error, [if_it_fails]
         turn.done = True
@@ -313,6 +333,7 @@ class Handlers:
     def on_stop(self, chat: list, request: gr.Request) -> Changes:
         """Stop an answer: one that has started says so itself, soon."""
         turn = self.desk.turns.stop(str(request.session_hash))
+        self.desk.jobs.end(str(request.session_hash), "question")
         if turn is not None and turn.started and not turn.done:
             return gr.skip()
         changes: Changes = {self.page.question: ask_for_question()}
@@ -343,32 +364,39 @@ class Handlers:
     def on_clear(self, request: gr.Request) -> Changes:
         """The chat was emptied; an answer that is still coming does not fill it again."""
         self.desk.turns.drop(str(request.session_hash))
+        self.desk.jobs.end(str(request.session_hash), "question")
         return {self.page.questions: {}, self.page.answers: {}, self.page.question: ask_for_question()}
 
     # ---- the viewer tells something
 
     def on_picks(self, event: gr.EventData, opened: Opened) -> Changes:
         """Keep which patches were pinned and dropped in the viewer, and say how many."""
-        total, told = len(opened.case.bag.coords), event._data
-        picks = {key: [i for i in told[key] if 0 <= int(i) < total][:MOST_PICKS] for key in ("pinned", "dropped")}
+        with explain_errors():
+            total = len(opened.case.bag.coords)
+            told = {key: read_told(event._data, key) for key in ("pinned", "dropped")}
+            picks = {key: [i for i in told[key] if isinstance(i, int) and 0 <= i < total] for key in told}
+            if len(picks["pinned"]) > MOST or len(picks["dropped"]) > MOST_PICKS:
+                raise ValueError(f"At most {MOST} patches can be pinned and {MOST_PICKS:,} dropped; take some back.")
         said = f"Pinned: {len(picks['pinned'])} · dropped: {len(picks['dropped'])}"
         return {self.page.picks: picks, self.page.picked: said}
 
     def on_journal(self, event: gr.EventData, request: gr.Request) -> None:
         """Write down what was looked at."""
         with explain_errors():
-            check_told(event._data)
-        self.desk.record(request.session_hash, event="look", views=event._data["views"][:MOST_VIEWS])
+            views = read_told(event._data, "views")
+        self.desk.record(request.session_hash, event="look", views=views[:MOST_VIEWS])
 
-    def on_regions(self, file: str, opened: Opened | None) -> Changes:
+    def on_regions(self, file: str, opened: Opened | None, request: gr.Request) -> Changes:
         """Regions drawn in QuPath: list and mark the patches in them."""
-        with explain_errors():
+        desk = self.desk
+        with explain_errors(), desk.jobs.run(str(request.session_hash), "files") as job:
             try:
                 if opened is None:
                     raise ValueError("Open a slide first: the regions must be of that slide.")
-                found = read_regions(intake.require_upload(file, self.desk.uploads), opened.case.bag)
+                with desk.jobs.step(job):
+                    found = read_regions(intake.require_upload(file, desk.uploads), opened.case.bag)
             finally:
-                self.desk.drop_upload(file)
+                desk.drop_upload(file)
         members = {"indices": found.tolist(), "where": "imported regions", "nonce": uuid.uuid4().hex}
         return {self.page.view: gr.HTML(members=members)}
 
@@ -388,11 +416,12 @@ class Handlers:
         """Ask the last question once more, from other patches; both answers stand beside each other."""
         self._refuse_while_busy(chat, request)
         session = str(request.session_hash)
-        for changes in self._ask_what_if(opened, chat, questions, answers, int(k), selector, picks, session):
-            if opened is None or not self.desk.slides.holds(opened.token):  # another slide was opened
-                yield {self.page.compare: ""}
-                return
-            yield changes
+        with closing(self._ask_what_if(opened, chat, questions, answers, int(k), selector, picks, session)) as steps:
+            for changes in steps:
+                if opened is None or not self.desk.slides.holds(opened.token):  # another slide was opened
+                    yield {self.page.compare: ""}
+                    return
+                yield changes
 
     def _ask_what_if(
         self,
@@ -404,16 +433,20 @@ class Handlers:
         selector: str,
         picks: dict[str, list[int]],
         session: str,
-    ) -> Iterator[Changes]:
+    ) -> Generator[Changes]:
         desk, page = self.desk, self.page
-        with explain_errors():
+        with explain_errors(), ExitStack() as taken:
             if opened is None or not chat:
                 raise ValueError("Ask a question first: a what-if asks the same again, from other patches.")
             case, first = opened.case, answers.get(len(chat) - 1)
             known = show_evidence(first, case.selection) if first else []
             left = (f"{len(case.selection.indices)} patches, learned", text_of(chat[-1]), known)
             turns, given = words.turns_of(chat, questions, history=desk.config.multi_turn)
-            other = desk.choose(case, k, selector, picks["pinned"], picks["dropped"])
+            check_turns(turns, given)
+            if not FEWEST <= k <= MOST:
+                raise ValueError(f"A what-if takes {FEWEST} to {MOST} patches, got {k:,}.")
+            job = taken.enter_context(desk.jobs.run(session, "question", opened.token))
+            other = desk.choose(case, k, selector, picks["pinned"], picks["dropped"], job.name)
             selection = other.selection
             title = f"What if: {len(selection.indices)} patches, {selector}"
             title += "".join(f", {len(picks[key])} {key}" for key in ("pinned", "dropped") if picks[key])
@@ -423,10 +456,10 @@ class Handlers:
 
             yield {page.compare: beside("", []), page.view: gr.HTML(**selection_props(selection))}
             text = ""
-            for piece in desk.answer(other, turns, given, session):
+            for piece in desk.answer(other, turns, given, job.name):
                 text += piece
                 yield {page.compare: beside(text, [])}
-            answer = desk.measure(other, turns, text, given, caller=session)
+            answer = desk.measure(other, turns, text, given, job.name)
             yield {
                 page.compare: beside(answer.text or "(no answer)", show_evidence(answer, selection)),
                 page.view: gr.HTML(evidence=evidence_props(selection, answer)),
@@ -454,6 +487,18 @@ def read_mpp(text: str) -> float | None:
 def name_question(opened: Opened, chat: list) -> Hashable:
     """Which question the chat ends with, of which slide: the same after it has been to the page and back."""
     return opened.token, len(chat), " ".join(text_of(chat[-1]).split())
+
+
+def work_props(job: Job) -> dict[str, Any]:
+    """The viewer's prop "work"."""
+    left = job.seconds_left
+    return {
+        "phase": job.phase,
+        "place": job.place,
+        "done": job.done,
+        "total": job.total,
+        "seconds_left": None if left is None else round(left, 1),
+    }
 
 
 def wait_for_answer(**changes: Any) -> gr.Textbox:

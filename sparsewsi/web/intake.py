@@ -8,15 +8,19 @@ import shutil
 import stat
 import zipfile
 import zlib
+from collections.abc import Callable
+from io import FileIO
 from pathlib import Path, PurePosixPath
 
 from sparsewsi.files import as_path
 from sparsewsi.slides.confined import open_confined
 from sparsewsi.slides.remote import is_remote
-from sparsewsi.slides.slide import open_slide
+from sparsewsi.slides.slide import Slide
 
 OVERVIEW = 1024  # px
 ENTRIES, UNPACKED, RATIO = 20_000, 16 << 30, 100  # what an archive may hold: files, bytes, bytes per stored byte
+MOST_READ = 8 << 20  # bytes that are read of an archive at a time: of its list of files, that is all
+PLAIN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others may ask for gigabytes of memory to be unpacked
 
 # What zipfile and its decoders raise for archives that are none, or damaged; one file under another is an OSError.
 DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError, EOFError, OSError)
@@ -25,19 +29,15 @@ PACKED = 1000  # bytes of px per byte of file, for the smallest level alone; JPE
 SEVERAL_FILES = (".mrxs", ".vms", ".vmu", ".dcm")  # the file that is opened is not where the px are
 
 
-def check(path: str | Path, root: Path | None = None) -> None:
-    """Raise ValueError with one sentence if a slide cannot be opened and looked at within open_confined's limits.
+def _pay_no_heed() -> None:
+    """Nobody can end this work."""
 
-    root: the folder of a stranger's slide; see open_confined. None: whoever asks may open what this machine can, and
-    slides of any server
-    """
-    if root is None and is_remote(path):
-        with open_slide(path) as slide:
-            slide.thumbnail(OVERVIEW)
-        return
-    with open_confined(path, root=root) as slide:
-        file, (width, height) = as_path(path), slide.level_sizes[-1]
-        alone = file.is_file() and file.suffix.lower() not in SEVERAL_FILES
+
+def check(path: str | Path, opening: Callable[[str | Path], Slide] = open_confined) -> None:
+    """Raise ValueError with one sentence if a slide cannot be opened and looked at within open_confined's limits."""
+    with opening(path) as slide:
+        (width, height), file = slide.level_sizes[-1], as_path(path)
+        alone = not is_remote(path) and file.is_file() and file.suffix.lower() not in SEVERAL_FILES
         if alone and 3 * width * height > PACKED * file.stat().st_size:
             raise ValueError(
                 f"The slide was given up: {width:,} x {height:,} px on its smallest level are no scan in a file "
@@ -47,20 +47,32 @@ def check(path: str | Path, root: Path | None = None) -> None:
         slide.read_level(0, (slide.size[0] // 2, slide.size[1] // 2), (64, 64))
 
 
-def unpack(archive: Path, folder: Path) -> Path:
+class _Archive(FileIO):
+    """A zip archive whose list of files is not read into memory however long it is."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0:  # the end, with its comment
+            size = MOST_READ
+        if size > MOST_READ:
+            raise ValueError("The zip archive holds far more files than a slide; it was not unpacked.")
+        return super().read(size)
+
+
+def unpack(archive: Path, folder: Path, most: int = UNPACKED, look: Callable[[], None] = _pay_no_heed) -> Path:
     """Unpack a zip of a slide that is a folder (DICOM, MRXS, VMS) into a new folder; returns what to open.
 
     Raises ValueError, before anything is written, for entries that lead out of the folder or are links, and for
-    archives that unpack to more than ENTRIES files, UNPACKED bytes or RATIO times their size.
+    archives that unpack to more than ENTRIES files, `most` bytes (at most UNPACKED) or RATIO times their size.
+    look: called again and again; what it raises ends the work
     """
     try:
-        with zipfile.ZipFile(archive) as opened:
+        with _Archive(archive) as file, zipfile.ZipFile(file) as opened:
             entries = opened.infolist()
-            _look_at(entries, archive.stat().st_size)
+            _look_at(entries, archive.stat().st_size, min(most, UNPACKED))
             folder.mkdir(mode=0o700)
             for entry in entries:
                 if not entry.is_dir():
-                    _write(opened, entry, folder)
+                    _write(opened, entry, folder, look)
     except DAMAGED as error:
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -69,24 +81,28 @@ def unpack(archive: Path, folder: Path) -> Path:
     return _slide_in(folder)
 
 
-def _look_at(entries: list[zipfile.ZipInfo], packed: int) -> None:
+def _look_at(entries: list[zipfile.ZipInfo], packed: int, most: int) -> None:
     for entry in entries:
         name = PurePosixPath(entry.filename.replace("\\", "/"))
         link = stat.S_ISLNK(entry.external_attr >> 16)
         if name.is_absolute() or ".." in name.parts or ":" in entry.filename or link:
             raise ValueError("The zip archive holds a path that leads out of its folder; it was not unpacked.")
+        if entry.compress_type not in PLAIN:
+            raise ValueError("The zip archive is not packed by Deflate; pack the slide again, as a plain ZIP.")
     size = sum(entry.file_size for entry in entries)
-    if len(entries) > ENTRIES or size > UNPACKED or size > RATIO * max(packed, 1 << 20):
+    if len(entries) > ENTRIES or size > most or size > RATIO * max(packed, 1 << 20):
         raise ValueError("The zip archive unpacks to far more than a slide; it was not unpacked.")
 
 
-def _write(opened: zipfile.ZipFile, entry: zipfile.ZipInfo, folder: Path) -> None:
+def _write(opened: zipfile.ZipFile, entry: zipfile.ZipInfo, folder: Path, look: Callable[[], None]) -> None:
     """One file, and never more of it than the archive said it holds."""
+    look()
     target = folder / entry.filename
     target.parent.mkdir(parents=True, exist_ok=True)
     left = entry.file_size
     with opened.open(entry) as source, target.open("wb") as out:
         while block := source.read(1 << 20):
+            look()
             left -= len(block)
             if left < 0:
                 raise zipfile.BadZipFile("more than was said")
@@ -119,13 +135,17 @@ def require_upload(file: str | Path, uploads: Path) -> Path:
     return path
 
 
-def keep_upload(file: str | Path, folder: Path) -> Path:
+def keep_upload(file: str | Path, folder: Path, most: int = UNPACKED, look: Callable[[], None] = _pay_no_heed) -> Path:
     """Move an upload into a folder that only we can read, in place of an earlier one; its name is not kept.
 
-    Returns what to open: the file, or what an archive held.
+    Returns what to open: the file, or what an archive held. most, look: see unpack
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
     suffix = Path(file).suffix if re.fullmatch(r"\.\w{1,8}", Path(file).suffix) else ""
     kept = Path(shutil.move(file, folder / f"slide{suffix}"))
-    return unpack(kept, folder / "unpacked") if suffix.lower() == ".zip" else kept
+    if suffix.lower() != ".zip":
+        return kept
+    unpacked = unpack(kept, folder / "unpacked", most, look)
+    kept.unlink()
+    return unpacked

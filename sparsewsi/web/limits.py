@@ -1,12 +1,13 @@
 """How much a caller may ask for. What is too much is said, never cut without a word."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any
 
 MOST_CHARS = 2000  # of a question; of its options together; of an answer whose evidence is asked for
 MOST_OPTIONS = len(ascii_uppercase)
+MOST_SAID = 8000  # of a chat, earlier turns and all
 MOST_TOLD = 64 << 10  # bytes of what the viewer tells at a time
 
 
@@ -14,6 +15,8 @@ def check_question(question: str, options: Sequence[str] = (), answer: str = "")
     """Raise ValueError for a question, options or an answer that are none or longer than people write."""
     if not all(isinstance(text, str) for text in (question, answer, *options)):
         raise ValueError("The question, its options and the answer must be texts.")
+    if any(is_broken(text) for text in (question, answer, *options)):
+        raise ValueError("The text holds half a character (a lone surrogate); write it again.")
     if len(options) > MOST_OPTIONS:
         raise ValueError(f"A question has at most {MOST_OPTIONS} options, got {len(options)}; leave some out.")
     for what, size in (("question", len(question)), ("answer", len(answer)), ("options", sum(map(len, options)))):
@@ -22,7 +25,22 @@ def check_question(question: str, options: Sequence[str] = (), answer: str = "")
             raise ValueError(f"The {what} {verb} {size:,} characters, more than the {MOST_CHARS:,} allowed; shorten.")
 
 
-def check_told(told: Any) -> None:
-    """Raise ValueError for an event of the viewer that is longer than a viewer's."""
-    if len(json.dumps(told)) > MOST_TOLD:
-        raise ValueError(f"The viewer tells {MOST_TOLD >> 10} kB at most at a time; this was not written down.")
+def is_broken(text: str) -> bool:
+    """Whether a text holds what no file can: half of a character."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def check_turns(turns: Sequence[Mapping[str, str]], options: Sequence[str] = ()) -> None:
+    """Raise ValueError for a chat that is longer than a model reads: it comes back from the browser."""
+    check_question(turns[-1]["content"], options)
+    if (size := sum(len(turn["content"]) for turn in turns)) > MOST_SAID:
+        raise ValueError(f"The chat has {size:,} characters, more than the {MOST_SAID:,} that are read; clear it.")
+
+
+def read_told(told: Any, key: str) -> list:
+    """A list that the viewer tells. Raises ValueError for what no viewer tells, and for more than it does at a time."""
+    if len(json.dumps(told, default=str)) > MOST_TOLD:
+        raise ValueError(f"The viewer tells {MOST_TOLD >> 10} kB at most at a time; this was not taken.")
+    if not isinstance(told, dict) or not isinstance(told.get(key), list):
+        raise ValueError(f"The viewer tells a list of {key}; something else came.")
+    return told[key]

@@ -10,8 +10,7 @@ from sparsewsi.web.desk import Desk
 from sparsewsi.web.handlers import Handlers
 from sparsewsi.web.layout import Page, lay_out
 
-# One thing at a time on the GPU, of all pages and callers together.
-SINGLE: dict[str, Any] = {"concurrency_id": "gpu", "concurrency_limit": 1}
+WORK: dict[str, Any] = {"concurrency_id": "work", "concurrency_limit": None}  # whose turn it is: jobs.py
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 QUIET: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
 EVERY: dict[str, Any] = {"trigger_mode": "multiple"}  # also while the same event is still busy with another slide
@@ -26,8 +25,8 @@ def build_page(desk: Desk) -> gr.Blocks:
         _wire_questions(page, handlers)
         _wire_what_if(page, handlers)
         for function in (functions.analyze, functions.ask, functions.evidence):
-            api(function, api_name=function.__name__, **SINGLE)
-    return demo.queue(default_concurrency_limit=2)
+            api(function, api_name=function.__name__, **WORK)
+    return demo.queue(default_concurrency_limit=None, api_open=False)
 
 
 def _wire_slides(demo: gr.Blocks, page: Page, on: Handlers, allow_paths: bool) -> None:
@@ -47,7 +46,7 @@ def _wire_slides(demo: gr.Blocks, page: Page, on: Handlers, allow_paths: bool) -
     for trigger in [*[event.success for event in opened], page.mpp.submit]:
         shown = trigger(on.on_slide, [page.path, page.mpp], cleared, **QUIET, **EVERY)
         analysed = shown.success(
-            on.on_slide_shown, [page.token, page.path, page.mpp], filled, **waiting, **SINGLE, **EVERY
+            on.on_slide_shown, [page.token, page.path, page.mpp], filled, **waiting, **WORK, **EVERY
         )
         analysed.success(on.on_analysed, [page.opened, page.answers], None, **QUIET, **EVERY)
         analysed.success(on.on_map_wanted, page.opened, page.view, **QUIET, **EVERY)
@@ -71,7 +70,7 @@ def _wire_questions(page: Page, on: Handlers) -> None:
             [page.opened, page.chat, page.questions, page.answers],
             [page.chat, page.answers, page.view, page.question],
             **QUIET,
-            **SINGLE,
+            **WORK,
             **EVERY,
         )
         answered.then(on.on_answered, None, page.question, **QUIET, **EVERY)
@@ -96,7 +95,7 @@ def _wire_what_if(page: Page, on: Handlers) -> None:
     page.view.journal(on.on_journal, None, None, **QUIET)
     other = [page.opened, page.chat, page.questions, page.answers, page.k, page.selector, page.picks]
     seen = [page.compare, page.view]
-    page.again.click(on.on_ask_again, other, seen, show_progress_on=page.compare, **PRIVATE, **SINGLE)
+    page.again.click(on.on_ask_again, other, seen, show_progress_on=page.compare, **PRIVATE, **WORK)
     own = page.own.click(on.on_own_patches, page.opened, seen, **QUIET)
     own.success(on.on_answer_shown, ended, page.view, **QUIET)
     page.regions.upload(on.on_regions, [page.regions, page.opened], page.view, **QUIET)

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -9,13 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
+from gradio_client import Client
 from starlette.middleware import Middleware
 
 from sparsewsi.model.config import DEFAULT_MODEL
 from sparsewsi.web.desk import Desk
-from sparsewsi.web.door import Door, read_logins
+from sparsewsi.web.door import MOST_OF_ALL, Door, read_logins
 from sparsewsi.web.folder import make_folder, tidy_for_ever
 from sparsewsi.web.page import build_page
+from sparsewsi.web.uploads import Uploads
 from sparsewsi.web.viewer import PAGE_CSS, theme
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -47,6 +51,9 @@ def read_flags(argv: Sequence[str] | None, on_space: bool) -> argparse.Namespace
         default=["https://huggingface.co", "https://*.hf.space"] if on_space else [],
         help="origin whose pages may show this one in a frame, e.g. https://example.org; * for any",
     )
+    parser.add_argument(
+        "--quota", type=float, help="GB that uploads may take in all, a quarter each; default: half of what is free"
+    )
     parser.add_argument("--mcp", action="store_true", help="serve the API as MCP tools too (pip install 'gradio[mcp]')")
     return parser.parse_args(argv)
 
@@ -68,12 +75,15 @@ def launch_settings(
     Raises ValueError for an empty name or password.
     """
     known = [*LOOPBACK, host, *names] if host in LOOPBACK else []
-    door = Middleware(Door, leave=desk.leave, uploads=desk.uploads, names=known, embed=embed)
+    door = Middleware(Door, sessions=desk, names=known, embed=embed)
+    uploads = Uploads(desk.uploads, desk.folder, desk.quota)
     return {
         "server_name": f"[{host}]" if ":" in host and not host.startswith("[") else host,  # an address of IPv6
         "server_port": port,
         "auth": read_logins(auth),
-        "app_kwargs": {"routes": desk.slides.routes(), "middleware": [door]},
+        "app_kwargs": {"routes": [*uploads.routes(), *desk.slides.routes()], "middleware": [door]},
+        "max_threads": MOST_OF_ALL + 40,  # who waits for its turn waits in a thread
+        "state_session_capacity": 1000,
         "share": False,
         "ssr_mode": False,
         "pwa": False,
@@ -82,7 +92,6 @@ def launch_settings(
         "enable_monitoring": False,
         "show_error": False,
         "allowed_paths": [],
-        "max_file_size": "8gb",
         "footer_links": [],
         "theme": theme(),
         "css": PAGE_CSS.read_text(encoding="utf-8"),
@@ -97,10 +106,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         read_logins(flags.auth)
         with make_folder() as folder:
-            # Gradio takes this from its environment alone.
-            uploads = Path(os.environ.setdefault("GRADIO_TEMP_DIR", str(folder / "gradio")))
+            # Gradio takes these from its environment alone.
+            os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")
+            os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")  # it sums them up after every event
             private = flags.host in LOOPBACK and not on_space and flags.auth is None
-            desk = Desk(flags.model, folder, uploads=uploads, log=flags.log, allow_paths=private)
+            quota = int(flags.quota * 1e9) if flags.quota else shutil.disk_usage(folder).free // 2
+            desk = Desk(flags.model, folder, log=flags.log, allow_paths=private, quota=quota)
             serve(desk, flags)
     except (ValueError, OSError, ImportError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
@@ -120,7 +131,22 @@ def serve(desk: Desk, flags: argparse.Namespace) -> None:
     if demo.mcp_error:  # Gradio would serve the page without
         demo.close(verbose=False)
         raise ValueError("--mcp needs the packages of an extra of Gradio: pip install 'gradio[mcp]'.")
+    log_in_tools(demo, address, flags.auth)
     threading.Thread(target=desk.warm_up, name="warm-up", daemon=True).start()
-    threading.Thread(target=tidy_for_ever, args=(desk.uploads,), name="tidy", daemon=True).start()
+    threading.Thread(target=tidy_for_ever, args=(desk.tidy,), name="tidy", daemon=True).start()
     print(f"SparseWSI is served at {address}", flush=True)
     demo.block_thread()
+
+
+def log_in_tools(demo: gr.Blocks, address: str, auth: str | None) -> None:
+    """Give MCP a client that is logged in: Gradio's own, through which all tools are called, cannot."""
+    logins = read_logins(auth)
+    if logins and demo.mcp_server_obj is not None:
+        demo.mcp_server_obj._client_instance = Client(
+            address,
+            auth=logins[0],
+            verbose=False,
+            analytics_enabled=False,
+            download_files=False,
+            _skip_components=False,
+        )

@@ -4,7 +4,6 @@ Stop is a flag that an answer looks at, not Gradio's `cancels`: of a cancelled e
 what follows it is started, and the next question may find it not ended yet and never be asked.
 """
 
-import os
 import threading
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ class Turns:
     def __init__(self) -> None:
         self._turns: dict[str, Turn] = {}
         self._lock = threading.Lock()
-        self._process = os.getpid()
 
     def begin(self, session: str, asked: Hashable) -> None:
         """A question was asked; an answer to it will be taken up."""
@@ -52,12 +50,6 @@ class Turns:
                 return None
             turn.started = True
             return turn
-
-    def wanted(self, session: str, turn: Turn | None) -> bool:
-        """Does anybody wait for more of this answer? Always, in another process (ZeroGPU's): it is not told."""
-        if os.getpid() != self._process:
-            return True
-        return turn is not None and self._turns.get(session) is turn and not turn.stopped
 
     def stop(self, session: str) -> Turn | None:
         """Stop was pressed: a turn that has not started never will, another one looks. Returns it."""

@@ -102,6 +102,9 @@ POLYGON = '{"type": "Polygon", "coordinates": %s}'
         (POLYGON % "[[[0], [1], [2]]]", "pixel positions"),
         (POLYGON % "[[[9000, 0], [9001, 0], [9000, 1]]]", "no patch of slide 0a1b2c3d"),
         (POLYGON % f"[{[[0, 0]] * 200_001}]", "200,000 corners"),
+        (json.dumps({"type": "MultiPoint", "coordinates": [[1, 1]] * 5001}), "5,000 regions or points"),
+        (json.dumps({"type": "MultiPolygon", "coordinates": [[[[0, 0], [1, 1], [2, 0]]]] * 5001}), "5,000 regions"),
+        (json.dumps([{"type": "Point", "coordinates": [1, 1]}] * 5001), "5,000 regions or points"),
     ],
 )
 def test_a_bad_region_file_is_one_sentence(tmp_path, grid, content, said):
@@ -114,8 +117,8 @@ def test_a_bad_region_file_is_one_sentence(tmp_path, grid, content, said):
 
 def test_a_region_file_that_is_too_big_is_not_read(tmp_path, grid):
     with (tmp_path / "big.geojson").open("wb") as file:
-        file.truncate((64 << 20) + 1)
-    with pytest.raises(ValueError, match="larger than 64 MB"):
+        file.truncate((16 << 20) + 1)
+    with pytest.raises(ValueError, match="larger than 16 MB"):
         qupath.read_regions(tmp_path / "big.geojson", grid)
     with pytest.raises(ValueError, match="no file"):
         qupath.read_regions(tmp_path / "missing.geojson", grid)

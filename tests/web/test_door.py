@@ -1,12 +1,12 @@
 """What is turned away before Gradio sees it, on a real server of this machine with one small function."""
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
@@ -18,13 +18,46 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from sparsewsi.web import door as door_module
+from sparsewsi.web import uploads as uploads_module
 from sparsewsi.web.door import Door, read_logins
-from sparsewsi.web.limits import check_question, check_told
+from sparsewsi.web.limits import check_question, read_told
+from sparsewsi.web.uploads import Uploads
 
 
-def serve(uploads: Path, auth: list[tuple[str, str]] | None = None, **settings: Any) -> tuple[gr.Blocks, Any]:
+class Told:
+    """What the door tells of sessions."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[str, str]] = []
+        self.files: list = []
+        self.running = threading.Event()
+        self.address = ""
+        self.folder = Path()
+
+    def arrive(self, session: str) -> None:
+        self.log.append(("arrive", session))
+
+    def ask(self, session: str) -> None:
+        self.log.append(("ask", session))
+
+    def leave(self, session: str) -> None:
+        self.log.append(("leave", session))
+
+    def forget(self, session: str) -> None:
+        self.log.append(("forget", session))
+
+    def heard(self, *event: str, seconds: float = 2.0) -> bool:
+        ends = time.monotonic() + seconds
+        while event not in self.log and time.monotonic() < ends:
+            time.sleep(0.02)
+        return event in self.log
+
+
+def serve(home: Path, auth: list[tuple[str, str]] | None = None, quota: int = 1 << 30, **settings: Any) -> tuple:
     """A server with a slow function, a file's function and a tile, behind a door."""
-    told = SimpleNamespace(left=[], files=[], running=threading.Event())
+    told = Told()
+    told.folder = home / "gradio"
+    told.folder.mkdir()
 
     def wait(seconds: float) -> str:
         told.running.set()
@@ -41,9 +74,10 @@ def serve(uploads: Path, auth: list[tuple[str, str]] | None = None, **settings: 
     with gr.Blocks(analytics_enabled=False) as demo:
         api(wait, api_name="wait")
         api(take, api_name="take")
-    front = Middleware(Door, leave=told.left.append, uploads=uploads, **settings)
-    routes = [Route("/gradio_api/slide/{rest:path}", tile)]
-    _, address, _ = demo.queue().launch(
+        demo.unload(lambda: None)
+    front = Middleware(Door, sessions=told, **settings)
+    routes = [*Uploads(told.folder, home, quota).routes(), Route("/gradio_api/slide/{rest:path}", tile)]
+    _, address, _ = demo.queue(default_concurrency_limit=None, api_open=False).launch(
         server_name="127.0.0.1",
         quiet=True,
         prevent_thread_lock=True,
@@ -56,15 +90,15 @@ def serve(uploads: Path, auth: list[tuple[str, str]] | None = None, **settings: 
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    demo, told = serve(tmp_path_factory.mktemp("uploads"), names=("127.0.0.1", "localhost", "::1"))
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Told]:
+    demo, told = serve(tmp_path_factory.mktemp("home"), names=("127.0.0.1", "localhost", "::1"))
     yield told
     demo.close(verbose=False)
 
 
-def join(address: str, data: list, session: str, fn_index: int = 0) -> httpx.Response:
+def join(address: str, data: list, session: str, fn_index: int = 0, **headers: str) -> httpx.Response:
     body = {"data": data, "fn_index": fn_index, "session_hash": session}
-    return httpx.post(f"{address}/gradio_api/queue/join", json=body, timeout=60)
+    return httpx.post(f"{address}/gradio_api/queue/join", json=body, timeout=60, headers=headers)
 
 
 @pytest.mark.parametrize("name", ["evil.example", "evil.example:7860", "127.0.0.1.evil.example", "", "0.0.0.0"])
@@ -86,31 +120,153 @@ def test_the_server_fetches_nothing_for_others(served, url):
 
 
 @pytest.mark.parametrize(
-    "path", ["file=http://127.0.0.1:1/a", "file=HTTPS://example.org", "proxy=https://a.hf.space/b"]
+    "path",
+    [
+        *("file=http://127.0.0.1:1/a", "file=HTTPS://example.org", "proxy=https://a.hf.space/b", "file=/etc/hostname"),
+        *("file=../../etc/hostname", "file//etc/hostname"),
+    ],
 )
-def test_addresses_of_others_are_not_passed_on(served, path):
-    assert httpx.get(f"{served.address}/gradio_api/{path}").status_code == 403
+def test_no_file_and_no_address_of_others_is_given(served, path):
+    for way in (httpx.get, httpx.head):
+        assert way(f"{served.address}/gradio_api/{path}").status_code in (403, 404)
 
 
-def test_requests_and_queues_are_bounded(served):
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("deep_link", "runs", "run-history/records", "dev/reload", "vibe-code", "stream/a/b/1/playlist.m3u8"),
+        *("custom_component/1/client/component/x.js", "profiling/traces", "/upload", "../upload"),
+    ],
+)
+def test_what_the_page_does_not_need_is_not_there(served, path):
+    assert httpx.get(f"{served.address}/gradio_api/{path}").status_code == 404
+    assert httpx.post(f"{served.address}/gradio_api/{path}").status_code == 404
+    for path in ("process_recording", "component_server", "vibe-edit", "api/wait"):
+        assert httpx.post(f"{served.address}/gradio_api/{path}", json={}).status_code == 404
+    assert httpx.get(f"{served.address}/monitoring").status_code == 404
+    assert httpx.post(f"{served.address}/gradio_api/run/wait", json={"data": [0]}).status_code == 404, "past the queue"
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1.evil.example:7860"])
+def test_pages_of_others_can_ask_a_server_of_this_machine_nothing(served, origin):
+    assert join(served.address, [0.0], "a", Origin=origin).status_code == 403
+    upload = httpx.post(
+        f"{served.address}/gradio_api/upload", files={"files": ("a.svs", b"x")}, headers={"Origin": origin}
+    )
+    assert upload.status_code == 403
+    assert join(served.address, [0.0], "a", Origin=served.address).status_code == 200
+
+
+def test_requests_and_queues_are_bounded(served, monkeypatch):
     assert join(served.address, ["x" * (3 << 20)], "s").status_code == 413
-    assert httpx.post(f"{served.address}/gradio_api/queue/join", content=b"{", timeout=60).status_code == 400
+    assert httpx.post(f"{served.address}/login", content=b"x" * (3 << 20), timeout=60).status_code == 413
+    for content in (b"{", b"3", b"[" * 100_000, b'{"session_hash": {}}', b'{"session_hash": ["a"]}', b"9" * 5000):
+        for path in ("queue/join", "call/wait", "run/wait", "cancel"):
+            answer = httpx.post(f"{served.address}/gradio_api/{path}", content=content, timeout=60)
+            assert answer.status_code == 400
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: join(served.address, [0.01], "many").status_code, range(60)))
+        answers = list(pool.map(lambda _: join(served.address, [2.0], "many").status_code, range(60)))
     assert answers.count(200) <= door_module.MOST_WAITING + 8  # those that came at once
     assert answers.count(429) == 60 - answers.count(200)
     assert join(served.address, [0.01], "another").status_code == 200
+    monkeypatch.setattr(door_module, "MOST_OF_ADDRESS", 5)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda i: join(served.address, [3.0], f"session {i}").status_code, range(40)))
+    assert answers.count(200) <= 5 + 8
+    assert set(answers) == {200, 429}
+    monkeypatch.setattr(door_module, "MOST_OF_ADDRESS", 1000)
+    monkeypatch.setattr(door_module, "MOST_OF_ALL", 2)
+    answer = join(served.address, [0.0], "one more")
+    assert (answer.status_code, "busy" in answer.text) == (503, True)
 
 
-def test_an_upload_says_its_length_and_finds_room(served, monkeypatch):
+# ---- uploads
+
+
+def upload(address: str, name: str = "Mustermann 1950.svs", content: bytes = b"slide", **fields: Any) -> httpx.Response:
+    return httpx.post(f"{address}/gradio_api/upload", files={"files": (name, content)}, data=fields, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"), [("a.svs", "slide.svs"), ("../../a.tiff", "slide.tiff"), ("a", "slide"), ("é.<b>", "slide")]
+)
+def test_an_upload_gets_a_folder_that_only_its_uploader_is_told(served, name, kept):
+    one, other = (Path(upload(served.address, name).json()[0]) for _ in range(2))
+    assert one.name == other.name == kept
+    assert one.parent.parent == served.folder
+    assert one.parent != other.parent, "the same content is not the same upload"
+    assert one.read_bytes() == b"slide"
+    assert one.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_an_upload_that_cannot_be_kept_leaves_nothing(served):
+    before = set(served.folder.iterdir())
+    assert upload(served.address, note="x").status_code == 400, "a field would be kept in memory"
+    two = [("files", ("a.svs", b"x")), ("files", ("b.svs", b"x"))]
+    assert httpx.post(f"{served.address}/gradio_api/upload", files=two).status_code == 400
+    assert httpx.post(f"{served.address}/gradio_api/upload", content=b"x").status_code == 400
+
     def parts() -> Iterator[bytes]:
         yield b"--x\r\n\r\n"
 
-    upload = f"{served.address}/gradio_api/upload"
-    assert httpx.post(upload, content=parts(), timeout=60).status_code == 411
-    assert httpx.post(upload, files={"files": ("a.svs", b"slide")}, timeout=60).status_code == 200
-    monkeypatch.setattr(door_module, "ROOM", 1 << 60)
-    assert httpx.post(upload, files={"files": ("a.svs", b"slide")}, timeout=60).status_code == 507
+    assert httpx.post(f"{served.address}/gradio_api/upload", content=parts(), timeout=60).status_code == 411
+    assert set(served.folder.iterdir()) == before
+
+
+HALF = (
+    b"POST /gradio_api/upload HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+    b"Content-Length: 100000\r\n\r\n"
+    b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.svs"\r\n\r\nhalf a slide'
+)
+
+
+@pytest.mark.parametrize("how", ["breaks off", "stands still", "trickles"])
+def test_an_upload_that_breaks_off_or_is_too_slow_leaves_nothing(served, how, monkeypatch):
+    if how != "breaks off":
+        monkeypatch.setattr(uploads_module, "PATIENCE", 1.0 if how == "stands still" else 0.2)
+    before = set(served.folder.iterdir())
+    host, port = served.address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as line:
+        line.sendall(HALF)
+        ends = time.monotonic() + 5
+        while set(served.folder.iterdir()) == before and time.monotonic() < ends:
+            time.sleep(0.01)
+        assert set(served.folder.iterdir()) != before
+        if how == "trickles":
+            for _ in range(20):
+                line.sendall(b"x")
+                time.sleep(0.1)
+        if how != "breaks off":
+            assert b"408" in line.recv(100)
+    ends = time.monotonic() + 5
+    while set(served.folder.iterdir()) != before and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert set(served.folder.iterdir()) == before
+
+
+def test_uploads_keep_to_their_quota_and_leave_room_on_the_disk(tmp_path, monkeypatch):
+    demo, told = serve(tmp_path, quota=100_000)
+    try:
+        assert upload(told.address, content=b"x" * 10_000).status_code == 200
+        answer = upload(told.address, content=b"x" * 20_000)
+        assert (answer.status_code, "not opened yet" in answer.text) == (507, True)
+        for opened in told.folder.iterdir():  # and lies in its session's folder now
+            opened.rename(tmp_path / "session")
+        assert upload(told.address, content=b"x" * 20_000).status_code == 200
+        (tmp_path / "session" / "more").write_bytes(b"x" * 78_000)
+        answer = upload(told.address, content=b"x" * 4_000)
+        assert (answer.status_code, "no room" in answer.text) == (507, True)
+        (tmp_path / "session" / "more").unlink()
+        assert upload(told.address, content=b"x" * 1_000).status_code == 200
+        monkeypatch.setattr(uploads_module, "FREE", 1 << 60)
+        assert upload(told.address, content=b"x" * 1_000).status_code == 507
+        monkeypatch.setattr(uploads_module, "LARGEST", 500)
+        assert upload(told.address, content=b"x" * 1_000).status_code == 413
+    finally:
+        demo.close(verbose=False)
+
+
+# ---- who has left
 
 
 def test_who_breaks_off_has_left_within_two_seconds_and_who_hears_all_has_not(served):
@@ -122,10 +278,34 @@ def test_who_breaks_off_has_left_within_two_seconds_and_who_hears_all_has_not(se
     join(served.address, [4.0], "hasty")
     with httpx.stream("GET", f"{served.address}/gradio_api/queue/data?session_hash=hasty", timeout=60):
         assert served.running.wait(10)
-    ends = time.monotonic() + 2
-    while "hasty" not in served.left and time.monotonic() < ends:
-        time.sleep(0.05)
-    assert served.left == ["hasty"]
+    assert served.heard("leave", "hasty")
+    assert ("leave", "patient") not in served.log
+    assert ("forget", "hasty") not in served.log, "another stream of the same page may come"
+
+
+def test_who_closes_the_page_is_forgotten_within_two_seconds(served):
+    with httpx.stream("GET", f"{served.address}/gradio_api/heartbeat/tab", timeout=60) as stream:
+        beats = stream.iter_lines()
+        next(beats)
+        assert served.heard("arrive", "tab")
+        with httpx.stream("GET", f"{served.address}/gradio_api/heartbeat/tab", timeout=60) as other:
+            next(other.iter_lines())
+        time.sleep(2 * door_module.GONE_AFTER)
+        assert ("forget", "tab") not in served.log, "it is open twice"
+    assert served.heard("forget", "tab")
+
+
+@pytest.mark.parametrize("way", ["queue/join", "call/wait", "call/v2/wait"])
+def test_who_asks_and_never_listens_has_left(served, way, monkeypatch):
+    monkeypatch.setattr(door_module, "LISTEN_WITHIN", 0.5)
+    if way == "queue/join":
+        join(served.address, [3.0], "deaf")
+        session = "deaf"
+    else:
+        body = {"seconds": 3.0} if "v2" in way else {"data": [3.0]}
+        session = httpx.post(f"{served.address}/gradio_api/{way}", json=body).json()["event_id"]
+    assert served.heard("ask", session)
+    assert served.heard("leave", session)
 
 
 def test_others_show_it_in_a_frame_only_where_that_is_allowed(served, tmp_path):
@@ -141,17 +321,25 @@ def test_others_show_it_in_a_frame_only_where_that_is_allowed(served, tmp_path):
     assert "X-Frame-Options" not in headers
 
 
-def test_who_is_not_logged_in_sees_nothing_and_guessing_takes_time(tmp_path):
+def log_in(address: str, password: str) -> httpx.Response:
+    return httpx.post(f"{address}/login", data={"username": "me", "password": password}, timeout=60)
+
+
+def test_who_is_not_logged_in_sees_nothing_and_guessing_takes_time(tmp_path, monkeypatch):
     demo, told = serve(tmp_path, auth=[("me", "secret")])
     try:
-        paths = ("slide/token/0/0_0.jpg", "heartbeat/s", "mcp/sse", "queue/data?session_hash=s", "info")
+        paths = ("slide/token/0/0_0.jpg", "heartbeat/s", "mcp/schema", "queue/data?session_hash=s", "info")
         for path in paths:
             assert httpx.get(f"{told.address}/gradio_api/{path}").status_code == 401
-        began = time.monotonic()
-        for _ in range(3):
-            wrong = httpx.post(f"{told.address}/login", data={"username": "me", "password": "x"}, timeout=60)
-            assert wrong.status_code == 400
-        assert time.monotonic() - began > 3  # 0.5 + 1 + 2 s
+        for path in ("queue/join", "upload", "mcp/", "cancel", "call/wait", "run/wait", "reset"):
+            assert httpx.post(f"{told.address}/gradio_api/{path}", json={}).status_code == 401
+        monkeypatch.setattr(door_module, "TRIES", 2)
+        with ThreadPoolExecutor(8) as pool:  # all at once is no way
+            tries = list(pool.map(lambda i: log_in(told.address, f"guess {i}").status_code, range(20)))
+        assert tries.count(429) >= 12
+        assert set(tries) == {400, 429}
+        assert log_in(told.address, "secret").status_code == 429, "not even looked at"
+        time.sleep(5)
         with httpx.Client(base_url=told.address, timeout=60) as visitor:
             assert visitor.post("/login", data={"username": "me", "password": "secret"}).status_code == 200
             assert visitor.get("/gradio_api/slide/token/0/0_0.jpg").text == "tile"
@@ -176,6 +364,9 @@ def test_what_is_too_long_is_said():
     for asked in too_much:
         with pytest.raises(ValueError, match=r"^The .*\.$|^A question"):
             check_question(*asked)
-    check_told({"views": [{"x": 1.5}] * 200})
+    assert len(read_told({"views": [{"x": 1.5}] * 200}, "views")) == 200
     with pytest.raises(ValueError, match="64 kB"):
-        check_told({"views": ["x" * 70_000]})
+        read_told({"views": ["x" * 70_000]}, "views")
+    for told in ([], None, {"views": 3}, {"view": []}):
+        with pytest.raises(ValueError, match="a list of views"):
+            read_told(told, "views")

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shutil
+import threading
 from types import SimpleNamespace
 
 import gradio as gr
@@ -22,6 +23,7 @@ from sparsewsi.web.chat import Question
 from sparsewsi.web.desk import Opened
 from sparsewsi.web.errors import explain_errors
 from sparsewsi.web.handlers import BROKEN_OFF, STOPPED, UNWEIGHED, WEIGHING, Handlers, read_mpp
+from sparsewsi.web.jobs import Halted
 from sparsewsi.web.viewer import file_props
 
 
@@ -323,7 +325,7 @@ def test_earlier_turns_go_to_the_model_only_if_it_was_trained_on_that(multi_turn
 
     def note_and_answer(case, messages, options, session):
         put.append((messages, options))
-        return itertools.islice(answer(case, messages, options, session), 1)
+        yield from itertools.islice(answer(case, messages, options, session), 1)
 
     monkeypatch.setattr(desk, "answer", note_and_answer)
     list(on.on_asked(opened, changes[on.page.chat], changes[on.page.questions], {}, me))
@@ -341,10 +343,9 @@ def test_earlier_turns_go_to_the_model_only_if_it_was_trained_on_that(multi_turn
 def test_an_answer_ends_when_its_caller_has_gone(on, opened, asked, me, desk):
     steps = on.on_asked(opened, asked, {}, {}, me)
     next(steps)
-    desk.leave(me.session_hash)
-    with pytest.raises(gr.Error) as unseen:
-        list(steps)
-    assert not unseen.value.visible
+    desk.forget(me.session_hash)
+    assert list(steps) == [{on.page.chat: [], on.page.answers: {}}]
+    assert not desk.folder_of(me.session_hash, "-files").exists(), "nothing is written down of who has gone"
 
 
 def test_evidence_ends_when_its_caller_has_gone_and_not_when_another_has(opened, me, visitor, desk, monkeypatch):
@@ -359,26 +360,70 @@ def test_evidence_ends_when_its_caller_has_gone_and_not_when_another_has(opened,
 
     monkeypatch.setattr(desk.model, "leave_one_out", leave_at_the_first_pass)
     asked = (opened.case, [{"role": "user", "content": "Which?"}], "fat", [])
-    assert desk.measure(*asked, caller=me.session_hash).effects
-    leaving = me
-    with pytest.raises(gr.Error):
-        desk.measure(*asked, caller=me.session_hash)
+    with desk.jobs.run(me.session_hash, "question") as job:
+        assert desk.measure(*asked, job.name).effects
+        leaving = me
+        with pytest.raises(Halted):
+            desk.measure(*asked, job.name)
 
 
-def test_an_analysis_ends_when_its_caller_has_gone(desk, me, tmp_path):
+def test_an_analysis_ends_when_its_caller_has_gone(desk, me, tmp_path, monkeypatch):
     phantom.write_phantom(tmp_path / "phantom.tiff", seed=3, size=1024)
-    token = desk.slides.add(tmp_path / "phantom.tiff", me.session_hash)
-    told = []
+    path = str(tmp_path / "phantom.tiff")
+    token, batches, encoder = desk.slides.add(path, me.session_hash), [], desk.load()[1]
 
-    def tell(*_given, **named):
-        told.append(named.get("unit"))
-        if named.get("unit") == "patches":
-            desk.leave(me.session_hash)
+    def leave_at_the_first_batch(pixels):
+        batches.append(len(pixels))
+        desk.leave(me.session_hash)
+        return encoder(pixels)
 
-    with pytest.raises((gr.Error, ValueError)):
-        desk.analyse(token, str(tmp_path / "phantom.tiff"), 0.5, progress=tell)
-    assert told.count("patches") == 1
-    assert not desk._reading
+    monkeypatch.setattr(desk, "_loaded", (desk.model, Encoder(encoder, leave_at_the_first_batch)))
+    with desk.jobs.run(me.session_hash, "slide") as job, pytest.raises(Halted):
+        desk.analyse(token, path, 0.5, job=job.name)
+    assert len(batches) == 1
+
+
+class Encoder:
+    """A patch encoder that tells of every batch."""
+
+    def __init__(self, encoder, call):
+        self.name, self.dim, self.call = encoder.name, encoder.dim, call
+
+    def __call__(self, pixels):
+        return self.call(pixels)
+
+
+def test_what_is_encoded_so_far_can_be_seen(on, desk, me, tmp_path, monkeypatch):
+    phantom.write_phantom(tmp_path / "phantom.tiff", seed=3, size=4096)
+    path, encoder, seen = str(tmp_path / "phantom.tiff"), desk.load()[1], []
+    token = desk.slides.add(path, me.session_hash)
+
+    def look(pixels):
+        job = desk.jobs.of(me.session_hash, "slide")
+        seen.append((job.phase, job.place, job.done, job.total, len(desk.provisional(job))))
+        return encoder(pixels)
+
+    monkeypatch.setattr(desk, "_loaded", (desk.model, Encoder(encoder, look)))
+    *working, last = on.on_slide_shown(token, path, "", me)
+    assert working[0][on.page.view].props["work"]["phase"] in ("waiting", "loading the model", "finding tissue")
+    assert last[on.page.view].props["work"] is None
+    total = len(last[on.page.opened].case.bag.coords)
+    assert seen[0] == ("encoding", 0, 0, total, 0)
+    assert seen[1] == ("encoding", 0, 16, total, 6)
+
+
+def test_a_slide_that_is_cancelled_while_it_is_opened_is_let_go_at_once(desk, me, tmp_path):
+    phantom.write_phantom(tmp_path / "phantom.tiff", seed=3, size=1024)
+    for delay in (0.05, 0.2):
+        with desk.jobs.run(me.session_hash, "slide") as job:
+            threading.Timer(delay, desk.cancel, [me.session_hash]).start()
+            with pytest.raises(ValueError, match="closed"):
+                open_again_and_again(desk, tmp_path / "phantom.tiff", job)
+
+
+def open_again_and_again(desk, path, job):
+    while True:
+        desk.open_slide(path, job=job).thumbnail(512)
 
 
 # ---- a slide
@@ -409,9 +454,11 @@ def test_the_slide_that_was_asked_for_last_is_opened(on, me, visitor, monkeypatc
     assert opened == {on.page.path: "phantom.tiff"}, "what could not be opened is in nobody's way"
 
 
-def test_a_slide_that_was_replaced_while_it_was_analysed_is_not_shown(on, opened, desk, monkeypatch):
-    monkeypatch.setattr(desk, "analyse", lambda *_given, **_named: opened)
-    assert on.on_slide_shown("a token of before", "a.svs", "", gr.Progress()) == gr.skip()
+def test_a_slide_that_was_replaced_while_it_was_analysed_is_not_shown(on, opened, desk, me, monkeypatch):
+    monkeypatch.setattr(desk, "analyse", lambda *_given, **_named: Opened("a token of before", opened.case))
+    with pytest.raises(gr.Error) as unseen:
+        list(on.on_slide_shown("a token of before", "a.svs", "", me))
+    assert not unseen.value.visible
 
 
 def test_the_features_of_an_example_are_kept_and_nobody_elses(desk, tmp_path, monkeypatch):

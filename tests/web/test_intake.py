@@ -114,8 +114,8 @@ def test_an_upload_that_is_no_slide_is_deleted_at_once(desk):
     file = desk.uploads / "0123abcd" / "slide.svs"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(b"junk" * 99)
-    with pytest.raises(ValueError, match="text, not an image"):
-        desk.keep_upload(file, "somebody")
+    with desk.jobs.run("somebody", "slide") as job, pytest.raises(ValueError, match="text, not an image"):
+        desk.keep_upload(file, "somebody", job)
     assert not file.exists()
     assert not desk.folder_of("somebody").exists()
 
@@ -124,8 +124,8 @@ def test_an_archive_that_names_a_file_outside_is_refused(desk):
     text = "[Virtual Microscope Specimen]\nNoLayers=1\nImageFile=../../private.jpg\n"
     (desk.uploads / "0123").mkdir(parents=True, exist_ok=True)
     file = archive(desk.uploads / "0123" / "a.zip", {"s.vms": text.encode()})
-    with pytest.raises(ValueError, match="outside its own folder"):
-        desk.keep_upload(file, "somebody")
+    with desk.jobs.run("somebody", "slide") as job, pytest.raises(ValueError, match="outside its own folder"):
+        desk.keep_upload(file, "somebody", job)
 
 
 def test_an_upload_moves_to_a_folder_of_its_session_that_only_we_can_read(tmp_path, desk):

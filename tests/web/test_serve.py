@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sparsewsi.web.desk import Desk
-from sparsewsi.web.folder import make_folder, tidy
+from sparsewsi.web.folder import make_folder
 from sparsewsi.web.page import build_page
 from sparsewsi.web.serve import launch_settings, main, read_flags
 
@@ -41,7 +41,6 @@ def test_it_is_served_to_this_machine_and_keeps_no_record(desk):
         "run_history": False,
         "enable_monitoring": False,
         "allowed_paths": [],
-        "max_file_size": "8gb",
     }
     assert {key: settings[key] for key in wanted} == wanted
     assert all(font not in str(settings["theme"].font) for font in ("Google", "http"))
@@ -101,15 +100,29 @@ def test_what_a_killed_server_left_is_gone_at_the_next_start(tmp_path, monkeypat
     servers[1].wait()
 
 
-def test_uploads_that_nobody_opened_are_deleted(tmp_path):
-    for name in ("old/slide.svs", "new/slide.svs"):
-        (tmp_path / name).parent.mkdir()
+def test_what_nobody_opened_or_owns_is_deleted_after_a_while(tiny_model, tmp_path, monkeypatch):
+    desk = Desk(str(tiny_model), tmp_path)
+    (tmp_path / "held").touch()
+    for name in ("gradio/old/slide.svs", "gradio/new/slide.svs"):
+        (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_bytes(b"slide")
-    (tmp_path / "broken-off").write_bytes(b"half")
-    for path in (tmp_path / "old" / "slide.svs", tmp_path / "old", tmp_path / "broken-off"):
-        os.utime(path, (1, 1))
-    tidy(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    (desk.uploads / "broken-off").write_bytes(b"half")
+    desk.arrive("here")
+    desk.ask("asked")
+    desk.ask("long ago")
+    for session in ("here", "asked", "long ago", "nobody"):
+        desk.folder_of(session).mkdir()
+        (desk.folder_of(session) / "slide.svs").write_bytes(b"slide")
+    for path in [*desk.folder.rglob("*")]:
+        if path.parent.name != "new" and path.name != "new":
+            os.utime(path, (1, 1))
+    desk._asked["long ago"] -= 1e6
+    desk.tidy()
+    left = {"gradio", "held", desk.folder_of("here").name, desk.folder_of("asked").name}
+    assert {path.name for path in tmp_path.iterdir()} == left
+    assert [path.name for path in desk.uploads.iterdir()] == ["new"]
+    desk.forget("here")
+    assert not desk.folder_of("here").exists()
 
 
 @pytest.mark.parametrize("auth", ["", ":", "me:", "me:secret,you:"])

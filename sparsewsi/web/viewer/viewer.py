@@ -8,6 +8,7 @@ N patches, K kept.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import re
@@ -23,8 +24,8 @@ import gradio as gr
 import gradio.themes
 import numpy as np
 import torch
+from anyio import CapacityLimiter, to_thread
 from PIL import Image
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
@@ -33,6 +34,7 @@ from sparsewsi.bags.bag import Bag
 from sparsewsi.model.selection import Selection
 from sparsewsi.report.umap import FeatureMap
 from sparsewsi.slides.slide import Slide, open_slide
+from sparsewsi.web.jobs import Busy
 
 HERE = Path(__file__).parent
 PAGE_CSS = HERE / "page.css"
@@ -56,7 +58,8 @@ QUALITY = 85
 CACHE_BYTES = 64 << 20  # of JPEG tiles, all slides together
 MOST_OPEN = 4  # slides held open at a time, each in a process; others are opened again when they are looked at
 MOST_LEVELS = 20  # halvings of the largest slide
-MOST_KNOWN = 256  # tokens; the one not looked at for longest is forgotten first
+MOST_WAITING = 256  # pictures of one slide that are asked for at a time
+MOST_KNOWN = 1024  # tokens; the one not looked at for longest is forgotten first
 DOWNLOADS = {  # what may be asked for beside tiles, nothing else: what it is called on the page, and its type
     "report.html": ("report", "text/html"),
     "patches.geojson": ("GeoJSON for QuPath", "application/geo+json"),
@@ -80,6 +83,8 @@ class _Known:
     slide: Slide | None = None
     make: Callable[[str], Path] | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    waiting: int = 0
 
 
 class Slides:
@@ -91,6 +96,7 @@ class Slides:
         self._tiles: OrderedDict[tuple[str, str], bytes] = OrderedDict()
         self._room = cache_bytes
         self._lock = threading.Lock()
+        self._threads, self._writers = CapacityLimiter(2 * MOST_OPEN), CapacityLimiter(2 * MOST_OPEN)
 
     def add(self, path: str | Path, owner: str, slide: Slide | None = None) -> str:
         """A new token for a slide, in place of the one that its owner, a session, had.
@@ -110,10 +116,23 @@ class Slides:
         """Whether the token is worth anything: its session is there and has opened no other slide."""
         return token in self._known
 
+    def rest(self) -> None:
+        """Close the slides that nobody is looking at now; they are opened again when somebody does."""
+        for known in list(self._known.values()):
+            if known.lock.acquire(blocking=False):
+                try:
+                    _close(known)
+                finally:
+                    known.lock.release()
+
     def owner_of(self, token: str) -> str:
         """The session that a token was made for; "" for an unknown token."""
         known = self._known.get(token)
         return known.owner if known else ""
+
+    def owners(self) -> set[str]:
+        """Sessions that have a token."""
+        return {known.owner for known in list(self._known.values())}
 
     def offer(self, token: str, make: Callable[[str], Path]) -> None:
         """What writes a slide's downloads, by their name, when one is asked for."""
@@ -211,10 +230,28 @@ class Slides:
             return FileResponse(path, media_type=kind, filename=f"sparsewsi-{rest}", headers=headers)
 
         async def serve(request: Request) -> Response:
+            token, rest = request.path_params["token"], request.path_params["rest"]
+            known, status, words = self._known.get(token), 404, "Not there."
             try:
-                return await run_in_threadpool(find, request.path_params["token"], request.path_params["rest"])
+                if known is None:
+                    raise KeyError(token)
+                if rest in DOWNLOADS:  # a job of its session's: it waits for its turn itself
+                    return await to_thread.run_sync(find, token, rest, limiter=self._writers)
+                if known.waiting >= MOST_WAITING:
+                    raise BlockingIOError
+                known.waiting += 1
+                try:
+                    async with known.turn:  # one thread a slide: a slow one keeps none from the others
+                        return await to_thread.run_sync(find, token, rest, limiter=self._threads)
+                finally:
+                    known.waiting -= 1
+            except BlockingIOError:
+                status, words = 429, "Too much of this slide is being looked at."
+            except Busy as error:
+                status, words = 429, str(error)
             except (KeyError, ValueError, OSError):
-                return Response("Not there.", 404, headers={**HEADERS, "Cache-Control": "no-store"})
+                pass
+            return Response(words, status, headers={**HEADERS, "Cache-Control": "no-store"})
 
         return [Route("/gradio_api/slide/{token}/{rest:path}", serve, methods=["GET"])]
 
@@ -245,7 +282,7 @@ def slide_viewer(**settings: Any) -> gr.HTML:
     """
     html, css = ((HERE / f"viewer.{kind}").read_text(encoding="utf-8") for kind in ("html", "css"))
     js = "\n".join((HERE / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
-    nothing = dict.fromkeys(("slide", "bag", "kept", "map", "evidence", "members", "files", "focus"))
+    nothing = dict.fromkeys(("slide", "bag", "kept", "map", "evidence", "members", "files", "focus", "work"))
     return gr.HTML(
         html_template=html,
         css_template=css,

@@ -1,0 +1,315 @@
+"""What programs ask, over HTTP, gradio_client and MCP, of the real app on this machine."""
+
+import ast
+import asyncio
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import gradio_client
+import httpx
+import pytest
+
+from sparsewsi import phantom
+from sparsewsi.web.desk import Desk
+from sparsewsi.web.page import build_page
+from sparsewsi.web.serve import launch_settings, log_in_tools
+
+JSON = {"Content-Type": "application/json"}
+ASKED = ("Which tissue?", ["fat", "liver"])
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder with a small phantom in place of the bundled example."""
+    home = tmp_path_factory.mktemp("home")
+    name = f"phantom-{phantom.EXAMPLE_SEED}-{phantom.EXAMPLE_SIZE}-v{phantom.VERSION}.tiff"
+    phantom.write_phantom(home / name, seed=3, size=1024)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARSEWSI_CACHE", str(home))
+        yield home
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A slide that takes seconds to encode."""
+    path = tmp_path_factory.mktemp("large") / "Mustermann.tiff"
+    phantom.write_phantom(path, seed=4, size=4096)
+    return path
+
+
+def launch(desk: Desk, patch: pytest.MonkeyPatch, auth: str | None = None, mcp: bool = False) -> SimpleNamespace:
+    patch.setenv("GRADIO_TEMP_DIR", str(desk.uploads))
+    demo = build_page(desk)
+    settings = launch_settings(desk, "127.0.0.1", auth=auth, mcp=mcp)
+    _, address, _ = demo.launch(**settings, quiet=True, prevent_thread_lock=True)
+    log_in_tools(demo, address, auth)
+    return SimpleNamespace(demo=demo, desk=desk, address=address.rstrip("/"))
+
+
+@pytest.fixture(scope="module")
+def app(tiny_model, home, tmp_path_factory) -> Iterator[SimpleNamespace]:
+    with pytest.MonkeyPatch.context() as patch:
+        served = launch(Desk(str(tiny_model), tmp_path_factory.mktemp("desk")), patch)
+        yield served
+        served.demo.close(verbose=False)
+
+
+def client(app: SimpleNamespace, **settings) -> gradio_client.Client:
+    return gradio_client.Client(app.address, verbose=False, **settings)
+
+
+def soon(true: Callable[[], bool], seconds: float) -> bool:
+    ends = time.monotonic() + seconds
+    while not true() and time.monotonic() < ends:
+        time.sleep(0.02)
+    return true()
+
+
+def test_callers_do_not_take_each_others_slides(app):
+    clients = [client(app) for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda one: one.predict(api_name="/analyze"), clients))
+        assert len({one["case"] for one in found}) == 3
+        asked = list(pool.map(lambda i: clients[i].predict(found[i]["case"], *ASKED, api_name="/ask"), range(3)))
+    assert all(len(one["probabilities"]) == 2 for one in asked)
+    clients[0].close()
+    assert soon(lambda: found[0]["case"] not in app.desk._opened, 4)
+    with pytest.raises(ValueError, match="not known"):
+        app.desk.find_case(found[0]["case"])
+    assert clients[1].predict(found[1]["case"], *ASKED, api_name="/ask")["answer"]
+    assert clients[1].predict(found[1]["case"], ASKED[0], "fat", api_name="/evidence")["effects"]
+    for one in clients[1:]:
+        one.close()
+
+
+def call(app: SimpleNamespace, name: str, *data: object) -> tuple[str, object]:
+    """A call through plain HTTP: the event's name and its data."""
+    posted = httpx.post(f"{app.address}/gradio_api/call/{name}", json={"data": data}, timeout=60)
+    event = posted.raise_for_status().json()["event_id"]
+    said = httpx.get(f"{app.address}/gradio_api/call/{name}/{event}", timeout=60).text
+    lines = [line.split(": ", 1)[1] for line in said.splitlines() if line]
+    return lines[-2], json.loads(lines[-1])
+
+
+def test_a_caller_without_a_session_gets_one_of_its_own(app):
+    found = [call(app, "analyze", "phantom", None, 0, "learned") for _ in range(2)]
+    cases = [data[0]["case"] for _, data in found]  # type: ignore[index]
+    assert len({app.desk.slides.owner_of(case) for case in cases}) == 2
+    for case in cases:
+        kind, data = call(app, "ask", case, *ASKED)
+        assert (kind, data[0]["answer"] in ASKED[1]) == ("complete", True)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("kind", ["a file", "a folder", "the uploads", "another's slide", "a link", "beside", "a URL"])
+def test_a_file_is_the_callers_own_upload_or_nothing(app, kind, tmp_path):
+    desk = app.desk
+    folder = desk.folder_of("victim")
+    folder.mkdir(exist_ok=True)
+    (folder / "slide.tiff").write_bytes(b"theirs")
+    (tmp_path / "private.tiff").write_bytes(b"private")
+    (desk.uploads / "mine").mkdir(parents=True, exist_ok=True)
+    link = desk.uploads / "mine" / "link.tiff"
+    link.unlink(missing_ok=True)
+    link.symlink_to(tmp_path / "private.tiff")
+    paths = {
+        "a file": tmp_path / "private.tiff",
+        "a folder": desk.uploads / "mine",
+        "the uploads": desk.uploads,
+        "another's slide": folder / "slide.tiff",
+        "a link": link,
+        "beside": f"{desk.uploads}/mine/../../{folder.name}/slide.tiff",
+        "a URL": "http://127.0.0.1:9/slide.tiff",
+    }
+    for given in (("", {"path": str(paths[kind]), "meta": {"_type": "gradio.FileData"}}), (str(paths[kind]), None)):
+        try:
+            said, _ = call(app, "analyze", *given, 0, "learned")
+        except httpx.HTTPStatusError as error:
+            said = "error" if error.response.status_code == 403 else str(error)
+        assert said == "error"
+    assert (folder / "slide.tiff").read_bytes() == b"theirs"
+    assert (tmp_path / "private.tiff").exists()
+    assert link.is_symlink()
+    shutil.rmtree(link.parent)
+    desk.forget("victim")
+
+
+def test_an_upload_is_its_uploaders_until_the_client_is_closed(app, large):
+    one = client(app)
+    found = one.predict(file=gradio_client.handle_file(str(large)), slide_mpp=0.9, api_name="/analyze")
+    kept = list(app.desk.folder.rglob("*.tiff"))
+    assert [path.name for path in kept] == ["slide.tiff"], "its name is lost, and there is no second copy"
+    assert "Mustermann" not in json.dumps(found)
+    one.close()
+    assert soon(lambda: not list(app.desk.folder.rglob("*.tiff")), 4)
+
+
+@pytest.mark.parametrize("given", ["NaN", 1e-5, 32.0, -1.0])
+def test_a_resolution_that_nothing_has_is_refused_at_once(app, given):
+    began, body = time.monotonic(), f'{{"data": ["phantom", null, {given}, "learned"]}}'
+    posted = httpx.post(f"{app.address}/gradio_api/call/analyze", content=body, timeout=60, headers=JSON)
+    if posted.status_code == 200:
+        event = posted.json()["event_id"]
+        said = httpx.get(f"{app.address}/gradio_api/call/analyze/{event}", timeout=60).text
+        assert "event: error" in said
+        assert any(word in said for word in ("um/px", "µm/px", "resolution"))
+    else:
+        assert (given, posted.status_code) == ("NaN", 422)
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("how", ["leaves", "closes the client", "never listens"])
+def test_what_is_done_for_who_has_gone_ends_within_two_seconds(app, large, how, monkeypatch):
+    desk = app.desk
+    uploaded = httpx.post(f"{app.address}/gradio_api/upload", files={"files": ("a.tiff", large.read_bytes())}).json()[0]
+    encoded, encoder = threading.Event(), desk.load()[1]
+
+    class Slow:
+        name, dim = encoder.name, encoder.dim
+
+        def __call__(self, pixels):
+            encoded.set()
+            time.sleep(0.2)
+            return encoder(pixels[:1]).expand(len(pixels), -1)
+
+    monkeypatch.setattr(desk, "_loaded", (desk.model, Slow()))
+    if how == "closes the client":
+        one = client(app)
+        one.submit(slide=uploaded, slide_mpp=0.5, api_name="/analyze")
+        assert encoded.wait(60)
+        one.close()
+        limit = 3.0
+    else:
+        posted = httpx.post(
+            f"{app.address}/gradio_api/call/analyze", json={"data": [uploaded, None, 0.5, "learned"]}, timeout=60
+        )
+        event, limit = posted.json()["event_id"], 12.0
+        if how == "leaves":
+            with httpx.stream("GET", f"{app.address}/gradio_api/call/analyze/{event}", timeout=60):
+                assert encoded.wait(60)
+            limit = 2.0
+        assert encoded.wait(60)
+    assert soon(lambda: not desk.jobs._jobs, limit)
+    assert soon(lambda: not list(desk.folder.rglob("*.tiff")), 15) or how != "closes the client"
+    for session in list(desk._asked):
+        desk.forget(session)
+
+
+def test_a_thousand_events_are_refused_not_run(app):
+    body = {"data": ["phantom", None, 0, "learned"], "session_hash": "many"}
+    body["fn_index"] = next(i for i, fn in app.demo.fns.items() if fn.api_name == "analyze")
+    with ThreadPoolExecutor(16) as pool, httpx.Client(timeout=60) as sender:
+        sent = pool.map(
+            lambda _: sender.post(f"{app.address}/gradio_api/queue/join", json=body).status_code, range(1000)
+        )
+        answers = list(sent)
+    assert answers.count(429) > 900
+    assert soon(lambda: not app.desk.jobs.busy("many"), 30)
+    one = client(app)
+    assert one.predict(api_name="/analyze")["case"]
+    one.close()
+
+
+# ---- MCP
+
+
+def use_tools(address: str, cookies: dict[str, str], deed) -> list:
+    """Run a coroutine function on a session of MCP."""
+    mcp = pytest.importorskip("mcp")
+    http = pytest.importorskip("mcp.client.streamable_http")
+
+    async def run() -> list:
+        headers = {"Cookie": "; ".join(f"{name}={value}" for name, value in cookies.items())} if cookies else {}
+        async with (
+            http.streamablehttp_client(f"{address}/gradio_api/mcp/", headers=headers) as (reads, writes, _),
+            mcp.ClientSession(reads, writes) as session,
+        ):
+            await session.initialize()
+            return await deed(session)
+
+    return asyncio.run(run())
+
+
+@pytest.fixture(scope="module")
+def tools(tiny_model, home, tmp_path_factory) -> Iterator[SimpleNamespace]:
+    pytest.importorskip("mcp")
+    with pytest.MonkeyPatch.context() as patch:
+        desk = Desk(str(tiny_model), tmp_path_factory.mktemp("desk"))
+        served = launch(desk, patch, auth="me:secret", mcp=True)
+        yield served
+        served.demo.close(verbose=False)
+
+
+def read(result) -> dict:
+    assert not result.isError, result.content[0].text
+    return ast.literal_eval(result.content[0].text)  # Gradio writes what Python does
+
+
+def test_tools_are_for_who_is_logged_in(tools):
+    asked = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
+    accept = {"Accept": "application/json, text/event-stream"}
+    for path in ("mcp", "mcp/", "mcp/http"):
+        assert httpx.post(f"{tools.address}/gradio_api/{path}", json=asked, headers=accept).status_code == 401
+    assert httpx.get(f"{tools.address}/gradio_api/mcp/schema").status_code == 401
+    for path in ("mcp/sse", "mcp/messages/"):
+        assert httpx.get(f"{tools.address}/gradio_api/{path}").status_code == 404
+
+
+def test_tools_answer_and_callers_of_tools_do_not_take_each_others_slides(tools):
+    with httpx.Client() as visitor:
+        visitor.post(f"{tools.address}/login", data={"username": "me", "password": "secret"}).raise_for_status()
+        cookies = dict(visitor.cookies)
+
+    async def analyse_twice(session) -> list[dict]:
+        names = [tool.name for tool in (await session.list_tools()).tools]
+        assert sorted(names) == ["analyze", "ask", "evidence"]
+        cases = [read(await session.call_tool("analyze", {"slide": "phantom"})) for _ in range(2)]
+        return [
+            read(await session.call_tool("ask", {"case": case["case"], "question": "Which?", "options": ["a", "b"]}))
+            for case in cases
+        ]
+
+    assert all(said["answer"] in "ab" for said in use_tools(tools.address, cookies, analyse_twice))
+
+    async def name_files(session) -> list[str]:
+        refused = []
+        for file in ("http://127.0.0.1:9/a.svs", "file:///etc/hostname", {"path": "/etc/hostname"}, "data:,x"):
+            try:
+                result = await asyncio.wait_for(session.call_tool("analyze", {"file": file}), 20)
+                refused.append(result.content[0].text if result.isError else "taken")
+            except Exception as error:
+                refused.append(str(error))
+        return refused
+
+    assert "taken" not in use_tools(tools.address, cookies, name_files)
+
+
+def test_a_tool_whose_caller_leaves_ends_within_two_seconds(tools, large, monkeypatch):
+    with httpx.Client(timeout=60) as visitor:
+        visitor.post(f"{tools.address}/login", data={"username": "me", "password": "secret"}).raise_for_status()
+        sent = visitor.post(f"{tools.address}/gradio_api/upload", files={"files": ("a.tiff", large.read_bytes())})
+        desk, encoded = tools.desk, threading.Event()
+        encoder = desk.load()[1]
+
+        class Slow:
+            name, dim = encoder.name, encoder.dim
+
+            def __call__(self, pixels):
+                encoded.set()
+                time.sleep(0.2)
+                return encoder(pixels[:1]).expand(len(pixels), -1)
+
+        monkeypatch.setattr(desk, "_loaded", (desk.model, Slow()))
+        asked = {"name": "analyze", "arguments": {"slide": sent.json()[0], "slide_mpp": 0.5}}
+        body = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": asked}
+        headers = {"Accept": "application/json, text/event-stream"}
+        with visitor.stream("POST", f"{tools.address}/gradio_api/mcp/", json=body, headers=headers):
+            assert encoded.wait(60)
+            assert desk.jobs._jobs
+    assert soon(lambda: not desk.jobs._jobs, 2)
+    shutil.rmtree(desk.uploads, ignore_errors=True)
