@@ -1,0 +1,68 @@
+"""The gallery is data that a hosted page can offer: listed servers, licences, honest captions."""
+
+from pathlib import Path
+
+import pytest
+
+from sparsewsi.web.gallery import GALLERY, find_sample, read_gallery
+
+
+def test_there_are_a_dozen_slides_of_several_organs():
+    samples = read_gallery()
+    assert len(samples) >= 12
+    assert len({sample.organ for sample in samples}) >= 8
+    assert all(sample.licence in sample.caption and sample.diagnosis in sample.caption for sample in samples)
+
+
+def test_a_caption_says_whether_the_model_was_trained_on_the_slide():
+    by_seen = {sample.seen: sample.caption for sample in read_gallery()}
+    assert "no test of this model" in by_seen[True]
+    assert "not trained on" in by_seen[False]
+
+
+def test_no_slide_that_is_kept_for_the_test_is_offered(shared_data: Path):
+    import csv
+
+    with (shared_data / "atlas_slides" / "slides.csv").open(encoding="utf-8") as file:
+        rows = {f"{row['repo'].split('/')[1]}/{row['dzi']}": row for row in csv.DictReader(file)}
+    for sample in read_gallery():
+        row = rows[sample.address.removeprefix("https://images.patolojiatlasi.com/")]
+        assert row["role"] != "test"
+        assert sample.seen == (row["role"] == "train")
+        assert sample.mpp == float(row["mpp_estimate"])
+        assert row["organ"] == sample.organ
+        assert row["diagnosis"].startswith(sample.diagnosis)
+
+
+def test_a_sample_is_found_by_its_name_and_by_its_address():
+    sample = read_gallery()[0]
+    assert find_sample(sample.name) == find_sample(sample.address) == find_sample(Path(sample.address)) == sample
+    assert find_sample("phantom") is None
+    assert find_sample("/slides/a.svs") is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("https://images.patolojiatlasi.com/celiac", "https://evil.example/celiac", "may not ask"),
+        (
+            "https://images.patolojiatlasi.com/celiac",
+            "https://images.patolojiatlasi.com@10.0.0.1/celiac",
+            "may not ask",
+        ),
+        ('name = "celiac-disease"', 'name = "ganglioneuroma"', "twice"),
+        ('name = "celiac-disease"\n', "", "has no name"),
+        ("mpp = 0.5044", "mpp = 40.0", "no slide has"),
+        ("mpp = 0.5044", 'mpp = "0.5"', "no float"),
+        ('resolution = "published"', 'resolution = "guessed"', "guessed"),
+        ('organ = "breast"', 'organ = " "', "organ"),
+        ('organ = "breast"', 'organ = "breast"\nage = 50', "unknown"),
+        ('organ = "breast"', 'organ = "breast', "not TOML"),
+    ],
+)
+def test_a_gallery_that_no_page_could_offer_is_a_sentence(tmp_path: Path, old: str, new: str, said: str):
+    text = GALLERY.read_text(encoding="utf-8")
+    assert old in text
+    (tmp_path / "gallery.toml").write_text(text.replace(old, new), encoding="utf-8")
+    with pytest.raises(ValueError, match=said):
+        read_gallery(tmp_path / "gallery.toml")
