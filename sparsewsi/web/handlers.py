@@ -42,6 +42,7 @@ from sparsewsi.web.examples import EXAMPLES, name_example, open_example
 from sparsewsi.web.jobs import Halted, Job
 from sparsewsi.web.layout import FEWEST, MOST, Page, state_facts
 from sparsewsi.web.limits import check_question, check_turns, read_told
+from sparsewsi.web.turns import Turn
 from sparsewsi.web.viewer import bag_props, file_props, map_props, packed, slide_props
 
 STOPPED = "Stopped; the evidence was not weighed."
@@ -278,12 +279,20 @@ class Handlers:
         self, opened: Opened | None, chat: list, questions: Questions, answers: Answers, request: gr.Request
     ) -> Iterator[Changes]:
         """Stream the answer to the last question, then what it rests on, until Stop is pressed."""
-        desk, page = self.desk, self.page
         session = str(request.session_hash)
-        turn = desk.turns.take(session, name_question(opened, chat)) if opened is not None else None
+        turn = self.desk.turns.take(session, name_question(opened, chat)) if opened is not None else None
         if opened is None or turn is None:
             yield gr.skip()
             return
+        try:
+            yield from self._reply(turn, opened, chat, questions, answers, request)
+        finally:  # also if the page is gone, or what it sent is refused
+            turn.done = True
+
+    def _reply(
+        self, turn: Turn, opened: Opened, chat: list, questions: Questions, answers: Answers, request: gr.Request
+    ) -> Iterator[Changes]:
+        desk, page, session = self.desk, self.page, str(request.session_hash)
         with explain_errors():
             case = opened.case
             turns, given = words.turns_of(chat, questions, history=desk.config.multi_turn)

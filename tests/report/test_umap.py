@@ -40,6 +40,25 @@ def test_map_is_finite_and_the_same_again(kind):
     assert first.method == "UMAP"
 
 
+def test_a_map_that_is_looked_after_is_the_same_and_ends_when_nobody_wants_it():
+    features, selection = made(3000, 6)
+    looks = []
+    watched = umap.map_features(features, selection, look=lambda: looks.append(1))
+    np.testing.assert_array_equal(watched.xy, umap.map_features(features, selection).xy)
+    assert len(looks) > 3
+
+    class Enough(Exception):
+        pass
+
+    def refuse():
+        looks.append(2)
+        if looks.count(2) > 3:  # at the first epochs, after the neighbours were found
+            raise Enough
+
+    with pytest.raises(Enough):
+        umap.map_features(features, selection, look=refuse)
+
+
 def test_five_patches_are_enough_for_umap():
     features, selection = made(5, 2)
     assert umap.map_features(features, selection).method == "UMAP"

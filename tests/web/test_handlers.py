@@ -19,6 +19,7 @@ from sparsewsi import phantom
 from sparsewsi.bags.foreign import load_bag
 from sparsewsi.report.answer import Answer
 from sparsewsi.web import chat, handlers
+from sparsewsi.web import desk as desk_module
 from sparsewsi.web.chat import Question
 from sparsewsi.web.desk import Opened
 from sparsewsi.web.errors import explain_errors
@@ -490,3 +491,87 @@ def test_downloads_are_written_when_they_are_asked_for(on, opened, desk, me, tmp
     assert not list(desk.folder.glob(f"{desk.folder_of(me.session_hash).name}*"))
     with pytest.raises(KeyError):
         desk.slides.download(token, "report.html")
+
+
+# ---- what is too much
+
+
+def test_a_sessions_log_is_bounded_and_nothing_is_written_of_who_has_gone(on, desk, me, visitor, tmp_path, monkeypatch):
+    monkeypatch.setattr(desk, "log", tmp_path / "log.jsonl")
+    monkeypatch.setattr(desk_module, "MOST_LOGGED", 20_000)
+    other = visitor()
+    views = [{"x": "\u2028\ud800" * 100}] * 5
+    for _ in range(50):
+        on.on_journal(SimpleNamespace(_data={"views": views}), me)
+    on.on_journal(SimpleNamespace(_data={"views": views}), other)
+    logs = [desk.folder_of(who.session_hash, "-files") / "log.jsonl" for who in (me, other)]
+    assert 20_000 <= logs[0].stat().st_size < 30_000
+    assert logs[1].stat().st_size < 10_000
+    assert {json.loads(line)["event"] for line in (tmp_path / "log.jsonl").read_text().splitlines()} == {"look"}
+    before = (tmp_path / "log.jsonl").stat().st_size
+    monkeypatch.setattr(desk_module, "MOST_LOGGED_IN_ALL", 10)
+    on.on_journal(SimpleNamespace(_data={"views": []}), other)
+    desk.forget(me.session_hash)
+    on.on_journal(SimpleNamespace(_data={"views": []}), me)
+    assert (tmp_path / "log.jsonl").stat().st_size == before
+    assert not logs[0].parent.exists()
+
+
+@pytest.mark.parametrize("told", [{"pinned": list(range(30)) * 9, "dropped": []}, {"pinned": []}, {"pinned": 3}, []])
+def test_pins_that_no_viewer_tells_are_refused(on, opened, told):
+    with pytest.raises(gr.Error):
+        on.on_picks(SimpleNamespace(_data=told), opened)
+
+
+def test_pins_of_patches_that_are_not_there_are_left_out(on, opened):
+    told = {"pinned": [0, 29, 30, -1, 10**30, "3", None, 1.5], "dropped": [True]}
+    picks = on.on_picks(SimpleNamespace(_data=told), opened)[on.page.picks]
+    assert picks["pinned"] == [0, 29]
+
+
+@pytest.mark.parametrize("k", [0, 7, 257, 10**9])
+def test_a_what_if_takes_as_many_patches_as_the_slider(on, opened, asked, me, k):
+    *_, last = on.on_asked(opened, asked, {}, {}, me)
+    on.on_answered(me)
+    with pytest.raises(gr.Error, match="takes 8 to 256 patches"):
+        list(on.on_ask_again(opened, last[on.page.chat], {}, {}, k, "random", {"pinned": [], "dropped": []}, me))
+
+
+@pytest.mark.parametrize("text", ["x" * 2001, "Which \ud800?", "y" * 100_000])
+def test_a_question_that_comes_back_from_the_browser_longer_is_not_asked(on, opened, me, text):
+    chat_now = [{"role": "user", "content": text}]
+    on.on_retry(opened, chat_now, me)
+    with pytest.raises(gr.Error, match=r"characters|half a character"):
+        list(on.on_asked(opened, chat_now, {}, {}, me))
+    assert ask(on, "How?", opened, [], me), "the next one is"
+
+
+def test_features_go_with_their_session_and_the_oldest_when_they_are_too_many(
+    on, opened, desk, me, visitor, monkeypatch
+):
+    kept = []
+    for who in (me, visitor(), visitor()):
+        kept.append(Opened(desk.slides.add("a.svs", who.session_hash), opened.case))
+        assert desk.keep(kept[-1])
+    desk.arrive(me.session_hash)
+    monkeypatch.setattr(desk_module, "MOST_FEATURES", 2 * opened.bytes)
+    last = visitor()
+    kept.append(Opened(desk.slides.add("a.svs", last.session_hash), opened.case))
+    desk.keep(kept[-1])
+    assert [one._case is not None for one in kept] == [True, False, False, True], "who has no page open goes first"
+    with pytest.raises(ValueError, match="closed; open it again"):
+        _ = kept[1].case
+    desk.forget(me.session_hash)
+    assert kept[0]._case is None
+    assert not desk.keep(Opened("of a session that has ended", opened.case))
+
+
+def test_a_strangers_slide_has_no_ground_truth_whatever_lies_beside_it(on, desk, me, tmp_path):
+    folder = desk.folder_of(me.session_hash)
+    folder.mkdir()
+    phantom.write_phantom(folder / "slide.tiff", seed=3, size=1024)
+    assert phantom.truth_path(folder / "slide.tiff").is_file()
+    shown = on.on_slide(str(folder / "slide.tiff"), "", me)
+    assert "phantom" not in shown[on.page.view].props["slide"]["name"]
+    *_, last = on.on_slide_shown(shown[on.page.token], str(folder / "slide.tiff"), "", me)
+    assert last[on.page.secret].visible is False

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sparsewsi import phantom
 from sparsewsi.slides import confined
+from sparsewsi.web import desk as desk_module
 from sparsewsi.web import intake
+from sparsewsi.web.jobs import Halted
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +86,66 @@ def test_13_archives_with_links_bombs_or_damage_are_not_unpacked(tmp_path):
         with pytest.raises(ValueError, match=words):
             intake.unpack(tmp_path / f"{name}.zip", tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_13_an_archive_that_may_ask_for_gigabytes_to_be_unpacked_is_refused(method, tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as file:
+        file.writestr("slide.svs", bytes(1000))
+    with pytest.raises(ValueError, match="Deflate"):
+        intake.unpack(tmp_path / "a.zip", tmp_path / "out")
+
+
+@pytest.mark.parametrize("most", [0, 10, 999])
+def test_13_an_archive_keeps_to_the_room_there_is(most, tmp_path):
+    with pytest.raises(ValueError, match="far more"):
+        intake.unpack(archive(tmp_path / "a.zip", {"slide.svs": bytes(1000)}), tmp_path / "out", most)
+    assert not (tmp_path / "out").exists()
+
+
+def test_13_the_list_of_an_archives_files_is_not_read_however_long_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(intake, "MOST_READ", 70_000)  # enough for a comment
+    many = archive(tmp_path / "many.zip", {f"{i:080d}": b"" for i in range(1000)})
+    with pytest.raises(ValueError, match="far more files"):
+        intake.unpack(many, tmp_path / "out")
+    with zipfile.ZipFile(tmp_path / "said.zip", "w") as file:
+        file.writestr("slide.svs", b"x" * 100)
+        file.comment = b"c" * 60_000
+    assert intake.unpack(tmp_path / "said.zip", tmp_path / "out").name == "slide.svs"
+
+
+def test_an_archive_is_not_unpacked_to_its_end_when_nobody_waits(desk, tmp_path):
+    file = desk.uploads / "0123" / "a.zip"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    archive(file, {f"{i}.dcm": b"x" * 100 for i in range(50)})
+    with desk.jobs.run("somebody", "slide") as job:
+        desk.leave("somebody")
+        with pytest.raises(Halted):
+            desk.keep_upload(file, "somebody", job)
+    assert not desk.folder_of("somebody").exists()
+    assert not file.parent.exists()
+
+
+def png(path: Path, side: int) -> Path:
+    Image.new("L", (side, side), 200).save(path)
+    return path
+
+
+def test_the_px_of_all_open_pictures_together_are_bounded(desk, tmp_path, monkeypatch):
+    monkeypatch.setattr(desk_module, "MOST_DECODED", 3 * 200**2)
+    one, other, large = (png(tmp_path / f"{side}.png", side) for side in (150, 160, 201))
+    with pytest.raises(ValueError, match="decoded as a whole"):
+        desk.open_slide(large)
+    first = desk.open_slide(one)
+    with pytest.raises(ValueError, match="no memory for another"):
+        desk.open_slide(other)
+    first.close()
+    shown = desk.slides.add(other, "somebody")
+    desk.slides.patch(shown, 0, 0, 100, 100)
+    with desk.open_slide(one):  # the one that is only shown is closed for it, and opened again later
+        assert desk.slides.holds(shown)
+    desk.slides.patch(shown, 0, 0, 50, 50)
+    desk.forget("somebody")
 
 
 def test_a_folder_slide_comes_in_as_an_archive(tmp_path):
