@@ -449,6 +449,9 @@ class Desk:
         with self._writing:
             self._gone.pop(session, None)
             self._asked[session] = time.monotonic()
+            oldest = next(iter(self._asked)) if len(self._asked) > MOST_GONE else session
+        if oldest != session and oldest not in self._here:
+            self.forget(oldest)
 
     def leave(self, session: str) -> None:
         """A session's caller does not wait any more: what is done for it now ends."""

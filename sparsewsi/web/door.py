@@ -174,7 +174,7 @@ class Door:
     def _check(self, session: str) -> None:
         if not self._listening[session]:
             del self._listening[session]
-            self._sessions.leave(session)
+            _tell(self._sessions.leave, session)
 
     async def _stream(self, what: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Something that stays open: answers, heartbeats."""
@@ -215,7 +215,7 @@ class Door:
         def check() -> None:
             if not open_streams[session]:
                 del open_streams[session]
-                left(session)
+                _tell(left, session)
 
         def end() -> None:
             nonlocal counted
@@ -259,7 +259,7 @@ class Door:
         async def watch() -> Message:
             message = await receive()
             if message["type"] == "http.disconnect":
-                self._sessions.leave(caller)
+                _tell(self._sessions.leave, caller)
             return message
 
         waiting: asyncio.Task[Message] | None = None
@@ -325,6 +325,11 @@ class Door:
             await send(message)
 
         return add
+
+
+def _tell(deed: Callable[[str], None], session: str) -> None:
+    """Do it in a thread: to end work and to delete files takes longer than everybody's requests can wait."""
+    asyncio.get_running_loop().run_in_executor(None, deed, session)
 
 
 def read_logins(text: str | None) -> list[tuple[str, str]] | None:
