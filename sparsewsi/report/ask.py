@@ -16,8 +16,9 @@ from sparsewsi.model.selector import check_selector
 from sparsewsi.phantom import example_slide
 from sparsewsi.readers.choice import ReaderChoice, open_reader
 from sparsewsi.readers.pictures import PictureReader, ReaderError
+from sparsewsi.report.annotations import can_annotate
 from sparsewsi.report.answer import Answer
-from sparsewsi.report.case import Case, Model, Reader, open_case, replay_case
+from sparsewsi.report.case import ANNOTATIONS, FILES, Case, Model, Reader, open_case, replay_case
 from sparsewsi.report.record import Record, read_selection
 from sparsewsi.slides.slide import open_slide
 
@@ -98,7 +99,7 @@ def _answer(case: Case, reader: Reader | PictureReader, questions: Questions, ev
     except ReaderError as error:  # what was answered before is written
         failure = error
     print(f"\n{case.notice}")
-    written = case.write(out, answers)
+    written = case.write(out, answers, (*FILES, *([ANNOTATIONS] if can_annotate(case.path) else [])))
     print(f"Wrote {', '.join(written[:-1])} and {written[-1]} to {out}.")
     if failure is not None:
         raise failure

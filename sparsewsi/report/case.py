@@ -30,13 +30,14 @@ from sparsewsi.model.novelty import Summary
 from sparsewsi.model.selection import Selection
 from sparsewsi.model.selector import LEARNED, SELECTORS, check_selector, select_learned
 from sparsewsi.readers.pictures import PictureReader, Pictures, find_cited
-from sparsewsi.report import html, plots, qupath, record, table, umap
+from sparsewsi.report import annotations, html, plots, qupath, record, table, umap
 from sparsewsi.report.answer import Answer, summarise, word_notice
 from sparsewsi.report.doubts import find_doubts
 from sparsewsi.slides.refusals import SlideError
 from sparsewsi.slides.slide import Slide, open_slide
 
 FILES = ("report.html", "overlay.png", "umap.png", "patches.csv", "patches.geojson", "selection.json")
+ANNOTATIONS = "annotations.dcm"  # of DICOM slides, where highdicom is installed
 OVERVIEW = 2000  # px, longer side of the slide's overview in files
 NOT_VALIDATED = "This reader was not validated here: how often it is right on such questions is unknown."
 SHOWN_OVERVIEW = 1024  # px, of the overview that a reader may be shown
@@ -207,7 +208,7 @@ class Case:
         names: Collection[str] = FILES,
         slide: Slide | None = None,
     ) -> tuple[str, ...]:
-        """Write the files of these names, of FILES, into a folder, which is made; each whole or not at all.
+        """Write the files of these names, of FILES or ANNOTATIONS, into a folder, which is made; each whole or none.
 
         slide: the slide, open; None: it is opened by its path. Without either the report holds no patches, and boxes
         are drawn on a plain canvas
@@ -215,7 +216,7 @@ class Case:
         be drawn is left out with a warning. Raises SlideError or OSError, once the others are written, if the slide
         cannot be read any more or the disk is full.
         """
-        if not set(names) <= set(FILES):
+        if not set(names) <= {*FILES, ANNOTATIONS}:
             raise ValueError(f"the files of a case are {', '.join(FILES)}; got {', '.join(names)}.")
         folder, bag, selection = Path(folder), self.bag, self.selection
         made = {"model": self.model, "weights_sha256": self.weights_sha256, "selector": self.selector}
@@ -242,10 +243,17 @@ class Case:
                 raise _Undrawn(f"{path.name} was left out, as the map could not be drawn ({error}).") from error
             write_bytes(path, _encode_png(picture))
 
+        def write_annotations(path: Path) -> None:
+            try:
+                annotations.write_annotations(path, bag, selection, self.path or "", self.model, self.weights_sha256)
+            except ValueError as error:
+                raise _Undrawn(f"{path.name} was left out. {error}") from error
+
         writers: dict[str, Callable[[Path], None]] = {  # what costs least comes first
             "selection.json": lambda path: record.write_selection(path, bag, selection, self.config, **chosen),
             "patches.csv": lambda path: table.write_csv(path, bag, selection),
             "patches.geojson": lambda path: qupath.write_geojson(path, bag, selection),
+            ANNOTATIONS: write_annotations,
             "report.html": write_report,
             "overlay.png": lambda path: write_bytes(path, _encode_png(draw()[0])),
             "umap.png": write_map,

@@ -1,0 +1,138 @@
+"""The kept patches of a DICOM slide as DICOM annotations (Microscopy Bulk Simple Annotations), for other viewers.
+
+Needs the package of the extra [dicom]. Positions are px of the whole matrix of the slide's finest level, from the
+top-left corner of its top-left px: our level-0 px. The file names the patient as the slide's own files do.
+"""
+
+import importlib.util
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparsewsi.bags.bag import Bag
+from sparsewsi.files import write_bytes
+from sparsewsi.model.selection import Selection
+from sparsewsi.report.qupath import CLASS_NAME
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+# What every DICOM file states, be it empty, and some converters leave out.
+STATED = (
+    *("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate"),
+    *("StudyTime", "ContainerIdentifier", "SpecimenDescriptionSequence", "ContainerTypeCodeSequence"),
+    "IssuerOfTheContainerIdentifierSequence",
+)
+SCHEME = "99SPARSEWSI"
+
+
+def can_annotate(path: str | Path | None) -> bool:
+    """Is the slide of DICOM files of this machine, and highdicom installed?"""
+    if path is None or importlib.util.find_spec("highdicom") is None:
+        return False
+    place = Path(path)
+    files = [place] if place.is_file() else sorted(place.iterdir()) if place.is_dir() else []
+    return any(file.is_file() and _is_dicom(file) for file in files)
+
+
+def write_annotations(
+    path: str | Path, bag: Bag, selection: Selection, slide: str | Path, model: str, weights_sha256: str | None = None
+) -> None:
+    """Write the kept patches, best first, as rectangles with their rank and score; whole or not at all.
+
+    slide: the DICOM folder, or one file of it
+    model, weights_sha256: who selected them, as the algorithm and its version
+    The same patches of the same slide keep their UIDs, so that a second import replaces the first. Raises ValueError
+    where the slide's files name no finest level, or are not as DICOM wants them.
+    """
+    source = read_source(slide)
+    try:
+        data = _encode(bag, selection, source, model, (weights_sha256 or "not known")[:16])
+    except Exception as error:  # of many types, whose words may quote the patient
+        raise ValueError("The slide's own DICOM files are not as the standard wants them.") from error
+    write_bytes(path, data)
+
+
+def _encode(bag: Bag, selection: Selection, source: "Dataset", model: str, version: str) -> bytes:
+    """The file's bytes."""
+    import highdicom as hd
+    from pydicom.sr.codedict import codes
+    from pydicom.uid import generate_uid
+
+    order = selection.best_first.tolist()
+    kept = selection.indices[order]
+    corners = bag.coords[kept].double().numpy()
+    square = bag.patch_size * np.array([[0, 0], [1, 0], [1, 1], [0, 1]])
+    about = f"{source.SOPInstanceUID} {bag.patch_size} {corners.tolist()}"
+    numbers = {
+        _code("RANK", "Rank by score among all patches"): selection.ranks[order],
+        _code("SCORE", "Score by the model"): selection.scores[kept],
+    }
+    measured = [
+        hd.ann.Measurements(what, values.float().numpy(), codes.UCUM.NoUnits) for what, values in numbers.items()
+    ]
+    group = hd.ann.AnnotationGroup(
+        number=1,
+        uid=generate_uid(entropy_srcs=["group", about]),
+        label=CLASS_NAME,
+        annotated_property_category=codes.SCT.SpatialAndRelationalConcept,
+        annotated_property_type=codes.DCM.SelectedRegion,
+        graphic_type=hd.ann.GraphicTypeValues.RECTANGLE,
+        graphic_data=[corner + square for corner in corners],
+        algorithm_type=hd.ann.AnnotationGroupGenerationTypeValues.AUTOMATIC,
+        algorithm_identification=hd.AlgorithmIdentificationSequence(
+            name=f"sparsewsi {model}"[:64], family=codes.DCM.ArtificialIntelligence, version=version
+        ),
+        measurements=measured,
+        description="Patches that were shown to the model. Research use only, not for diagnosis.",
+    )
+    annotations = hd.ann.MicroscopyBulkSimpleAnnotations(
+        source_images=[source],
+        annotation_coordinate_type=hd.ann.AnnotationCoordinateTypeValues.SCOORD,
+        annotation_groups=[group],
+        series_instance_uid=generate_uid(entropy_srcs=["series", about]),
+        series_number=1,
+        sop_instance_uid=generate_uid(entropy_srcs=["instance", about]),
+        instance_number=1,
+        manufacturer="sparsewsi",
+        manufacturer_model_name="sparsewsi",
+        software_versions=version,
+        device_serial_number="none",
+        content_label="SPARSEWSI",
+    )
+    data = io.BytesIO()
+    annotations.save_as(data)
+    return data.getvalue()
+
+
+def read_source(slide: str | Path) -> "Dataset":
+    """What the file of the finest level of a DICOM slide says, without px. Raises ValueError if there is none."""
+    import pydicom
+
+    place = Path(slide)
+    files = [file for file in sorted((place.parent if place.is_file() else place).iterdir()) if file.is_file()]
+    told = [pydicom.dcmread(file, stop_before_pixels=True) for file in files if _is_dicom(file)]
+    if place.is_file():
+        series = pydicom.dcmread(place, stop_before_pixels=True).get("SeriesInstanceUID")
+        told = [one for one in told if one.get("SeriesInstanceUID") == series]
+    levels = [one for one in told if "VOLUME" in one.get("ImageType", ()) and "TotalPixelMatrixColumns" in one]
+    if not levels:
+        raise ValueError("The DICOM files state no level of the slide, so that nothing can be annotated on it.")
+    source = max(levels, key=lambda one: one.TotalPixelMatrixColumns * one.TotalPixelMatrixRows)
+    for name in STATED:
+        if name not in source:
+            setattr(source, name, [] if name.endswith("Sequence") else "")
+    return source
+
+
+def _is_dicom(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
+
+
+def _code(value: str, meaning: str) -> Any:
+    from pydicom.sr.coding import Code
+
+    return Code(value, SCHEME, meaning)
