@@ -1,18 +1,17 @@
 """Damaged and lying inputs: each is read or refused with a sentence; nothing crashes, hangs or looks around.
 
-    python -m benchmarks.fuzz [--seconds 3600] [--seed 0] [--only svs png ...] [--dicom FOLDER] [--strace]
+    python -m benchmarks.fuzz [--seconds 3600] [--seed 0] [--only svs png ...] [--dicom FOLDER] [--strace] [--log FILE]
 
 Slides are opened as the app opens a stranger's, in a child that sees their folder alone, and looked at on every level;
 feature files, questions and regions are read in this process, in a worker that is started anew after a crash. The next
 folder holds a file that the inputs try to name: that nobody opened it is seen by inotify (Linux), and with --strace
 every file that a child opened is looked at. A case is a kind and a number; `--only KIND --case NUMBER` repeats it.
+With --log every case is a line of that file, and a run that was stopped goes on where it was.
 Prints a table, and what failed; exits with 1 if anything did.
 """
 
 import argparse
 import ctypes
-import io
-import json
 import multiprocessing
 import os
 import random
@@ -23,20 +22,17 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import h5py
-import numpy as np
-import tifffile
 import torch
-from PIL import Image
 
-from sparsewsi import Bag, load_bag, save_bag
+from benchmarks.inputs import make_image, make_inputs, pack, picture
+from sparsewsi import Bag, load_bag
+from sparsewsi.files import append_line, read_lines
 from sparsewsi.report.qupath import read_regions
 from sparsewsi.slides import confined
 from sparsewsi.slides.confined import open_confined
@@ -63,131 +59,10 @@ WORDS = (
 WORDS += ("/etc/hostname", "private/secret.jpg", "'", ",", "\n", "=CMD()", "\ud83d\ude00", "A" * 100_000)
 
 
-# ---- good inputs
-
-
-def picture(side: int) -> np.ndarray:
-    """Noise in the colours of tissue on white: uint8 (side, side, 3)."""
-    pixels = np.full((side, side, 3), 240, np.uint8)
-    middle = slice(side // 4, 3 * side // 4)
-    grain = np.random.default_rng(0).integers(0, 60, (*pixels[middle, middle].shape[:2], 1), np.uint8)
-    pixels[middle, middle] = np.array([170, 90, 150], np.uint8) + grain
-    return pixels
-
-
-def tiff(compression: str, description: str | None = None, bigtiff: bool = False) -> bytes:
-    out, pixels = io.BytesIO(), picture(768)
-    with tifffile.TiffWriter(out, bigtiff=bigtiff) as file:
-        for i, step in enumerate((1, 4)):
-            file.write(
-                pixels[::step, ::step],
-                photometric="rgb",
-                tile=(128, 128),
-                compression=compression,
-                description=description,
-                metadata=None,
-                subfiletype=1 if i else 0,
-                resolution=(20_000 / step, 20_000 / step),
-                resolutionunit="CENTIMETER",
-            )
-    return out.getvalue()
-
-
-def image(kind: str) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(picture(300)).save(out, kind)
-    return out.getvalue()
-
-
-def zipped(files: dict[str, bytes]) -> bytes:
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return out.getvalue()
-
-
-def mrxs() -> dict[str, bytes]:
-    """The files of an MRXS slide as far as its text goes."""
-    text = "[GENERAL]\nSLIDE_VERSION = 01.02\nSLIDE_ID = 1F\nIMAGENUMBER_X = 4\nIMAGENUMBER_Y = 4\n"
-    text += "OBJECTIVE_MAGNIFICATION = 20\nCameraImageDivisionsPerSide = 1\n[HIERARCHICAL]\nHIER_COUNT = 1\n"
-    text += "NONHIER_COUNT = 0\nINDEXFILE = Index.dat\nHIER_0_NAME = Slide zoom level\nHIER_0_COUNT = 1\n"
-    text += "HIER_0_VAL_0_SECTION = LAYER_0_LEVEL_0_SECTION\n[DATAFILE]\nFILE_COUNT = 1\nFILE_0 = Data0000.dat\n"
-    text += "[LAYER_0_LEVEL_0_SECTION]\nOVERLAP_X = 0\nOVERLAP_Y = 0\nMICROMETER_PER_PIXEL_X = 0.5\n"
-    text += (
-        "MICROMETER_PER_PIXEL_Y = 0.5\nIMAGE_FORMAT = JPEG\nIMAGE_FILL_COLOR_BGR = 16777215\nDIGITIZER_WIDTH = 256\n"
-    )
-    text += "DIGITIZER_HEIGHT = 256\nIMAGE_CONCAT_FACTOR = 0\n"
-    index = b"01.021F" + bytes(30) + struct.pack("<8I", 41, 0, 53, 0, 0, 1, 0, 0)
-    data = image("JPEG")
-    return {
-        "a.mrxs": data,
-        "a/Slidedat.ini": b"\xef\xbb\xbf" + text.encode(),
-        "a/Index.dat": index,
-        "a/Data0000.dat": data,
-    }
-
-
-def vms() -> dict[str, bytes]:
-    text = (
-        "[Virtual Microscope Specimen]\nNoLayers=1\nNoJpegColumns=1\nNoJpegRows=1\nImageFile=a.jpg\nMapFile=map.jpg\n"
-    )
-    text += (
-        "OptimisationFile=a.opt\nMacroImage=macro.jpg\nPhysicalWidth=1000000\nPhysicalHeight=1000000\nSourceLens=20\n"
-    )
-    return {"a.vms": text.encode(), "a.jpg": image("JPEG"), "map.jpg": image("JPEG"), "macro.jpg": image("JPEG")}
-
-
-def features(folder: Path, kind: str) -> bytes:
-    """A file of 40 patches with 16 features each, in the layout of others or ours."""
-    path = folder / f"made.{kind}"
-    rows = np.random.default_rng(0).random((40, 16), dtype=np.float32)
-    coords = np.stack([np.arange(40) % 8 * 224, np.arange(40) // 8 * 224], 1).astype(np.int32)
-    if kind == "h5":
-        with h5py.File(path, "w") as file:
-            file["features"], file["coords"] = rows, coords
-            file["coords"].attrs["patch_size_level0"] = 224
-    elif kind == "npy":
-        np.save(path, rows)
-    else:
-        save_bag(Bag(torch.from_numpy(rows), torch.from_numpy(coords), 224, 0.5, "x", "slide 1"), path)
-    return path.read_bytes()
-
-
-REGION = {"type": "Polygon", "coordinates": [[[0, 0], [900, 0], [900, 900], [0, 900], [0, 0]]]}
-ROWS = [
-    {"slide": "s", "question": "Which tissue?", "options": ["liver", "skin"], "answer": "skin", "category": "tissue"}
-]
-TABLE = (
-    "Slide,Question,A,B,C,D,Answer,Broad Category\ns1,Which?,liver,skin,lung,bone,B,Organ\ns2,Which?,a,b,c,d,A,Organ\n"
-)
-
-
-def seeds(folder: Path, dicom: Path | None) -> dict[str, tuple[str, bytes]]:
-    """kind -> (name of the file, a good one)."""
-    aperio = "Aperio Image Library v11.2.1\r\n768x768 [0,0 768x768] (128x128) JPEG/RGB Q=70|AppMag = 20|MPP = 0.5"
-    made = {
-        "svs": ("slide.svs", tiff("jpeg", aperio)),
-        "tiff": ("slide.tiff", tiff("zlib")),
-        "bigtiff": ("slide.tif", tiff("jpeg", bigtiff=True)),
-        "png": ("slide.png", image("PNG")),
-        "jpeg": ("slide.jpg", image("JPEG")),
-        "mrxs": ("slide.zip", b""),  # packed once its parts are damaged
-        "vms": ("slide.zip", b""),
-        "h5": ("bag.h5", features(folder, "h5")),
-        "npy": ("bag.npy", features(folder, "npy")),
-        "safetensors": ("bag.safetensors", features(folder, "safetensors")),
-        "geojson": ("regions.geojson", json.dumps({"type": "Feature", "geometry": REGION}).encode()),
-        "csv": ("questions.csv", TABLE.encode()),
-        "json": ("questions.json", json.dumps(ROWS).encode()),
-    }
-    if dicom is not None:
-        files = {file.name: file.read_bytes() for file in sorted(dicom.iterdir())}
-        made["dicom"] = ("slide.zip", zipped(files))
-    return made
-
-
 # ---- damage
+
+
+Good = tuple[str, bytes | dict[str, bytes]]  # name of a file, and its content or its parts in a zip
 
 
 def damage(data: bytes, rng: random.Random, text: bool) -> bytes:
@@ -203,10 +78,7 @@ def damage(data: bytes, rng: random.Random, text: bool) -> bytes:
                 for _ in range(rng.randint(1, 30)):
                     out[_place(out, rng)] ^= 1 << rng.randrange(8)
             case "lie":
-                size, order = rng.choice((2, 4, 4, 8)), rng.choice("<<>")
-                lie = rng.choice(LIES) % 2 ** (8 * size)
-                at = at // 2 * 2
-                out[at : at + size] = struct.pack(order + {2: "H", 4: "I", 8: "Q"}[size], lie)
+                _lie(out, at // 2 * 2, rng)
             case "cut":
                 del out[at:]
             case "swap":
@@ -230,38 +102,71 @@ def _place(data: bytes | bytearray, rng: random.Random) -> int:
     return rng.choice((rng.randrange(size), rng.randrange(near), size - 1 - rng.randrange(near)))
 
 
-def make_input(kind: str, good: tuple[str, bytes], number: int, seed: int, folder: Path) -> Path:
-    """The damaged input of a case, in a new folder; number 0 is a good one."""
-    rng = random.Random(f"{seed} {kind} {number}")
-    folder.mkdir(mode=0o700)
-    name, data = good
-    if not number and kind not in ("mrxs", "vms"):  # of these the text alone is right
-        pass
-    elif kind in ("mrxs", "vms"):
-        files = mrxs() if kind == "mrxs" else vms()
-        broken = rng.choice([part for part in files if part != "a.mrxs"])
-        files[broken] = damage(files[broken], rng, broken.endswith((".ini", ".vms")))
-        data = zipped(files) if rng.random() < 0.9 else damage(zipped(files), rng, False)
-    elif kind == "dicom" and rng.random() < 0.8:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            data = zipped({part: damage(archive.read(part), rng, False) for part in archive.namelist()})
-    else:
-        data = damage(data, rng, kind in ("geojson", "csv", "json", "svs"))
-        if kind == "png" and rng.random() < 0.5:
-            data = _mend_checksums(data)
-    (folder / name).write_bytes(data)
-    return folder / name
+def _lie(out: bytearray, at: int, rng: random.Random) -> None:
+    size, order = rng.choice((2, 4, 4, 8)), rng.choice("<<>")
+    out[at : at + size] = struct.pack(order + {2: "H", 4: "I", 8: "Q"}[size], rng.choice(LIES) % 2 ** (8 * size))
 
 
-def _mend_checksums(data: bytes) -> bytes:
-    """A PNG whose chunks are believed."""
-    out, at = data[:8], 8
+def lie_in_tiff(data: bytes, rng: random.Random) -> bytes:
+    """A TIFF of little endian with one to three entries of its directories changed: tag, type, count or value."""
+    out, big = bytearray(data), data[2] == 43
+    width, entry, number = (8, 20, "<Q") if big else (4, 12, "<I")
+    at, entries = struct.unpack_from(number, data, 8 if big else 4)[0], []
+    while 0 < at < len(data) - 8:
+        count = struct.unpack_from("<Q" if big else "<H", data, at)[0]
+        first = at + (8 if big else 2)
+        entries += range(first, first + entry * count, entry)
+        at = struct.unpack_from(number, data, first + entry * count)[0]
+    for _ in range(rng.randint(1, 3)):
+        place = rng.choice(entries) + rng.choice((0, 2, 4, 4 + width, 4 + width))
+        _lie(out, place, rng)
+    return bytes(out)
+
+
+def swap_chunks(data: bytes, rng: random.Random) -> bytes:
+    """A PNG whose chunks are swapped, repeated, dropped or damaged, and whose checksums fit all the same."""
+    chunks, at = [], 8
     while at + 12 <= len(data):
         (length,) = struct.unpack(">I", data[at : at + 4])
-        body = data[at + 4 : at + 8 + min(length, len(data))]
-        out += data[at : at + 4] + body + struct.pack(">I", zlib.crc32(body))
+        chunks.append((data[at + 4 : at + 8], data[at + 8 : at + 8 + length]))
         at += 12 + length
-    return out + data[at:]
+    i, j = rng.randrange(len(chunks)), rng.randrange(len(chunks))
+    match rng.choice(("swap", "again", "drop", "damage", "damage", "damage")):
+        case "swap":
+            chunks[i], chunks[j] = chunks[j], chunks[i]
+        case "again":
+            chunks.insert(j, chunks[i])
+        case "drop":
+            del chunks[i]
+        case "damage":
+            chunks[i] = (chunks[i][0], damage(chunks[i][1] or b"0", rng, False))
+    body = [
+        struct.pack(">I", len(part)) + kind + part + struct.pack(">I", zlib.crc32(kind + part)) for kind, part in chunks
+    ]
+    return data[:8] + b"".join(body)
+
+
+def make_input(kind: str, good: Good, number: int, seed: int, folder: Path) -> Path:
+    """The damaged input of a case, in a new folder; number 0 is the good one."""
+    rng = random.Random(f"{seed} {kind} {number}")
+    folder.mkdir(mode=0o700)
+    name, content = good
+    if isinstance(content, dict):
+        files = dict(content)
+        parts = [part for part in files if not part.endswith(".mrxs")]  # what a .mrxs itself holds is not read
+        for part in rng.sample(parts, rng.randint(1, len(parts)) if kind == "dicom" else 1) if number else ():
+            files[part] = damage(files[part], rng, part.endswith((".ini", ".vms")))
+        data = pack(files)
+        if number and rng.random() < 0.1:
+            data = damage(data, rng, False)
+    elif number and kind in ("svs", "tiff", "bigtiff") and rng.random() < 0.5:
+        data = lie_in_tiff(content, rng)
+    elif number and kind == "png" and rng.random() < 0.5:
+        data = swap_chunks(content, rng)
+    else:
+        data = damage(content, rng, kind in ("geojson", "csv", "json", "svs")) if number else content
+    (folder / name).write_bytes(data)
+    return folder / name
 
 
 # ---- reading
@@ -344,6 +249,13 @@ class Outcome:
     longest: float = 0.0
     failed: list[str] = field(default_factory=list)
 
+    def add(self, case: dict[str, Any]) -> None:
+        self.read += case["what"] == "read"
+        self.refused += case["what"] == "refused"
+        self.longest = max(self.longest, case["took"])
+        if case["what"].startswith("failed"):
+            self.failed.append(f"{case['kind']} {case['number']}: {case['what']}")
+
 
 class Worker:
     """A process that reads inputs, and the next one after a crash or a hang."""
@@ -396,54 +308,85 @@ class Watch:
 
 
 def fuzz(
-    kinds: dict[str, tuple[str, bytes]],
+    kinds: dict[str, Good],
     folder: Path,
     seconds: float,
     seed: int,
     first: int = 0,
     most: int = sys.maxsize,
+    log: Path | None = None,
 ) -> dict[str, Outcome]:
-    """Cases of all kinds in turn, from number `first` on, until the time is over or each has had `most`."""
+    """Cases of all kinds in turn, from number `first` on, until the time is over or each has had `most`.
+
+    log: cases that are in it, with their seconds, are not done again
+    """
     private = folder / "private"
     private.mkdir()
-    (private / "secret.jpg").write_bytes(image("JPEG"))
+    (private / "secret.jpg").write_bytes(make_image(picture(300), "JPEG"))
     watch, worker = Watch(private), Worker()
-    outcomes = {kind: Outcome() for kind in kinds}
-    ends, number = time.monotonic() + seconds, first
+    outcomes, done, spent = {kind: Outcome() for kind in kinds}, set(), 0.0
+    for line in read_lines(log) if log is not None else ():
+        if line["kind"] in outcomes:
+            outcomes[line["kind"]].add(line)
+            done.add((line["kind"], line["number"]))
+            spent = max(spent, line["spent"])
+    began, number = time.monotonic() - spent, first
     try:
-        while time.monotonic() < ends and number < first + most:
+        while time.monotonic() - began < seconds and number < first + most:
             for kind, good in kinds.items():
-                if time.monotonic() > ends:
+                if (kind, number) in done:
+                    continue
+                if time.monotonic() - began > seconds:
                     break
-                found = outcomes[kind]
                 what, took = worker.do((kind, good, number, seed, folder / "session"))
                 shutil.rmtree(folder / "session", ignore_errors=True)
                 what = "failed: the file beside its folder was opened" if watch.saw() else what
-                if not number and what == "refused" and kind not in ("mrxs", "vms"):
-                    what = "failed: the good one was refused"
+                what = "failed: the good one was refused" if not number and what == "refused" else what
                 what = f"failed: it took {took:.0f} s" if took > SLOW and "failed" not in what else what
-                found.longest = max(found.longest, took)
-                found.read += what == "read"
-                found.refused += what == "refused"
-                if what.startswith("failed"):
-                    found.failed.append(f"{kind} {number}: {what}")
+                line = {"kind": kind, "number": number, "what": what, "took": took, "spent": time.monotonic() - began}
+                outcomes[kind].add(line)
+                if log is not None:
+                    append_line(log, line)
             number += 1
     finally:
         worker.close()
     return outcomes
 
 
-def opened_outside(log: Path, folder: Path) -> Iterator[str]:
-    """Files that processes opened, by strace's log, after they had been walled in, and that are not theirs."""
-    libraries = tuple(str(path) for path in confined.sandbox._libraries())
-    walled: set[str] = set()
-    for line in log.read_text(errors="replace").splitlines():
-        process, _, call = line.partition(" ")
-        if "landlock_restrict_self(" in call and call.endswith("= 0"):
+def opened_outside(trace: Iterable[str], folder: Path) -> Iterator[str]:
+    """Files that processes opened, by strace -y, after they had been walled in, and that are not theirs."""
+    inside = (f"{folder / 'session'}/", *(f"{path}/" for path in confined.sandbox._libraries()))
+    walled: set[str] = set()  # processes and their threads
+    for line in trace:
+        process, _, call = line.strip().partition(" ")
+        call = call.strip()
+        if call.startswith("+++"):  # it ended; its number will be another's
+            walled.discard(process)
+        elif re.search(r"landlock_restrict_self\b.* = 0$", call):
             walled.add(process)
-        found = re.search(r'open(?:at2?)?\((?:AT_FDCWD, )?"([^"]*)".*= \d+', call)
-        if process in walled and found and not found[1].startswith((str(folder / "session"), *libraries)):
-            yield found[1]
+        elif process not in walled:
+            continue
+        elif begun := re.search(r"\bclone\b.* = (\d+)$", call):
+            walled.add(begun[1])
+        else:
+            found = re.search(r"\bopen(?:at2?)?\b.* = \d+<(.*)>$", call)
+            if found and not f"{found[1]}/".startswith(inside):
+                yield found[1]
+
+
+def run_traced() -> int:
+    """This program again, with every open of its processes looked at; the exit status."""
+    with tempfile.TemporaryDirectory() as name:
+        ours, theirs = os.pipe()
+        command = ["strace", "-f", "--seccomp-bpf", "-y", "-q", "-e", "signal=none", "-o", f"/dev/fd/{theirs}"]
+        command += ["-e", "trace=open,openat,openat2,clone,landlock_restrict_self"]
+        command += [sys.executable, "-m", "benchmarks.fuzz", *sys.argv[1:]]
+        process = subprocess.Popen(command, env={**os.environ, "SPARSEWSI_TRACED": name}, pass_fds=[theirs])
+        os.close(theirs)
+        with open(ours, errors="replace") as trace:
+            outside = set(opened_outside(trace, Path(name)))
+        print(f"opened by children outside of their folder and libraries: {sorted(outside) or 'nothing'}")
+        return process.wait() or bool(outside)
 
 
 def main() -> int:
@@ -454,21 +397,16 @@ def main() -> int:
     parser.add_argument("--case", type=int, help="this one alone")
     parser.add_argument("--dicom", type=Path, help="folder of a DICOM slide, which we cannot write")
     parser.add_argument("--strace", action="store_true", help="look at every file that is opened; slow")
+    parser.add_argument("--log", type=Path, help="where every case is written, and found again")
     flags = parser.parse_args()
     if flags.strace and "SPARSEWSI_TRACED" not in os.environ:
-        with tempfile.TemporaryDirectory() as name:
-            log, environment = Path(name) / "log", {**os.environ, "SPARSEWSI_TRACED": name}
-            trace = ["strace", "-f", "-qq", "-e", "trace=open,openat,openat2,landlock_restrict_self", "-o", str(log)]
-            status = subprocess.run([*trace, sys.executable, "-m", "benchmarks.fuzz", *sys.argv[1:]], env=environment)
-            outside = set(opened_outside(log, Path(name)))
-            print(f"opened by children outside of their folder and libraries: {sorted(outside) or 'nothing'}")
-            return status.returncode or bool(outside)
+        return run_traced()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(os.environ.get("SPARSEWSI_TRACED", name))
-        kinds = seeds(folder, flags.dicom)
+        kinds = make_inputs(folder, flags.dicom)
         kinds = {kind: good for kind, good in kinds.items() if not flags.only or kind in flags.only}
-        one = flags.case is not None
-        outcomes = fuzz(kinds, folder, flags.seconds, flags.seed, flags.case if one else 0, 1 if one else sys.maxsize)
+        first, most = (0, sys.maxsize) if flags.case is None else (flags.case, 1)
+        outcomes = fuzz(kinds, folder, flags.seconds, flags.seed, first, most, flags.log)
     print("| kind | cases | read | refused | failed | longest, s |\n|---|---|---|---|---|---|")
     for kind, found in outcomes.items():
         counts = f"{found.read} | {found.refused} | {len(found.failed)} | {found.longest:.1f}"
