@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sparsewsi.slides.find import find_slides_in, is_slide, slide_stem
+from sparsewsi.files import as_path
+from sparsewsi.slides.find import Found, find_slides_in, slide_stem, sort_files
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +33,9 @@ def find_slides(sources: Iterable[str], slide_mpp: float | None = None) -> list[
     Raises ValueError for a source that names nothing, or a CSV that cannot be read.
     """
     jobs: list[Job] = []
+    alone: dict[Path, None] = {}  # files that were named one by one
     for source in sources:
-        path = Path(source)
+        path = as_path(source)
         if path.suffix.lower() == ".csv" and path.is_file():
             found = _read_csv(path, slide_mpp)
         elif path.is_dir():
@@ -42,27 +44,38 @@ def find_slides(sources: Iterable[str], slide_mpp: float | None = None) -> list[
             paths = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(source, recursive=True))]
             if not paths:
                 raise ValueError(f"There is no slide, folder or CSV at {source}, and no file matches it as a pattern.")
-            found = []
-            for match in paths:
-                alone = match.is_file() or is_slide(match)
-                found += [make_job(match, slide_mpp)] if alone else _search_folder(match, slide_mpp)
+            alone |= dict.fromkeys(match for match in paths if match.is_file())
+            folders = [match for match in paths if match.is_dir()]
+            found = [job for match in folders for job in _search_folder(match, slide_mpp)]
+            if len(folders) < len(paths):
+                continue
         if not found and not Path(f"{path}.mrxs").is_file():  # a shell's slides/* names the data folders of MRXS too
             raise ValueError(f"There is no slide in {source}. Pass the folder or the file that has them.")
         jobs += found
+    # One file is what the user says it is; of several, as a shell's slides/* names them, some belong to others.
+    listed = Found(tuple(alone)) if len(alone) == 1 else sort_files(alone)
+    _tell_left_out(listed)
+    jobs += [make_job(path, slide_mpp) for path in listed.slides]
+    if not jobs and listed.left_out:
+        raise ValueError(f"None of the {len(alone)} files is a slide. Pass the folder or the file that has them.")
     unique = {(os.path.abspath(job.path), job.slide_mpp): job for job in jobs}
     return sorted(_mark_clashes(list(unique.values())), key=lambda job: (job.stem, str(job.path)))
 
 
 def _search_folder(folder: Path, slide_mpp: float | None) -> list[Job]:
     found = find_slides_in(folder)
-    if found.left_out:
-        path, why = found.left_out[0]
-        log.warning("Left out: %d files, such as %s (%s).", len(found.left_out), path.name, why)
+    _tell_left_out(found)
     jobs = [make_job(path, slide_mpp) for path in found.slides]
     for error in found.closed:
         place = Path(error.filename)
         jobs.append(Job(place, place.name, problem=f"The folder cannot be searched: {error.strerror}."))
     return jobs
+
+
+def _tell_left_out(found: Found) -> None:
+    if found.left_out:
+        path, why = found.left_out[0]
+        log.warning("Left out: %d files, such as %s (%s).", len(found.left_out), path.name, why)
 
 
 def _read_csv(table: Path, slide_mpp: float | None) -> list[Job]:
@@ -81,7 +94,7 @@ def _read_csv(table: Path, slide_mpp: float | None) -> list[Job]:
     for row in rows:
         if not row["slide"]:
             continue
-        path, text = table.parent / row["slide"], row.get("mpp", "")
+        path, text = table.parent / as_path(row["slide"]), row.get("mpp", "")
         try:
             jobs.append(make_job(path, float(text) if text else slide_mpp))
         except ValueError:

@@ -13,15 +13,18 @@ from pathlib import Path
 
 from sparsewsi.files import walk
 from sparsewsi.slides.refusals import SlideError
-from sparsewsi.slides.sources import detect_vendor, is_image
+from sparsewsi.slides.sources import is_image
 
 _TIFF_SUFFIXES = (".svs", ".tif", ".tiff", ".btf", ".tf2", ".tf8", ".qptiff", ".ndpi", ".scn", ".bif")
-SLIDE_SUFFIXES = frozenset({*_TIFF_SUFFIXES, ".mrxs", ".vms", ".vmu", ".svslide", ".czi", ".dcm"})
+SLIDE_SUFFIXES = frozenset({*_TIFF_SUFFIXES, ".mrxs", ".vms", ".vmu", ".svslide", ".czi", ".dcm", ".dzi"})
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
 # Of the companions of a slide: words that their names hold, and folders that file servers fill with thumbnails.
 _COMPANION = re.compile(r"(?i)(^|[^a-z])(macro|label|thumb(nail)?s?|overview|preview|map\d*|mask|barcode)([^a-z]|$)")
 _SERVER_FOLDERS = ("@", "#", "$")
-_MOST_TEXT = 1 << 16  # bytes of a .vms
+_MOST_TEXT = 1 << 16  # bytes of a .vms, and where the tables of an SQLite file are named
+# Formats that begin as many other files do: how, and what the first bytes of a slide say besides. OpenSlide is not
+# asked, as whoever sorts a stranger's files is no confined child.
+_BEGINNINGS = ((b"[", b"Virtual Microscope Specimen]"), (b"ZISRAWFILE", b""), (b"SQLite format 3", b"SVSlideDataXPO"))
 
 
 @dataclass(frozen=True)
@@ -53,22 +56,56 @@ def find_slides_in(folder: str | Path) -> Found:
     A file that cannot be read counts as a slide if it is named as one, so that it is told and not missed.
     """
     slides: list[Path] = []
-    left_out: list[tuple[Path, str]] = []
+    left_out: dict[Path, str] = {}
     closed: list[OSError] = []
     for place, names in walk(Path(folder), closed.append):
         if any(part.startswith(_SERVER_FOLDERS) for part in place.relative_to(folder).parts):
             continue
-        if (place / "Slidedat.ini").is_file():
-            if not (place.parent / f"{place.name}.mrxs").is_file():
-                left_out.append((place, "the data of an MRXS slide whose .mrxs file is not beside it"))
-            continue
-        kinds = {place / name: _kind_or_suffix(place / name) for name in names if not name.startswith(".")}
-        slides += _find_dicom(place, [path for path, kind in kinds.items() if kind == "dicom"])
-        files = [path for path, kind in kinds.items() if kind in ("slide", "image")]
-        mine = _companions(files, {path for path in files if kinds[path] == "slide"})
-        slides += [path for path in files if path not in mine]
-        left_out += mine.items()
-    return Found(tuple(sorted(slides)), tuple(left_out), tuple(closed))
+        found = _sort(place, names)
+        slides += found.slides
+        left_out |= dict(found.left_out)
+        data = _data_of(place)
+        if data is not None and not data[1].is_file():
+            left_out[data[0]] = f"the data of a slide whose {data[1].suffix} file is not beside it"
+    return Found(tuple(sorted(slides)), tuple(left_out.items()), tuple(closed))
+
+
+def sort_files(files: Iterable[Path]) -> Found:
+    """The slides among files that were named one by one, as by a shell's pattern: find_slides_in's rule for them."""
+    named, slides, left_out = list(files), set(), []
+    for place in dict.fromkeys(file.parent for file in named):
+        otherwise = "a part of a slide" if _data_of(place) else "no slide, by its content"
+        found = _sort(place, [file.name for file in _files(place)])
+        of_dicom, why = [path for path in found.slides if path == place], dict(found.left_out)
+        for file in (file for file in named if file.parent == place):
+            if file in found.slides:
+                slides.add(file)
+            elif file not in why and _kind_or_suffix(file) == "dicom":
+                series = _dicom_series(file)
+                slides |= set(of_dicom or [path for path in found.slides if _dicom_series(path) == series])
+            else:
+                left_out.append((file, why.get(file, otherwise)))
+    return Found(tuple(sorted(slides)), tuple(left_out))
+
+
+def _sort(place: Path, names: Iterable[str]) -> Found:
+    """What the files of one folder are; none of those that are the data of a slide."""
+    if _data_of(place) is not None:
+        return Found(())
+    kinds = {place / name: _kind_or_suffix(place / name) for name in names if not name.startswith(".")}
+    files = [path for path, kind in kinds.items() if kind in ("slide", "image")]
+    mine = _companions(files, {path for path in files if kinds[path] == "slide"})
+    dicom = _find_dicom(place, [path for path, kind in kinds.items() if kind == "dicom"])
+    return Found((*dicom, *(path for path in files if path not in mine)), tuple(mine.items()))
+
+
+def _data_of(place: Path) -> tuple[Path, Path] | None:
+    """(folder of data, file of the slide that it is of) where a folder holds parts of an MRXS or Deep Zoom slide."""
+    if (place / "Slidedat.ini").is_file():
+        return place, place.parent / f"{place.name}.mrxs"
+    if place.name.isdecimal() and place.parent.name.endswith("_files"):
+        return place.parent, place.parent.parent / f"{place.parent.name.removesuffix('_files')}.dzi"
+    return None
 
 
 def slide_stem(path: str | Path) -> str:
@@ -93,16 +130,15 @@ def find_dicom_file(folder: Path) -> Path:
 def _kind(file: Path) -> str:
     """ "slide" | "dicom" | "image" | "" of a file, by content, or by its ending where the content says nothing."""
     with file.open("rb") as stream:
-        head = stream.read(132)
+        head = stream.read(_MOST_TEXT)
     suffix = file.suffix.lower()
-    if head[128:] == b"DICM" or suffix == ".dcm":
+    if head[128:132] == b"DICM" or suffix == ".dcm":
         return "dicom"
     if suffix in SLIDE_SUFFIXES or _is_tiff(head):
         return "slide"
     if is_image(head) or suffix in IMAGE_SUFFIXES:
         return "image"
-    # Formats that begin as many others do; text and archives need not be looked at further.
-    return "slide" if head.startswith((b"[", b"ZISRAW", b"SQLite")) and detect_vendor(file) else ""
+    return "slide" if any(head.startswith(begin) and word in head for begin, word in _BEGINNINGS) else ""
 
 
 def _kind_or_suffix(file: Path) -> str:
@@ -162,7 +198,7 @@ def _companions(files: Iterable[Path], slides: set[Path]) -> dict[Path, str]:
             found[file] = "a picture that belongs to the slide of the same name"
         elif owners and any(_COMPANION.search(file.stem[len(stem) :]) for stem in owners):
             found[file] = "a macro, label, thumbnail, map or mask of the slide of the same name"
-        elif image and _COMPANION.search(file.stem):
+        elif _COMPANION.search(file.stem if image else _last_word(file)):
             found[file] = "a macro, label, thumbnail, map or mask, by its name"
     return found
 
@@ -170,6 +206,11 @@ def _companions(files: Iterable[Path], slides: set[Path]) -> dict[Path, str]:
 def _beginnings(name: str) -> list[str]:
     """What a name begins with, up to each sign that is no letter or digit: a_b-c -> a, a_b."""
     return [name[:i] for i, sign in enumerate(name) if i and not sign.isalnum()]
+
+
+def _last_word(slide: Path) -> str:
+    """Of a plain TIFF, whatever may be in it: a_b-macro.tif -> macro; of scanners' own endings nothing."""
+    return re.split(r"[^A-Za-z0-9]+", slide.stem)[-1] if slide.suffix.lower() in (".tif", ".tiff") else ""
 
 
 def _listed_by(slide: Path) -> set[str]:

@@ -75,14 +75,6 @@ def open_source(file: Path, head: bytes) -> Source | None:
     return ImageSource(file, head)
 
 
-def detect_vendor(file: Path) -> str | None:
-    """OpenSlide's name of a file's format, by its content; None if it knows none."""
-    try:
-        return openslide.OpenSlide.detect_format(file)
-    except (openslide.OpenSlideError, OSError, ValueError):
-        return None
-
-
 def is_image(head: bytes) -> bool:
     """Do the first bytes of a file say PNG or JPEG?"""
     return head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"))

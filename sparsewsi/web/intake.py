@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from sparsewsi.files import as_path
 from sparsewsi.slides.confined import open_confined
+from sparsewsi.slides.find import find_slides_in
 from sparsewsi.slides.remote import is_remote
 from sparsewsi.slides.slide import Slide
 
@@ -110,14 +111,14 @@ def _write(opened: zipfile.ZipFile, entry: zipfile.ZipInfo, folder: Path, look: 
 
 
 def _slide_in(folder: Path) -> Path:
-    """The .mrxs or .vms file, else the folder that holds the DICOM files. Raises ValueError if there is neither."""
-    for suffix in (".mrxs", ".vms"):
-        if found := sorted(folder.rglob(f"*{suffix}")):
-            return found[0]
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
-    if not files:
-        raise ValueError("The zip archive is empty.")
-    return files[0].parent if len(files) > 1 else files[0]
+    """The one slide of an archive, by the rule of slides/find.py. Raises ValueError if there is none, or several."""
+    found = find_slides_in(folder)
+    if len(found.slides) > 1:
+        raise ValueError(f"The zip archive holds {len(found.slides)} slides; pack the files of one alone.")
+    if not found.slides:
+        reason = f" but {found.left_out[0][1]}" if found.left_out else ""
+        raise ValueError(f"The zip archive holds no slide{reason}; pack the slide with all its files.")
+    return found.slides[0]
 
 
 # ---- where they lie

@@ -132,6 +132,30 @@ def test_slides_are_found_in_folders_patterns_and_tables(tmp_path: Path):
         find_slides([str(tmp_path / "other.csv")])
 
 
+def test_a_pattern_names_a_slide_of_several_files_once_and_tells_what_it_leaves_out(tmp_path: Path, caplog):
+    for name in ("d/1.dcm", "d/2.dcm", "x.svs", "x_label.png", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"12345")
+    shell = [str(path) for path in sorted(tmp_path.rglob("*")) if path.is_file()]
+    for sources in (shell, [str(tmp_path / "**" / "*")]):
+        caplog.clear()
+        assert [job.path.name for job in find_slides(sources)] == ["d", "x.svs"]
+        assert "Left out: 2 files" in caplog.text
+    with pytest.raises(ValueError, match="None of the 2 files is a slide"):
+        find_slides([str(tmp_path / "notes.txt"), str(tmp_path / "x_label.png")])
+    assert [job.stem for job in find_slides([str(tmp_path / "x_label.png")])] == ["x_label"], "one is what they say"
+
+
+@pytest.mark.parametrize("written", ['"{}"', " '{}'", "URI", "\u201c{}\u201d"])
+def test_slides_are_named_as_they_are_pasted(tmp_path: Path, written: str):
+    path = tmp_path / "a b.svs"
+    path.write_bytes(b"12345")
+    text = path.as_uri() if written == "URI" else written.format(path)
+    assert [job.path for job in find_slides([text])] == [path]
+    (tmp_path / "list.csv").write_text(f'slide,mpp\n"{text.replace(chr(34), chr(34) * 2)}",0.5\n')
+    assert [(job.path, job.problem) for job in find_slides([str(tmp_path / "list.csv")])] == [(path, "")]
+
+
 def test_two_slides_of_one_name_are_both_told(tmp_path: Path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

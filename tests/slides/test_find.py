@@ -7,7 +7,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from sparsewsi.slides.find import find_slides_in, is_slide, slide_stem
+from benchmarks.inputs import make_mrxs, make_vms
+from sparsewsi.slides.find import find_slides_in, is_slide, slide_stem, sort_files
 from sparsewsi.slides.refusals import SlideError
 from sparsewsi.slides.slide import open_slide
 
@@ -103,6 +104,14 @@ def test_a_companion_of_a_slide_is_left_out_and_told(tmp_path, companion):
     assert left_out(tmp_path) == [companion]
 
 
+@pytest.mark.parametrize("companion", ["macro.tif", "label.TIFF", "case9_macro.tif", "S-12 label.tif", "x.mask.tiff"])
+def test_a_tiff_called_a_macro_label_or_mask_is_left_out_wherever_its_slide_is(tmp_path, companion):
+    tiff(tmp_path / companion)
+    tiff(tmp_path / "case1.svs")
+    assert found(tmp_path) == ["case1.svs"]
+    assert left_out(tmp_path) == [companion]
+
+
 @pytest.mark.parametrize("other", ["case10.svs", "case1b.tif", "case1_2.svs", "case2.png", "mapping.tif"])
 def test_another_slide_of_a_like_name_is_found(tmp_path, other):
     tiff(tmp_path / "case1.svs")
@@ -138,6 +147,60 @@ def test_the_data_folder_of_an_mrxs_slide_is_no_slide(tmp_path):
         picture(tmp_path / folder / "Data0000.jpg")
     assert found(tmp_path) == ["a.mrxs"]
     assert left_out(tmp_path) == ["b"]
+
+
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize(("files", "name"), [(make_mrxs(), "a.mrxs"), (make_vms(), "a.vms")])
+def test_of_a_slide_of_several_files_that_which_opens_it_is_found(tmp_path, files, name):
+    write(tmp_path / "case", files)
+    assert found(tmp_path) == [f"case/{name}"]
+    with open_slide(tmp_path / "case" / name) as slide:
+        assert slide.size == (512, 512)
+    listed = sort_files(path for path in (tmp_path / "case").rglob("*") if path.is_file())
+    assert [path.name for path in listed.slides] == [name]
+    assert len(listed.left_out) == len(files) - 1
+
+
+@pytest.mark.parametrize("beside", [[], ["a.jpg"], ["a.svs"]])
+def test_a_deep_zoom_image_is_its_dzi_and_its_tiles_are_none(tmp_path, beside):
+    text = '<Image TileSize="254" Overlap="1" Format="jpeg"><Size Width="64" Height="64"/></Image>'
+    (tmp_path / "b.dzi").write_text(text)
+    for level in range(3):
+        picture(tmp_path / "b_files" / str(level) / "0_0.jpeg")
+        picture(tmp_path / "lost_files" / str(level) / "0_0.jpeg")
+    for name in beside:
+        tiff(tmp_path / name) if "svs" in name else picture(tmp_path / name)
+    assert found(tmp_path) == sorted([*beside, "b.dzi"])
+    assert left_out(tmp_path) == ["lost_files"]
+
+
+def test_formats_that_begin_as_other_files_do_are_told_apart_by_what_they_hold(tmp_path):
+    vms, sakura = b"[Virtual Microscope Specimen]\nNoLayers=1\n", b"SQLite format 3\0" + bytes(90)
+    (tmp_path / "1").write_bytes(vms)
+    (tmp_path / "2").write_bytes(sakura + b"CREATE TABLE SVSlideDataXPO (OID)")
+    (tmp_path / "3").write_bytes(b"ZISRAWFILE" + bytes(99))
+    (tmp_path / "4").write_bytes(sakura + b"CREATE TABLE notes (text)")
+    (tmp_path / "5.json").write_text("[1, 2]")
+    assert found(tmp_path) == ["1", "2", "3"]
+
+
+def test_of_files_that_a_pattern_names_companions_and_others_are_left_out(tmp_path):
+    tiff(tmp_path / "case1.svs")
+    tiff(tmp_path / "case2.tif")
+    picture(tmp_path / "case1_macro.jpg")
+    (tmp_path / "notes.txt").write_text("x")
+    for i in range(3):
+        dicom(tmp_path / "case3" / f"{i}.dcm")
+    named = [path for path in tmp_path.rglob("*") if path.is_file()]
+    listed = sort_files(named)
+    assert [path.name for path in listed.slides] == ["case1.svs", "case2.tif", "case3"]
+    assert sorted(path.name for path, _ in listed.left_out) == ["case1_macro.jpg", "notes.txt"]
 
 
 def test_pictures_alone_are_slides(tmp_path):

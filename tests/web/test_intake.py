@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.inputs import make_image, make_mrxs, make_tiff, make_vms, picture
 from sparsewsi import phantom
 from sparsewsi.slides import confined
 from sparsewsi.web import desk as desk_module
@@ -153,6 +154,32 @@ def test_a_folder_slide_comes_in_as_an_archive(tmp_path):
     assert intake.unpack(dicom, tmp_path / "one").name == "case"
     mirax = archive(tmp_path / "mirax.zip", {"s.mrxs": b"a", "s/Slidedat.ini": b"b"})
     assert intake.unpack(mirax, tmp_path / "two").name == "s.mrxs"
+
+
+def test_what_the_slide_of_an_archive_is_its_content_decides(tmp_path):
+    zoom = b'<Image TileSize="254" Overlap="1" Format="jpeg"><Size Width="3" Height="3"/></Image>'
+    tiles = {f"z_files/{level}/0_0.jpeg": make_image(picture(64), "JPEG") for level in range(3)}
+    made = {
+        "a.vms": make_vms() | {"notes.txt": b"x", "__MACOSX/._a.vms": b"\0\5\x16\7"},
+        "a.mrxs": make_mrxs(),
+        "scan": {"case 1/scan": make_tiff("jpeg"), "case 1/scan_macro.jpg": make_image(picture(64), "JPEG")},
+        "z.dzi": {"z.dzi": zoom, **tiles},
+    }
+    for name, files in made.items():
+        assert intake.unpack(archive(tmp_path / f"{name}.zip", files), tmp_path / name).name == name
+
+
+def test_an_archive_of_several_slides_or_none_is_refused_in_words(tmp_path):
+    two = {"a.svs": make_tiff("jpeg"), "b.svs": make_tiff("jpeg")}
+    lost = {name: content for name, content in make_mrxs().items() if name != "a.mrxs"}
+    cases = {
+        "holds 2 slides": two,
+        "holds no slide;": {"a.txt": b"x", "b.csv": b"y"},
+        "whose .mrxs file is not beside": lost,
+    }
+    for words, files in {**cases, "by its name": {"label.png": make_image(picture(64), "PNG")}}.items():
+        with pytest.raises(ValueError, match=words):
+            intake.unpack(archive(tmp_path / "a.zip", files), tmp_path / words)
 
 
 # ---- uploads
