@@ -19,6 +19,8 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+QUOTES = ('""', "''", "``", "\u201c\u201d", "\u2018\u2019")  # as shells, file managers and word processors put them
+
 
 def cache_folder() -> Path:
     """Where fetched weights and example slides are kept: $SPARSEWSI_CACHE, default ~/.cache/sparsewsi."""
@@ -30,14 +32,12 @@ def as_path(text: str | Path) -> Path:
 
     What exists just as it is written is taken as it is.
     """
-    if isinstance(text, Path):
-        return text
     with suppress(OSError, ValueError):
         if Path(text).exists():
             return Path(text)
-    text = text.strip()
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
-        text = text[1:-1]
+    text = str(text).strip()
+    if len(text) > 1 and text[0] + text[-1] in QUOTES:
+        text = text[1:-1].strip()
     if text.lower().startswith("file:"):
         parts = urlsplit(text)
         if parts.netloc in ("", "localhost"):

@@ -77,6 +77,14 @@ def test_a_saved_bag_gives_the_patches_of_its_slide_without_the_slide(tiny_model
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("written", ['"{}"', "URI", " {} "])
+def test_a_slide_is_named_as_it_is_pasted(written, tiny_model, tiny_slide, tmp_path, capsys):
+    text = tiny_slide.as_uri() if written == "URI" else written.format(tiny_slide)
+    out = tmp_path / "out"
+    assert main([text, "--model", str(tiny_model), "--out", str(out), "--max-patches", "4"]) == 0, capsys.readouterr()
+    assert (out / "selection.json").is_file()
+
+
 def test_options_belong_to_the_question_before_them(tiny_model, tiny_slide, tmp_path, capsys):
     asked = [*ASK, "--question", "Is it open?", "--max-patches", "4", "--selector", "uniform", "--k", "2"]
     assert main([str(tiny_slide), "--model", str(tiny_model), "--out", str(tmp_path / "o"), *asked]) == 0

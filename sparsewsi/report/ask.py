@@ -10,6 +10,7 @@ from tqdm import tqdm
 from sparsewsi.bags.bag import FEATURE_SUFFIXES, Bag
 from sparsewsi.bags.extract import extract_bag
 from sparsewsi.bags.foreign import load_bag
+from sparsewsi.files import as_path
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.prompt import format_question
 from sparsewsi.model.selector import check_selector
@@ -59,9 +60,10 @@ def ask(
     questions = questions or [(DEFAULT_QUESTION, ())]
     for text, options in questions:
         format_question(text, options)  # one that cannot be put is refused now, not after an hour of encoding
+    given = as_path(slide)
     if slide != "phantom":
-        _check_slide(Path(slide), slide_mpp, record)
-    if reader is not None and slide != "phantom" and _holds_features(Path(slide)):
+        _check_slide(given, slide_mpp, record)
+    if reader is not None and slide != "phantom" and _holds_features(given):
         raise ReaderError(f"{reader.name} is shown pictures of patches, and features are none. Pass the slide itself.")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)  # and a folder that cannot be made
@@ -71,7 +73,7 @@ def ask(
         record.check_names(encoder=loaded.config.encoder)
         if record.weights_sha256 != loaded.weights_sha256:
             warnings.warn("the model's weights are not the record's: same patches, other answers.", stacklevel=1)
-    path = _make_phantom() if slide == "phantom" else Path(slide)
+    path = _make_phantom() if slide == "phantom" else given
     bag = _read_bag(path, loaded.config, slide_mpp, max_patches)
     pictured = None if _holds_features(path) else path
     if record is not None:

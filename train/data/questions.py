@@ -30,6 +30,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sparsewsi.bags.bag import UNKNOWN_ENCODER
+from sparsewsi.files import as_path
 from sparsewsi.model.config import SparseWSIConfig
 from train.data.example import Question, Record
 from train.data.slides import FeatureFolder, SlideVQADataset, slide_name
@@ -90,7 +91,7 @@ def read(paths: Iterable[str | Path]) -> tuple[list[Record], list[BadRow]]:
     """The records of files of questions, and the rows that are none; a folder stands for the files in it."""
     records: list[Record] = []
     bad: list[BadRow] = []
-    for path in map(Path, paths):
+    for path in map(as_path, paths):
         files = [path]
         if path.is_dir():
             files = sorted(file for file in path.iterdir() if file.suffix.lower() in (".csv", ".json", ".jsonl"))

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from sparsewsi.bags.bag import FEATURE_SUFFIXES, Bag, check_bag, join, save_bag
 from sparsewsi.bags.foreign import load_bag
-from sparsewsi.files import walk
+from sparsewsi.files import as_path, walk
 from sparsewsi.slides.find import IMAGE_SUFFIXES, SLIDE_SUFFIXES
 from train.data.example import Example, Question, Record
 
@@ -25,7 +25,7 @@ _TCGA = re.compile(r"(TCGA-\w{2}-\w{4})(-\w+)*")  # a case, and a slide of it; a
 
 def slide_name(file: str) -> str:
     """The name of a slide or feature file without folder and endings: x/12.jpg.h5 -> 12."""
-    name = re.split(r"[\\/]", file.strip())[-1]
+    name = re.split(r"[\\/]", str(as_path(file)))[-1] if file.strip() else ""
     while ending := next((end for end in _ALL_ENDINGS if name.lower().endswith(end)), ""):
         name = name[: -len(ending)]
     return name
@@ -39,7 +39,7 @@ class FeatureFolder:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        self.folder = as_path(folder)
         if not self.folder.is_dir():
             raise ValueError(f"{folder} is not a folder. Pass the folder that holds the slides' feature files.")
         self._files: dict[str, dict[str, list[Path]]] = {}  # name, barcode or case -> name -> files

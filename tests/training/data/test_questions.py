@@ -448,3 +448,19 @@ def test_a_quotation_mark_that_is_not_closed_is_named_with_its_line(tmp_path, ro
     records, (bad,) = read([write(tmp_path / "q.csv", "\n".join(lines) + "\n")])
     assert len(records) == row - 1
     assert f"line {row + 1} is not closed" in bad.reason
+
+
+@pytest.mark.parametrize("written", ['"{}"', " '{}' ", "URI"])
+def test_files_and_slides_are_named_as_they_are_pasted(tmp_path, written) -> None:
+    folder = tmp_path / "my features"
+    folder.mkdir()
+    (folder / "S 1.h5").write_bytes(b"x")
+
+    def paste(path: Path) -> str:
+        return path.as_uri() if written == "URI" else written.format(path)
+
+    row = {"slide": paste(tmp_path / "slides" / "S 1.svs"), "question": "Which?", "answer": "skin"}
+    (tmp_path / "my q.json").write_text(json.dumps([row]))
+    records, bad = read([paste(tmp_path / "my q.json")])
+    assert not bad
+    assert [path.name for path in FeatureFolder(paste(folder)).find(records[0].slides[0])] == ["S 1.h5"]
