@@ -278,12 +278,14 @@ def _load_vision_model(name: str, source: str, processed: bool) -> tuple[Any, An
     from huggingface_hub import try_to_load_from_cache
     from transformers import AutoImageProcessor, AutoModel
 
-    cached = Path(source).is_dir() or isinstance(try_to_load_from_cache(source, "config.json"), str)
+    known = None if Path(source).is_dir() else try_to_load_from_cache(source, "config.json")
+    folder = Path(source) if known is None else Path(known).parent if isinstance(known, str) else None
+    cached = folder is not None and folder.is_dir()
     if not cached:
         require_hub(name, source)
     try:
-        if Path(source).is_dir():
-            check_pointers(Path(source), name)
+        if folder is not None and cached:
+            check_pointers(folder, name)
         processor = AutoImageProcessor.from_pretrained(source, local_files_only=cached) if processed else None
         model: Any
         model, loaded = AutoModel.from_pretrained(
@@ -315,12 +317,18 @@ def load_transformers_encoder(source: str, device: torch.device) -> PatchEncoder
     """
     name = stated_name(f"hf:{source}")
     processor, model, loaded = _load_vision_model(name, source, processed=True)
+    parts = {key.split(".")[0] for key in model.state_dict()}
     model = getattr(model, "vision_model", model)  # the image tower of CLIP, SigLIP, ...
     has_class_token = any(key.endswith("cls_token") for key, _ in model.named_parameters())
-    # A head for another task may be there besides, and a pooler that is not used may be lacking.
-    unused = ("pooler.",) if has_class_token else ()
-    needed = [key for key in loaded["missing_keys"] if not any(part in f".{key}" for part in unused)]
-    check_keys(name, {**loaded, "missing_keys": needed, "unexpected_keys": loaded["unexpected_keys"] if needed else []})
+    # A head for another task may be there besides, and a pooler that is not used may be lacking; more of the model's
+    # own parts, such as layers that the config does not count, may not.
+    needed = [key for key in loaded["missing_keys"] if not (has_class_token and ".pooler." in f".{key}")]
+    foreign = [
+        key
+        for key in loaded["unexpected_keys"]
+        if needed or key.removeprefix(f"{type(model).base_model_prefix}.").split(".")[0] in parts
+    ]
+    check_keys(name, {**loaded, "missing_keys": needed, "unexpected_keys": foreign})
     dtype = fast_dtype(device)
     model = model.eval().to(device, dtype)
 

@@ -1,12 +1,14 @@
 """ViTs: pooled as published, weights loaded strictly and never unpickled."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sparsewsi.bags import vit
 from sparsewsi.bags.encoders import load_encoder
@@ -96,6 +98,60 @@ def test_weights_of_other_towers_are_left_out_and_unknown_ones_are_not():
     spec = vit.HUB_VITS["keep"]
     stored = {name: torch.zeros(1) for name in ("visual.cls_token", "visual_head.0.bias", "text.x", "logit_scale", "?")}
     assert list(vit.rename_weights(stored, spec)) == ["trunk.cls_token", "head.0.bias", "?"]
+
+
+def keep(part: str) -> Callable[[dict], dict]:
+    return lambda weights: {key: value for key, value in weights.items() if part not in key}
+
+
+def prefix(text: str) -> Callable[[dict], dict]:
+    return lambda weights: {text + key: value for key, value in weights.items()}
+
+
+def add(key: str) -> Callable[[dict], dict]:
+    return lambda weights: {**weights, key: torch.zeros(3)}
+
+
+CHANGED = {
+    "a layer is missing": (keep("layer.1."), "are missing"),
+    "the class token is missing": (keep("cls_token"), "are missing"),
+    "the patch embedding is missing": (keep("patch_embeddings"), "are missing"),
+    "PEFT's prefix": (prefix("base_model.model."), "prefix"),
+    "DataParallel's prefix": (prefix("module."), "prefix"),
+    "torch.compile's prefix": (prefix("_orig_mod."), "prefix"),
+    "a layer more than the config counts": (add("encoder.layer.7.output.dense.bias"), "not this model's"),
+    "the same of a model for a task": (add("dinov2.encoder.layer.7.norm1.bias"), "not this model's"),
+    "another embedding": (add("embeddings.register_tokens"), "not this model's"),
+    "another width": (lambda weights: {**weights, "layernorm.weight": torch.zeros(33)}, "cannot be read|shape"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_weights_of_an_encoder_that_do_not_fit_are_refused_and_never_replaced_by_chance(change, tmp_path):
+    _save_tiny_model("dinov2", tmp_path)
+    how, words = CHANGED[change]
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(how(weights), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=words):
+        load_encoder(f"hf:{tmp_path}", device="cpu")
+
+
+@pytest.mark.parametrize("head", ["classifier.weight", "lm_head.bias", "decoder.mask_token"])
+def test_a_head_for_another_task_may_be_there_besides(head, tmp_path):
+    _save_tiny_model("dinov2", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(add(head)(weights), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert load_encoder(f"hf:{tmp_path}", device="cpu").dim == 32
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "preprocessor_config.json"])
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", None])
+def test_a_file_of_an_encoder_that_is_a_pointer_empty_or_cut_is_named(file, content, tmp_path):
+    _save_tiny_model("vit", tmp_path)
+    whole = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(whole[:-40] if content is None else content)
+    with pytest.raises(ValueError, match=rf"^(The|the weights|{file})"):
+        load_encoder(f"hf:{tmp_path}", device="cpu")
 
 
 def test_hub_weights_load_strictly(tmp_path, monkeypatch):
