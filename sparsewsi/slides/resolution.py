@@ -65,12 +65,14 @@ def find_resolution(
     power = _positive(properties.get("openslide.objective-power"))
     if slide_mpp is not None:
         return _doubt(float(slide_mpp), "argument", power, size, ())
-    problem, stated = _NO_MPP, _stated(properties, vendor)
+    problem, stated, notes = _NO_MPP, _stated(properties, vendor), ()
     for source, pair in stated:
+        mpp = math.sqrt(pair[0] * pair[1])
         if not all(PLAUSIBLE_MPP[0] <= v <= PLAUSIBLE_MPP[1] for v in pair):
-            problem = explain_implausible(math.sqrt(pair[0] * pair[1]), source, power)
+            problem = explain_implausible(mpp, source, power)
+            # A program's default in a TIFF is too common to be told where another statement can be true.
+            notes += (f"{problem} What the slide states otherwise is used.",) if source != "tiff resolution" else ()
             continue
-        mpp, notes = math.sqrt(pair[0] * pair[1]), ()
         skew = max(pair) / min(pair)
         if skew > 1.05:
             sentence = (
@@ -79,7 +81,8 @@ def find_resolution(
             )
             return Resolution(None, None, sentence)
         if skew > 1.01:
-            notes = (f"The slide states {pair[0]:.4g} um/px across, {pair[1]:.4g} down; {mpp:.4g} is used for both.",)
+            more = f"The slide states {pair[0]:.4g} um/px across, {pair[1]:.4g} down; {mpp:.4g} is used for both."
+            notes = (*notes, more)
         for other, (x, y) in stated:
             if max(x, mpp) / min(x, mpp) > 1.1 and PLAUSIBLE_MPP[0] <= x <= PLAUSIBLE_MPP[1]:
                 more = (
@@ -91,7 +94,7 @@ def find_resolution(
         return Resolution(None, None, problem)
     if not PLAUSIBLE_MPP[0] <= 10 / power <= PLAUSIBLE_MPP[1]:
         return Resolution(None, None, f"The slide states an objective of {power:g}x, which no scanner has. {_REMEDY}")
-    return _doubt(10 / power, "objective power", None, size, ())
+    return _doubt(10 / power, "objective power", None, size, notes)
 
 
 def explain_implausible(mpp: float, source: str = "argument", power: float | None = None) -> str:

@@ -36,7 +36,10 @@ HOLE_MM2 = 0.03  # holes smaller than this, 0.2 mm across, are lumina and gaps w
 GAP_UM = 64.0  # gaps narrower than this are closed
 STRIP = 256  # rows of mask px handled at once
 FILL = 8  # grey values: what a scanner or a converter paints where nothing was scanned is at most so bright
-LEFT_OUT = (0.25, 0.5)  # share and mm2 of the coloured area from which on it is said that it was left out
+LEFT_OUT = (
+    0.05,
+    0.2,
+)  # share and mm2 of the coloured area from which on it is said; of H&E 0.01 is left out
 DEFAULT_GLASS = (245.0, 245.0, 245.0)  # where a slide shows no glass
 
 DARK_FIELD = "The slide is dark all over, as in fluorescence; tissue is only found on bright slides stained with H&E."
@@ -120,9 +123,9 @@ def _tissue_of(colours: _Colours, um: float) -> Stained:
         return Stained(mask, note=_say_left_out(left_out, share))
     if marks.any():
         return Stained(mask, MARKS)
-    if specks.any():
-        return Stained(mask, SPECKS)
-    return Stained(mask, OTHER if left_out > LEFT_OUT[1] else BLANK)
+    if left_out > LEFT_OUT[1]:
+        return Stained(mask, OTHER)
+    return Stained(mask, SPECKS if specks.any() else BLANK)
 
 
 def _left_out(density: np.ndarray, tissue: np.ndarray, cell_um: float) -> tuple[float, float]:

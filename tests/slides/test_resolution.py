@@ -1,11 +1,15 @@
 """Resolution: where it comes from, and that one ten times off, or in another unit, is doubted in words."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 
+from benchmarks.inputs import APERIO, make_mrxs, make_tiff, make_vms, picture
+from sparsewsi.slides.find import find_slides_in
 from sparsewsi.slides.refusals import SlideError
 from sparsewsi.slides.resolution import Resolution, explain_too_coarse, find_resolution
 from sparsewsi.slides.slide import open_slide
@@ -172,4 +176,72 @@ def test_blank_is_never_said_of_tissue_at_a_wrong_resolution(tmp_path, stated, r
         assert len(patch_coords(slide, 0.5, 224)) == 0
         said = why_empty(slide, 0.5, 224)
     assert "blank" not in said
+    assert "slide_mpp=" in said
+
+
+# ---- the same for every format
+
+
+def _aperio(stated: float, power: int | None) -> dict[str, bytes]:
+    text = APERIO.replace("MPP = 0.5", f"MPP = {stated}")
+    return {"a.svs": make_tiff("jpeg", text.replace("AppMag = 20", f"AppMag = {power}") if power else text[:90])}
+
+
+def _ome(stated: float) -> dict[str, bytes]:
+    pixels = f'<Pixels SizeX="768" SizeY="768" PhysicalSizeX="{stated}" PhysicalSizeY="{stated}"/>'
+    text = f'<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="i">{pixels}</Image></OME>'
+    return {"a.ome.tif": make_tiff("jpeg", text)}
+
+
+def _mrxs(stated: float) -> dict[str, bytes]:
+    files = make_mrxs()
+    text = files["a/Slidedat.ini"].replace(b"_X = 0.5\n", f"_X = {stated}\n".encode())
+    return files | {"a/Slidedat.ini": text.replace(b"_Y = 0.5\n", f"_Y = {stated}\n".encode())}
+
+
+def _vms(stated: float) -> dict[str, bytes]:
+    files = make_vms()
+    return files | {"a.vms": files["a.vms"].replace(b"256000", str(round(512_000 * stated)).encode())}
+
+
+FORMATS = {
+    "SVS": lambda stated: _aperio(stated, 20),
+    "OME-TIFF": _ome,
+    "MRXS": _mrxs,
+    "VMS": _vms,
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("stated", [5.0, 0.05, 500.0, 0.0005])
+def test_ten_times_off_or_another_unit_is_doubted_or_refused_in_every_format(tmp_path, kind, stated):
+    for name, content in FORMATS[kind](stated).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    with open_slide(find_slides_in(tmp_path).slides[0]) as slide:
+        try:
+            slide.check_mpp(0.5)
+            said = " ".join(slide.warnings)
+        except SlideError as error:
+            said = str(error)
+        assert "slide_mpp=" in said
+        assert re.search("may be|which no slide has|If that is|objective|but .* is used", said)
+
+
+@pytest.mark.parametrize("given", [5.0, 0.05, 500.0, 0.0005, 20])
+@pytest.mark.parametrize("name", ["a.png", "a.dzi"])
+def test_a_resolution_that_is_given_to_an_image_is_doubted_the_same_way(tmp_path, given, name):
+    Image.fromarray(picture(64)).save(tmp_path / "a.png")
+    (tmp_path / "a_files" / "0").mkdir(parents=True)
+    text = '<Image TileSize="254" Overlap="0" Format="png"><Size Width="64" Height="64"/></Image>'
+    (tmp_path / "a.dzi").write_text(text)
+    for level in range(7):
+        (tmp_path / "a_files" / str(level)).mkdir(exist_ok=True)
+        Image.fromarray(picture(1 << level)).save(tmp_path / "a_files" / str(level) / "0_0.png")
+    try:
+        with open_slide(tmp_path / name, slide_mpp=given) as slide:
+            slide.check_mpp(0.5)
+            said = slide.doubt
+    except SlideError as error:
+        said = str(error)
     assert "slide_mpp=" in said
