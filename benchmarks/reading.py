@@ -1,6 +1,7 @@
 """Patches per CPU-second: sparsewsi's reading beside a plain OpenSlide loop and other readers, as ratios.
 
     python -m benchmarks.reading SLIDE [--half SLIDE_40X] [--patches 1000] [--runs 5] [--peers tiffslide fastslide]
+    python -m benchmarks.reading SLIDE --confined      # what a stranger's slide costs, read in a process of its own
 
 Cases, all with the same places on the slide's tissue, in raster order, one process, one thread:
     on the grid    256 px of level 0 that are whole tiles
@@ -9,7 +10,8 @@ Cases, all with the same places on the slide's tissue, in raster order, one proc
 
 Every reader runs in a process of its own, in turn, and prints its CPU time and a digest of all px; a peer runs in its
 venv (benchmarks/peers.py). Printed: the median of the runs, the ratio to the OpenSlide loop (the median of the ratios
-within a round), and whether every px equals the loop's.
+within a round), and whether every px equals the loop's. With --confined: our reading in this process and in the child,
+32 patches at a time as they are encoded and one at a time as the page asks for them, the child's CPU time included.
 """
 
 import argparse
@@ -18,7 +20,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np  # nothing of ours up here: peers run this file without it
@@ -26,6 +28,13 @@ from PIL import Image
 
 PEERS_OF_READING = ("openslide-python", "fastslide", "tiffslide", "lazyslide", "tiatoolbox")
 CASES = {"on the grid": (256, 256), "off the grid": (224, 224), "half": (512, 256)}  # level-0 px, px of the patch
+# reader -> in a child of its own, patches at a time
+OURS = {
+    "32 at a time": (False, 32),
+    "32 at a time, confined": (True, 32),
+    "one at a time": (False, 1),
+    "one at a time, confined": (True, 1),
+}
 Read = Callable[[int, int, int], np.ndarray]  # (x, y, side), level-0 px -> uint8 (side, side, 3)
 
 
@@ -34,6 +43,34 @@ def ours(path: str, side: int, px: int) -> Callable[[int, int], np.ndarray]:
 
     slide = open_slide(path)
     return lambda x, y: slide.read_scaled((x, y), (px, px), side / px)
+
+
+def in_batches(path: str, side: int, px: int, places: list[tuple[int, int]], confined: bool, batch: int) -> dict:
+    """Speed and a digest of the px of all places, by CPU seconds, also the child's."""
+    from sparsewsi.slides.confined import ConfinedSlide, open_confined
+    from sparsewsi.slides.slide import open_slide
+
+    with (open_confined if confined else open_slide)(path) as slide:
+        mpp, digest, seconds = slide.require_mpp() * side / px, hashlib.sha256(), 0.0
+        child = slide.process.pid if isinstance(slide, ConfinedSlide) else None
+
+        def read(first: int) -> np.ndarray:
+            if batch == 1:
+                return slide.read_scaled(places[first], (px, px), side / px)
+            return slide.read_batch(places[first : first + batch], (px, px), mpp)[0]
+
+        for first in range(0, min(len(places), 8 * batch), batch):  # libraries, tables and memory come with the first
+            digest.update(np.ascontiguousarray(read(first)))
+        start = time.process_time() + used_by(child)
+        for first in range(0, len(places), batch):
+            read(first)
+        seconds = time.process_time() + used_by(child) - start
+    return {"speed": len(places) / seconds, "digest": digest.hexdigest()}
+
+
+def used_by(process: int | None) -> float:
+    """CPU seconds of all threads of another process, by its clock (Linux, macOS has none)."""
+    return 0.0 if process is None else time.clock_gettime(~process << 3 | 2)
 
 
 def with_openslide(path: str) -> Read:
@@ -89,6 +126,8 @@ READERS: dict[str, Callable[[str], Read]] = {
 
 def measure(reader: str, path: str, places: list[tuple[int, int]], side: int, px: int) -> dict[str, object]:
     """Read every place; the first one is not counted, as libraries and tables are loaded with it."""
+    if reader in OURS:
+        return in_batches(path, side, px, places, *OURS[reader])
     if reader == "sparsewsi":
         patch = ours(path, side, px)
     else:
@@ -116,6 +155,27 @@ def tissue_places(path: str, side: int, shift: int, count: int) -> list[tuple[in
     return [(x + shift, y + shift) for x, y in coords[first : first + count].tolist()]
 
 
+def compare_confined(options: argparse.Namespace) -> Iterator[list[str]]:
+    """Rows: our reading in a child against that in this process, in turn."""
+    from benchmarks.child import run_child
+
+    for case in options.cases:
+        side, px = CASES[case]
+        slide = options.half or options.slide if case == "half" else options.slide
+        task = (tissue_places(slide, side, 100 if case == "off the grid" else 0, options.patches + 1), side, px)
+        runs: dict[str, list[dict]] = {reader: [] for reader in OURS}
+        for _ in range(options.runs):
+            for reader in OURS:
+                runs[reader].append(run_child([__file__, slide, "--reader", reader], sys.executable, task, 1)[0])
+        for reader, (confined, _) in OURS.items():
+            plain = runs[reader.removesuffix(", confined")]
+            ratios = sorted(run["speed"] / other["speed"] for run, other in zip(runs[reader], plain))
+            speed = statistics.median(run["speed"] for run in runs[reader])
+            spread = f"{ratios[0]:.2f}, {ratios[-1]:.2f}" if confined else ""
+            equal = "yes" if runs[reader][0]["digest"] == plain[0]["digest"] else "no"
+            yield [case, reader, f"{speed:.0f}", f"{statistics.median(ratios):.3f}", spread, equal]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("slide")
@@ -123,6 +183,7 @@ def main() -> None:
     parser.add_argument("--patches", type=int, default=1000)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--confined", action="store_true", help="our reading in this process and in a confined child")
     parser.add_argument("--peers", nargs="*", default=PEERS_OF_READING[1:], choices=PEERS_OF_READING[1:])
     parser.add_argument("--peers-in", type=Path)
     parser.add_argument("--out", type=Path)
@@ -136,6 +197,11 @@ def main() -> None:
     from benchmarks.peers import FOLDER, PEERS, installed
     from benchmarks.tables import OUT, Table, report
 
+    if options.confined:
+        columns = ["case", "patches", "patches per CPU-second", "ratio", "lowest, highest", "px equal"]
+        note = f"{options.patches} patches, one thread, median of {options.runs} runs; the ratio is confined to not."
+        report(Table("confined", columns, list(compare_confined(options)), note), options.out or OUT)
+        return
     pythons, missing = installed(("openslide-python", *options.peers), options.peers_in or FOLDER)
     pythons["sparsewsi"] = sys.executable
     rows = []

@@ -3,8 +3,8 @@
 A slide of a few kB can decode to gigabytes, crash a C library, or name other files of this machine in its text parts
 (Slidedat.ini, .vms, .vmu): none of it may happen in the process that serves everybody. open_confined gives what
 open_slide gives. Its child process is walled in by sandbox.py, ends with its parent, is killed when a request takes too
-long, and what then happens to the slide is a sentence. Pixels come back through shared memory, a piece for
-every thread that may read at a time. The child imports neither torch nor Gradio; it starts in about 0.3 s.
+long, and what then happens to the slide is a sentence. Pixels come back through shared memory: patches are handed out
+where the child wrote them. The child imports neither torch nor Gradio; it starts in about 0.3 s.
 
 Linux has all walls. macOS has the limits, the audit hook and the refusal of references; on Windows only references are
 refused, and the slide is read in this process.
@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import mmap
 import os
 import queue
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,6 +48,10 @@ READERS = 4  # requests in flight, as many as bags.read_ahead has threads
 MOST_FILES = 20_000  # in a stranger's folder
 LONGEST = 1 << 20  # bytes of a text that names a slide's other files, of a request, and of what the child says
 SLOT = 8 << 20  # bytes of pixels of one reply
+LENT = READERS + 2  # batches of patches that may be in use at a time without being copied
+HEAP = (
+    32 << 20
+)  # bytes that the child keeps for the next tiles: to give them back and ask again costs more than decoding
 
 TOO_MUCH = (
     f"The slide was given up: a look at it takes more than {SECONDS} seconds of work or {MEMORY >> 30} GB; {CONVERT}."
@@ -113,11 +119,14 @@ class ConfinedSlide(Slide):
     ):
         self._failure = ""  # why nothing more can be read
         self._closing = threading.Lock()
-        self.process, channels = _start()
+        self.process, channels, self._lent = _start()
         self._stop = weakref.finalize(self, _stop, self.process, channels)
         self._free: queue.LifoQueue[_Channel] = queue.LifoQueue()
         for channel in channels:
             self._free.put(channel)
+        self._to_lend: queue.LifoQueue[int] = queue.LifoQueue()
+        for number in range(LENT):
+            self._to_lend.put(number)
         try:
             if begun is not None:
                 begun(self)
@@ -146,14 +155,35 @@ class ConfinedSlide(Slide):
         if one > SLOT:
             return super().read_batch(places, size, mpp, out)
         self.require_mpp()
-        pixels = np.empty((len(places), size[1], size[0], 3), np.uint8) if out is None else out
+        step, shape = SLOT // one, (len(places), size[1], size[0], 3)
+        task = {"how": "batch", "size": size, "mpp": mpp}
+        loan = self._lend(shape) if out is None else None
+        if loan is not None:
+            words = self._ask({**task, "corners": places.tolist(), "lent": loan[0]})
+            return loan[1], np.frombuffer(words, bool)
+        pixels = np.empty(shape, np.uint8) if out is None else out
         fine = np.zeros(len(places), bool)
-        step = SLOT // one
         for start in range(0, len(places), step):
             part = slice(start, start + step)
-            task = {"how": "batch", "corners": places[part].tolist(), "size": size, "mpp": mpp}
-            fine[part] = np.frombuffer(self._ask(task, pixels[part]), bool)
+            words = self._ask({**task, "corners": places[part].tolist()}, pixels[part])
+            fine[part] = np.frombuffer(words, bool)
         return pixels, fine
+
+    def _lend(self, shape: tuple[int, ...]) -> tuple[int, np.ndarray] | None:
+        """(number of a piece of shared memory, an array of this shape in it), lent until nobody looks at the array.
+
+        None for what is larger, and where all pieces are lent.
+        """
+        size = math.prod(shape)
+        if size > SLOT:
+            return None
+        try:
+            number = self._to_lend.get_nowait()
+        except queue.Empty:
+            return None
+        memory = np.frombuffer(self._lent[number], np.uint8, size)
+        weakref.finalize(memory, self._to_lend.put, number).atexit = False
+        return number, memory.reshape(shape)
 
     def _read_block(self, level: int, xy: tuple[float, float], size: tuple[int, int], ratio: float) -> np.ndarray:
         return self._read_rows({"how": "block", "level": level, "ratio": ratio}, xy, size, ratio)
@@ -165,6 +195,10 @@ class ConfinedSlide(Slide):
         self, task: dict[str, Any], xy: tuple[float, float], size: tuple[int, int], ratio: float
     ) -> np.ndarray:
         """As many rows at a time as the shared memory holds."""
+        loan = self._lend((size[1], size[0], 3))
+        if loan is not None:
+            self._ask({**task, "xy": xy, "size": size, "lent": loan[0]})
+            return loan[1]
         out = np.empty((size[1], size[0], 3), np.uint8)
         rows = max(1, SLOT // (3 * size[0]))
         for top in range(0, size[1], rows):
@@ -223,7 +257,9 @@ class _Channel:
 
     def ask(self, request: bytes, out: np.ndarray | None) -> tuple[int, bytes]:
         """(kind, words) of the reply. Raises EOFError where the child is gone, TimeoutError after PATIENCE."""
-        self.turns.settimeout(PATIENCE)
+        # Not settimeout, by which Python would ask before every turn whether it may take it.
+        seconds, part = divmod(PATIENCE, 1)
+        self.turns.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", int(seconds), int(1e6 * part)))
         self.send(REQUEST, request)
         kind, words = self.receive()
         if kind == DONE and out is not None:
@@ -237,7 +273,10 @@ class _Channel:
         self.turns.sendall(struct.pack("<BI", kind, len(words)))
 
     def receive(self) -> tuple[int, bytes]:
-        turn = self.turns.recv(5)
+        try:
+            turn = self.turns.recv(5)
+        except BlockingIOError:
+            raise TimeoutError from None
         if len(turn) < 5:
             raise EOFError
         kind, length = struct.unpack("<BI", turn)
@@ -246,8 +285,8 @@ class _Channel:
         return kind, self.memory[SLOT : SLOT + length]
 
 
-def _start() -> tuple[subprocess.Popen, list[_Channel]]:
-    """A child that waits for its slide, and the channels to it."""
+def _start() -> tuple[subprocess.Popen, list[_Channel], list[mmap.mmap]]:
+    """A child that waits for its slide, the channels to it, and pieces of memory for patches."""
     package = str(Path(__file__).resolve().parents[2])
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH") if name in os.environ}
     environment = {
@@ -255,18 +294,25 @@ def _start() -> tuple[subprocess.Popen, list[_Channel]]:
         "OPENBLAS_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",
         "MALLOC_ARENA_MAX": "2",
+        "MALLOC_MMAP_THRESHOLD_": str(HEAP),
+        "MALLOC_TRIM_THRESHOLD_": str(2 * HEAP),
     }
     program = "import sys; from sparsewsi.slides import confined; confined.serve([int(v) for v in sys.argv[1:]])"
-    channels = []
+    channels, lent = [], []
     with contextlib.ExitStack() as stack:
         passed = []
         for _ in range(READERS):
             ours, theirs = socket.socketpair()
-            memory = _shared_memory()
+            memory = _shared_memory(SLOT + LONGEST)
             stack.callback(os.close, memory)
             stack.callback(theirs.close)
             channels.append(_Channel(ours, memory))
             passed += [theirs.fileno(), memory]
+        for _ in range(LENT):
+            memory = _shared_memory(SLOT)
+            stack.callback(os.close, memory)
+            lent.append(mmap.mmap(memory, SLOT))
+            passed.append(memory)
         child = subprocess.Popen(
             [sys.executable, "-P", "-c", program, *map(str, passed)],
             env={**environment, **kept},
@@ -276,19 +322,19 @@ def _start() -> tuple[subprocess.Popen, list[_Channel]]:
             pass_fds=passed,
             cwd="/",
         )
-    return child, channels
+    return child, channels, lent
 
 
-def _shared_memory() -> int:
+def _shared_memory(size: int) -> int:
     """A file without a name, in memory where there is such a thing, whose size the child cannot change."""
     if not hasattr(os, "memfd_create"):
         with tempfile.TemporaryFile() as file:
-            file.truncate(SLOT + LONGEST)
+            file.truncate(size)
             return os.dup(file.fileno())
     import fcntl
 
     memory = os.memfd_create("slide", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(memory, SLOT + LONGEST)
+    os.ftruncate(memory, size)
     fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     return memory
 
@@ -341,9 +387,9 @@ def _named_in(text: Path) -> Iterator[bytes]:
 
 def serve(passed: list[int]) -> None:
     """Open the slide that the first request names and read from it until the parent is gone; never returns."""
-    channels = [
-        _Channel(socket.socket(fileno=turns), memory) for turns, memory in zip(passed[::2], passed[1::2], strict=True)
-    ]
+    pairs = zip(passed[: 2 * READERS : 2], passed[1 : 2 * READERS : 2])
+    channels = [_Channel(socket.socket(fileno=turns), memory) for turns, memory in pairs]
+    lent = [np.frombuffer(mmap.mmap(memory, SLOT), np.uint8) for memory in passed[2 * READERS :]]
     task = _next(channels[-1])
     standing = sandbox.wall_in([Path(task["root"])], MEMORY)
     sandbox.allow_seconds(SECONDS)
@@ -354,32 +400,36 @@ def serve(passed: list[int]) -> None:
     channels[-1].send(DONE, json.dumps({**facts, "walls": standing}, default=dataclasses.asdict).encode())
     busy: set[_Channel] = set()
     for channel in channels[:-1]:
-        threading.Thread(target=_answer, args=(slide, channel, busy), daemon=True).start()
-    _answer(slide, channels[-1], busy)
+        threading.Thread(target=_answer, args=(slide, channel, lent, busy), daemon=True).start()
+    _answer(slide, channels[-1], lent, busy)
 
 
-def _answer(slide: Slide, channel: _Channel, busy: set[_Channel]) -> None:
+def _answer(slide: Slide, channel: _Channel, lent: list[np.ndarray], busy: set[_Channel]) -> None:
+    allowed = -math.inf  # seconds of processor time when the limit was last set
     while True:
         task = _next(channel)
         busy.add(channel)
-        sandbox.allow_seconds(SECONDS * len(busy))
-        words = _attempt(channel, lambda task=task: _read(slide, channel, task))
+        if len(busy) > 1 or time.process_time() > allowed + SECONDS / 20:
+            sandbox.allow_seconds(SECONDS * len(busy))
+            allowed = time.process_time()
+        words = _attempt(channel, lambda task=task: _read(slide, channel, lent, task))
         if words is not None:
             channel.send(DONE, words)
         busy.discard(channel)
 
 
-def _read(slide: Slide, channel: _Channel, task: dict[str, Any]) -> bytes:
-    """Put what a request asks for into the channel's memory; of a batch, which of its patches could be read."""
+def _read(slide: Slide, channel: _Channel, lent: list[np.ndarray], task: dict[str, Any]) -> bytes:
+    """Put what a request asks for into shared memory; of a batch, which of its patches could be read."""
+    memory = lent[task["lent"]] if "lent" in task else channel.pixels
     if task["how"] == "batch":
         width, height = task["size"]
-        out = channel.pixels[: 3 * width * height * len(task["corners"])].reshape(-1, height, width, 3)
+        out = memory[: 3 * width * height * len(task["corners"])].reshape(-1, height, width, 3)
         return slide.read_batch(task["corners"], (width, height), task["mpp"], out)[1].tobytes()
     if task["how"] == "block":
         pixels = slide._read_block(task["level"], tuple(task["xy"]), tuple(task["size"]), task["ratio"])
     else:
         pixels = slide._read_pixels(task["level"], tuple(task["xy"]), tuple(task["size"]))
-    np.copyto(channel.pixels[: pixels.size].reshape(pixels.shape), pixels)
+    np.copyto(memory[: pixels.size].reshape(pixels.shape), pixels)
     return b""
 
 
