@@ -346,7 +346,10 @@ def fuzz(
                     break
                 what, took = worker.do((kind, good, number, seed, folder / "session"))
                 shutil.rmtree(folder / "session", ignore_errors=True)
-                what = "failed: the file beside its folder was opened" if watch.saw() else what
+                if watch.saw():  # some other program may have looked around: it will not do so again just now
+                    worker.do((kind, good, number, seed, folder / "session"))
+                    shutil.rmtree(folder / "session", ignore_errors=True)
+                    what = "failed: the file beside its folder was opened, twice" if watch.saw() else what
                 what = "failed: the good one was refused" if not number and what == "refused" else what
                 what = f"failed: it took {took:.0f} s" if took > SLOW and "failed" not in what else what
                 line = {"kind": kind, "number": number, "what": what, "took": took, "spent": time.monotonic() - began}

@@ -60,7 +60,7 @@ def in_batches(path: str, side: int, px: int, places: list[tuple[int, int]], con
             return slide.read_batch(places[first : first + batch], (px, px), mpp)[0]
 
         for first in range(0, min(len(places), 8 * batch), batch):  # libraries, tables and memory come with the first
-            digest.update(np.ascontiguousarray(read(first)))
+            digest.update(read(first).tobytes())
         start = time.process_time() + used_by(child)
         for first in range(0, len(places), batch):
             read(first)

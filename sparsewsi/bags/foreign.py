@@ -321,7 +321,7 @@ def _find_features(file: h5py.File, path: Path, encoder: str | None) -> tuple[h5
         if isinstance(item, h5py.Dataset):
             return item, None
         if isinstance(item, h5py.Group):
-            sets = {key: value for key, value in item.items() if isinstance(value, h5py.Dataset)}
+            sets = {_text(key): value for key, value in item.items() if isinstance(value, h5py.Dataset)}
             wanted = [key for key in sets if encoder is None or encoder in (key, _encoder_name(key))]
             if len(wanted) == 1:
                 return sets[wanted[0]], wanted[0]
@@ -332,7 +332,7 @@ def _find_features(file: h5py.File, path: Path, encoder: str | None) -> tuple[h5
                 + ("pass encoder= to choose one." if encoder is None else f"none is {encoder}.")
             )
     raise ValueError(
-        f"{path.name} holds no data set `features` or `feats`, only: {', '.join(file) or 'nothing'}. "
+        f"{path.name} holds no data set `features` or `feats`, only: {', '.join(map(_text, file)) or 'nothing'}. "
         "It may be a file of coordinates."
     )
 
@@ -399,7 +399,7 @@ def _add_pixel_facts(found: _Foreign, facts: dict[str, Any]) -> _Foreign:
 
 
 def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
 def _number(value: Any) -> float | None:

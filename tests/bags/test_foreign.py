@@ -389,6 +389,19 @@ def test_h5_files_whose_data_lie_elsewhere_are_refused(tmp_path: Path):
             load_bag(tmp_path / f"{name}.h5", encoder="conch", slide_mpp=0.5)
 
 
+@pytest.mark.parametrize("name", [b"\xff\xfe", b"f\xe9atures", b"\x80"])
+def test_names_of_data_sets_that_are_no_text_are_told_all_the_same(tmp_path: Path, name: bytes):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset(name, data=np.zeros((3, 4), np.float32))
+    with pytest.raises(ValueError, match="no data set `features`"):
+        load_bag(tmp_path / "a.h5")
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        file["coords"] = np.zeros((3, 2), np.int64)
+        file.create_group("features").create_dataset(name, data=np.ones((3, 4), np.float32))
+    with pytest.warns(UserWarning, match="patch size"):
+        assert isinstance(load_bag(tmp_path / "b.h5").encoder, str)
+
+
 def test_h5_files_that_do_not_fit(tmp_path: Path):
     features, coords = _foreign()
     path = tmp_path / "a.h5"

@@ -109,6 +109,22 @@ def test_many_threads_read_at_once(slide_file: Path):
         assert np.array_equal(np.concatenate([pixels for pixels, _ in batches]), np.stack(wanted))
 
 
+def test_patches_that_somebody_still_looks_at_are_never_written_over(slide_file: Path):
+    corners = RNG.integers(0, 550, (40, 6, 2))
+    with open_slide(slide_file) as own, open_confined(slide_file) as other, ThreadPoolExecutor(8) as pool:
+        wanted = [own.read_batch(part, (32, 32), 0.5)[0] for part in corners]
+        held = list(pool.map(lambda part: other.read_batch(part, (32, 32), 0.5)[0], corners))
+        rows = [pixels[2:] for pixels in held]  # a part keeps the whole
+        del held
+        more = [other.read((0, 0), (32, 32), 0.5) for _ in range(20)]
+        assert all(np.array_equal(a[2:], b) for a, b in zip(wanted, rows))
+        del rows, more
+        assert other._to_lend.qsize() == confined.LENT
+        kept = other.read((0, 0), (32, 32), 0.5)
+        shown = kept.copy()
+    assert np.array_equal(kept, shown), "what was read outlives the slide"
+
+
 def test_patches_in_a_damaged_part_are_told_from_the_others(tmp_path: Path):
     path = write_slide(tmp_path / "slide.tiff")
     with tifffile.TiffFile(path) as tiff:
