@@ -4,6 +4,7 @@
     sparsewsi extract SLIDES     encode many slides, resumable
     sparsewsi app                serve the page and its API
     sparsewsi doctor             what is installed, which weights are at hand, what this machine can run
+    sparsewsi serve [SLIDES]     answer OpenAI's chat completions about slides, for harnesses and chat clients
 
 `sparsewsi COMMAND --help` says more. `python -m sparsewsi` does the same as `sparsewsi`.
 Exit status 0, or 2 with one sentence on stderr when the input is at fault.
@@ -118,6 +119,13 @@ def run_app(words: Sequence[str]) -> int:
     return serve(words)
 
 
+def run_serve(words: Sequence[str]) -> int:
+    """The command serve; returns the exit status."""
+    from sparsewsi.web.completions import main as serve
+
+    return serve(words)
+
+
 @contextmanager
 def _print_warnings() -> Iterator[None]:
     """Print our own warnings as notes for people, without the line of code that gave them; leave others' out."""
@@ -159,6 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_app(words[1:])
     if command == "doctor":
         return run_doctor(words[1:])
+    if command == "serve":
+        return run_serve(words[1:])
     return run_ask(words[1:] if command == "ask" else words)
 
 
