@@ -5,10 +5,12 @@ from pathlib import Path
 
 import gradio as gr
 
+from sparsewsi.slides.remote import is_remote
 from sparsewsi.web.desk import Desk
 from sparsewsi.web.door import CALLER
 from sparsewsi.web.errors import explain_errors
 from sparsewsi.web.examples import EXAMPLES, open_example
+from sparsewsi.web.gallery import find_sample
 from sparsewsi.web.limits import check_question
 
 
@@ -29,8 +31,9 @@ class Api:
         """Open a whole-slide image, encode its patches and keep those the model selects.
 
         Args:
-            slide: "phantom" or "cmu-1" for an example, or the path that POST /gradio_api/upload answered; not looked at
-                when a file is given.
+            slide: "phantom" or "cmu-1" for an example, a name of the gallery (docs/app.md), the address of a slide on
+                a server that may be asked, or the path that POST /gradio_api/upload answered; not looked at when a file
+                is given.
             file: a slide to upload.
             slide_mpp: micrometres per pixel of the scan, for slides that do not state it; 0 if they do.
             selector: "learned", or a training-free one such as "farthest".
@@ -46,6 +49,10 @@ class Api:
                     path = desk.keep_upload(file["path"] if isinstance(file, dict) else file.path, session, job)
                 elif slide in EXAMPLES:
                     path = open_example(slide)
+                elif sample := find_sample(slide):
+                    path, slide_mpp = sample.address, slide_mpp or sample.mpp
+                elif is_remote(slide):
+                    path = slide
                 elif Path(slide).is_relative_to(desk.uploads):
                     path = desk.keep_upload(slide, session, job)
                 else:

@@ -159,7 +159,7 @@ def _read_messages(given: Any) -> tuple[list[tuple[str, float | None]], list[dic
         for part in parts:
             kind = part.get("type") if isinstance(part, dict) else None
             if kind in ("text", "input_text") and isinstance(part.get("text"), str):
-                slides += [read_slide(found) for found in IN_TEXT.findall(part["text"])]
+                slides += [read_slide(found.rstrip(".,;:!?)'\"")) for found in IN_TEXT.findall(part["text"])]
                 texts.append(IN_TEXT.sub("", part["text"]).strip())
             elif kind in ("image_url", "slide", "image"):
                 value = part.get(kind, part.get("url"))
@@ -199,7 +199,7 @@ class Turn:
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.stopped = False
         self.done = 0, 0  # patches encoded, of all
-        self._loop = loop
+        self._loop, self._looked = loop, 0.0
         self._events: asyncio.Queue[str | dict[str, Any] | Exception] = asyncio.Queue()
 
     def look(self, *done: int) -> None:
@@ -217,11 +217,13 @@ class Turn:
         """The next event; None if there was none for so long. Raises Gone, Refused."""
         end = time.monotonic() + seconds
         while True:
+            if time.monotonic() > self._looked + TICK:
+                self._looked = time.monotonic()
+                if await request.is_disconnected():
+                    raise Gone
             try:
                 event = await asyncio.wait_for(self._events.get(), TICK)
             except TimeoutError:
-                if await request.is_disconnected():
-                    raise Gone from None
                 if time.monotonic() > end:
                     return None
                 continue

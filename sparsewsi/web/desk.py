@@ -41,6 +41,7 @@ from sparsewsi.slides.tissue import patch_side
 from sparsewsi.web import intake
 from sparsewsi.web.examples import name_example
 from sparsewsi.web.folder import UNOPENED, delete_untouched, measure
+from sparsewsi.web.gallery import find_sample
 from sparsewsi.web.jobs import Halted, Job, Jobs, Peek
 from sparsewsi.web.turns import Turns
 from sparsewsi.web.viewer import Slides
@@ -167,7 +168,10 @@ class Desk:
         if path is None:
             raise SlideError("The slide is not at hand, only its features.")
         if is_remote(path):
-            return open_slide(path, slide_mpp=slide_mpp, hosts=self.hosts)
+            slide = open_slide(path, slide_mpp=slide_mpp, hosts=self.hosts)
+            if job is not None:
+                job.hold(slide)
+            return slide
         strange = self.is_upload(path)
         root = self.folder / Path(path).relative_to(self.folder).parts[0] if strange else None
         slide = open_confined(path, root=root, slide_mpp=slide_mpp, begun=job.hold if job else None)
@@ -262,11 +266,13 @@ class Desk:
             return Opened(token, open_case(model, bag, path, selector=selector, slide_mpp=slide_mpp))
 
     def _read_bag(self, token: str, path: str, slide_mpp: float | None, job: Job) -> Bag:
-        """The slide's patches, encoded; those of examples are kept in the cache, nobody else's ever are."""
+        """The slide's patches, encoded; those of examples and of the gallery are kept in the cache, nobody else's."""
         model, encoder = self.load()
         config = model.config
-        name = f"{Path(path).stem}-{config.encoder}-{config.mpp:g}-{config.patch_size}.safetensors"
-        kept = cache_folder() / name if name_example(path) and slide_mpp is None else None
+        sample = find_sample(path)
+        public = slide_mpp == sample.mpp if sample else name_example(path) and slide_mpp is None
+        name = f"{sample.name if sample else Path(path).stem}-{config.encoder}-{config.mpp:g}-{config.patch_size}"
+        kept = cache_folder() / f"{name}.safetensors" if public else None
         if kept is not None and kept.is_file():
             return load_bag(kept)
         job.tell("finding tissue")

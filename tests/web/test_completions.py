@@ -142,9 +142,8 @@ def test_lmms_evals_chat_model_gets_an_answer(serving):
     """Its own client of OpenAI-compatible servers, which sends text: the slide is named in it."""
     pytest.importorskip("openai")
     lmms = pytest.importorskip("lmms_eval.models.chat.openai", exc_type=ImportError)
-    model = lmms.OpenAICompatible(
-        model_version="sparsewsi", base_url=serving.base, api_key=KEY, max_retries=1, timeout=120, httpx_trust_env=False
-    )
+    how = {"max_retries": 1, "timeout": 120, "httpx_trust_env": False}
+    model = lmms.OpenAICompatible(model_version="sparsewsi", base_url=serving.base, api_key=KEY, **how)
     text = f"slide://one.tiff\n{QUESTION}\nA. liver\nB. fat"
     messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
     model.task_dict = {"slides": {"test": [text]}}

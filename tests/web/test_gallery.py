@@ -3,7 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from sparsewsi.bags.bag import Bag, save_bag
+from sparsewsi.slides.refusals import SlideError
+from sparsewsi.web.desk import Desk
 from sparsewsi.web.gallery import GALLERY, find_sample, read_gallery
 
 
@@ -66,3 +70,22 @@ def test_a_gallery_that_no_page_could_offer_is_a_sentence(tmp_path: Path, old: s
     (tmp_path / "gallery.toml").write_text(text.replace(old, new), encoding="utf-8")
     with pytest.raises(ValueError, match=said):
         read_gallery(tmp_path / "gallery.toml")
+
+
+def test_features_of_a_gallery_slide_are_kept_in_the_cache(desk: Desk, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("SPARSEWSI_CACHE", str(tmp_path))
+    sample, config = read_gallery()[0], desk.config
+    coords = torch.tensor([[224 * i, 0] for i in range(9)])
+    bag = Bag(torch.randn(9, 1280), coords, 224, 0.5, config.encoder, "slide 0a1b2c3d")
+    save_bag(bag, tmp_path / f"{sample.name}-{config.encoder}-{config.mpp:g}-{config.patch_size}.safetensors")
+    with desk.jobs.run("somebody", "slide") as job:
+        kept = desk._read_bag("token", str(Path(sample.address)), sample.mpp, job)
+    assert torch.equal(kept.coords, bag.coords)
+
+
+def test_a_hosted_desk_reads_from_listed_servers_alone(desk: Desk, tmp_path: Path):
+    for address in ("http://127.0.0.1:1/HE.dzi", "dicomweb:http://127.0.0.1:1/x?study=1.2&series=1.3"):
+        with pytest.raises(SlideError, match="not read from that server"):
+            desk.open_slide(address, 0.5)
+        with pytest.raises(SlideError, match=r"cannot be reached|extra"):
+            Desk("none", tmp_path, allow_paths=True).open_slide(address, 0.5)
