@@ -167,7 +167,7 @@ def files(folder: Path) -> dict[str, tuple[str, Callable[[Path], object]]]:
         "TIFF bomb, 0.5 um/px": ("bomb_mpp.tiff", lambda path: tiff_bomb(path, mpp=0.5)),
         "PNG bomb": ("bomb.png", png_bomb),
         "PNG of 13,000 px": ("large.png", lambda path: png_bomb(path, 13_000)),
-        "PNG of 9,000 px": ("fair.png", lambda path: png_bomb(path, 9_000)),
+        "PNG of 8,000 px": ("fair.png", lambda path: png_bomb(path, 8_000)),
         "middle level of 90,000 px": ("middle.tiff", huge_middle_level),
         "VMS that leads out": ("vms.zip", lambda path: leads_out(path, "vms")),
         "MRXS that leads out": ("mrxs.zip", lambda path: leads_out(path, "mrxs")),

@@ -48,8 +48,9 @@ from sparsewsi.web.viewer import Slides
 
 Messages = Sequence[Mapping[str, str]]
 MOST_OPENED, MOST_FEATURES = 512, 1 << 30  # analysed slides that are kept, and bytes of their features
+MOST_PATCHES = 200_000  # of a slide; their features take half a GB
 BATCH = 16  # patches that are encoded in one turn: who waits for theirs waits so long
-MOST_DECODED = 256 << 20  # bytes of px of all PNG and JPEG slides that are open
+MOST_DECODED = 192 << 20  # bytes of px of all PNG and JPEG slides that are open: one of 8,192 x 8,192 px
 MOST_GONE = 10_000  # sessions that are remembered to have ended
 MOST_LOGGED, MOST_LOGGED_IN_ALL = 1 << 20, 1 << 30  # bytes of a session's log, and of the server's
 
@@ -286,6 +287,11 @@ class Desk:
         """bags.encode_slide, batch by batch when it is the session's turn, with what is there so far to be seen."""
         mpp, patch_size, shown = self.config.mpp, self.config.patch_size, self.slides.holds(token)
         coords = choose_coords(slide, mpp, patch_size)
+        if len(coords) > MOST_PATCHES:
+            raise SlideError(
+                f"The slide has {len(coords):,} patches of tissue, more than the {MOST_PATCHES:,} that the page "
+                "encodes. Encode it with sparsewsi extract."
+            )
         side = patch_side(slide, mpp, patch_size)
         features = torch.empty(len(coords), encoder.dim, dtype=torch.float16)
         readable, done, kept = np.zeros(len(coords), bool), 0, 0
@@ -399,8 +405,9 @@ class Desk:
         False if its session has ended, or has opened another one, while it was analysed.
         """
         self._opened[opened.token] = opened
-        if not self.slides.holds(opened.token):
-            self._drop(opened.token)
+        for token in [token for token in list(self._opened) if not self.slides.holds(token)]:
+            self._drop(token)
+        if opened.token not in self._opened:
             return False
         while len(self._opened) > 1 and (
             len(self._opened) > MOST_OPENED or sum(one.bytes for one in list(self._opened.values())) > MOST_FEATURES

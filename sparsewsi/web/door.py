@@ -27,7 +27,7 @@ GONE_AFTER = 1.0  # s without a stream of answers that was broken off; a page op
 STREAMS_OF_ADDRESS, STREAMS_OF_ALL = 256, 1024  # that are open; a page has two
 LISTEN_WITHIN = 10.0  # s until who asked for something wants to hear the answer
 TRIES = 4  # wrong passwords in a row that are answered at once
-SLOWEST = 60.0  # s until the next password is looked at, after many wrong ones
+PAUSE, SLOWEST = 1.0, 60.0  # s until the next password is looked at; twice as many after each wrong one, up to
 CALLER = "x-sparsewsi-caller"  # header that tells calls of MCP apart, which all come through one client of Gradio's
 API = re.compile(r"/gradio_api/(.*)", re.DOTALL)
 BEFORE_LOGIN = ("user", "login_check", "startup-events", "token", "theme.css")  # below /gradio_api/
@@ -222,7 +222,7 @@ class Door:
             if counted:
                 counted = False
                 open_streams[session] -= 1
-                if not whole:
+                if not whole or open_streams is self._beating:  # a heartbeat ends with its page alone
                     asyncio.get_running_loop().call_later(GONE_AFTER, check)
                 elif not open_streams[session]:
                     del open_streams[session]
@@ -297,7 +297,7 @@ class Door:
         """After a few wrong passwords in a row every further one is looked at only after a pause, longer each time."""
         address, now, status = _address(scope), time.monotonic(), 500
         wrong, last = self._wrong.get(address, (0, 0.0))
-        pause = 0.0 if wrong < TRIES else min(2.0 ** (wrong - TRIES), SLOWEST)
+        pause = 0.0 if wrong < TRIES else min(PAUSE * 2.0 ** min(wrong - TRIES, 10), SLOWEST)
         if now < last + pause:
             sentence = f"Too many wrong passwords; try again in {last + pause - now:.0f} s."
             await PlainTextResponse(sentence, 429)(scope, receive, send)

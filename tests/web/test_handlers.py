@@ -529,6 +529,14 @@ def test_pins_of_patches_that_are_not_there_are_left_out(on, opened):
     assert picks["pinned"] == [0, 29]
 
 
+@pytest.mark.parametrize("resolution", ["1e-5", "inf", "nan", "1e400", "-1", "0", "32", "0.25; rm", "9" * 400])
+def test_a_resolution_that_no_scan_has_is_a_sentence(on, me, tmp_path, resolution):
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "slide.png")
+    with pytest.raises(gr.Error, match=r"um/px|µm/px") as refused:
+        on.on_slide(str(tmp_path / "slide.png"), resolution, me)
+    assert "at fault" not in refused.value.message
+
+
 @pytest.mark.parametrize("k", [0, 7, 257, 10**9])
 def test_a_what_if_takes_as_many_patches_as_the_slider(on, opened, asked, me, k):
     *_, last = on.on_asked(opened, asked, {}, {}, me)
@@ -564,6 +572,14 @@ def test_features_go_with_their_session_and_the_oldest_when_they_are_too_many(
     desk.forget(me.session_hash)
     assert kept[0]._case is None
     assert not desk.keep(Opened("of a session that has ended", opened.case))
+
+
+def test_a_slide_of_more_patches_than_the_page_encodes_is_refused_before_any_is(desk, me, tmp_path, monkeypatch):
+    phantom.write_phantom(tmp_path / "phantom.tiff", seed=3, size=1024)
+    monkeypatch.setattr(desk_module, "MOST_PATCHES", 3)
+    with desk.jobs.run(me.session_hash, "slide") as job, pytest.raises(ValueError, match="sparsewsi extract"):
+        desk.analyse("token", str(tmp_path / "phantom.tiff"), None, job=job.name)
+    assert job.phase == "finding tissue"
 
 
 def test_a_strangers_slide_has_no_ground_truth_whatever_lies_beside_it(on, desk, me, tmp_path):

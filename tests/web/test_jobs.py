@@ -50,7 +50,8 @@ def test_a_full_server_says_so_and_is_free_again():
         assert job.place == 0
 
 
-def test_who_waits_knows_its_place_and_who_was_served_less_goes_first():
+def test_who_waits_knows_its_place_and_who_was_served_less_goes_first(monkeypatch):
+    monkeypatch.setitem(jobs_module.AT_ONCE, "slide", 2)
     jobs = Jobs()
     greedy = [jobs.enter("greedy", "slide") for _ in range(3)]
     others = [jobs.enter(name, "slide") for name in ("b", "c", "d")]
@@ -109,7 +110,8 @@ def test_the_machine_is_shared_by_time_not_by_turns():
 
 
 @pytest.mark.parametrize("state", ["waiting in its session's line", "waiting for a place", "at its next step"])
-def test_a_job_that_nobody_waits_for_ends_at_once_wherever_it_is(state):
+def test_a_job_that_nobody_waits_for_ends_at_once_wherever_it_is(state, monkeypatch):
+    monkeypatch.setitem(jobs_module.AT_ONCE, "slide", 2)
     jobs, failed = Jobs(), []
     session = "mine" if state == "waiting in its session's line" else "other"
     before = [jobs.enter(name, "slide") for name in (session, "third")]
