@@ -529,7 +529,7 @@ def test_pins_of_patches_that_are_not_there_are_left_out(on, opened):
     assert picks["pinned"] == [0, 29]
 
 
-@pytest.mark.parametrize("resolution", ["1e-5", "inf", "nan", "1e400", "-1", "0", "32", "0.25; rm", "9" * 400])
+@pytest.mark.parametrize("resolution", ["1e-5", "inf", "nan", "1e400", "-1", "320", "0.25; rm", "9" * 400])
 def test_a_resolution_that_no_scan_has_is_a_sentence(on, me, tmp_path, resolution):
     Image.new("RGB", (64, 64), "white").save(tmp_path / "slide.png")
     with pytest.raises(gr.Error, match=r"um/px|µm/px") as refused:
