@@ -36,7 +36,7 @@ from sparsewsi.readers.pictures import ReaderError
 from sparsewsi.report.case import Case
 from sparsewsi.slides.remote import ANY, OPEN, is_remote
 from sparsewsi.web.library import Library
-from sparsewsi.web.limits import check_question
+from sparsewsi.web.limits import check_turns
 
 MODEL = "sparsewsi"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -112,7 +112,7 @@ def read_request(body: Any, models: Collection[str] = (MODEL,)) -> Asked:
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
         raise Refused(400, "options must be a list of texts.", "options")
     try:
-        check_question(messages[-1]["content"], options)
+        check_turns(messages, options)
     except ValueError as error:
         raise Refused(400, str(error), "messages") from None
     slide, mpp = named[0]
@@ -486,6 +486,8 @@ def main(argv: Sequence[str]) -> int:
         flags = read_flags(argv)
         if flags.key is not None and not re.fullmatch(r"[!-~]{8,}", flags.key):
             raise ValueError("The key must have at least 8 letters, digits or signs, and no spaces.")
+        if flags.root is not None and not flags.root.is_dir():  # told before a model is loaded
+            raise ValueError(f"There is no folder {flags.root}; pass one that holds slides.")
         from sparsewsi.model.sparse_wsi import SparseWSI
 
         private = flags.host in LOOPBACK

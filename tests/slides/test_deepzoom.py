@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sparsewsi.phantom import write_phantom
 from sparsewsi.slides import deepzoom, remote
 from sparsewsi.slides.deepzoom import open_deep_zoom, parse_descriptor
 from sparsewsi.slides.refusals import SlideError
@@ -76,7 +77,11 @@ class Handler(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(pyramid) -> Iterator[Server]:
-    serving = Server(("127.0.0.1", 0), functools.partial(Handler, directory=str(pyramid.parent)))
+    yield from serve(pyramid.parent)
+
+
+def serve(folder: Path) -> Iterator[Server]:
+    serving = Server(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
     serving.asked = []
     threading.Thread(target=serving.serve_forever, args=(0.02,), daemon=True).start()
     yield serving
@@ -109,6 +114,28 @@ def test_over_http_it_is_the_same_slide_and_no_tile_is_asked_for_twice(pyramid, 
             assert np.array_equal(there.read((10, 20), (200, 100), 0.5), here.read((10, 20), (200, 100), 0.5))
     tiles = [path for path in server.asked if "/9/" in path]
     assert len(tiles) == len(set(tiles)) == 8, "columns 0 to 3 and rows 0 to 1, of 15 tiles"
+
+
+def test_a_phantom_that_openslide_cut_up_is_the_phantom(tmp_path):
+    """The tree is another's work: openslide-python's generator of Deep Zoom, with its own tile size and overlap."""
+    import openslide
+    from openslide.deepzoom import DeepZoomGenerator
+
+    write_phantom(tmp_path / "phantom.tiff", seed=4, size=1_024)
+    with openslide.OpenSlide(tmp_path / "phantom.tiff") as opened:
+        tree = DeepZoomGenerator(opened, tile_size=254, overlap=1, limit_bounds=False)
+        for level, (columns, rows) in enumerate(tree.level_tiles):
+            (tmp_path / "web" / "P_files" / str(level)).mkdir(parents=True)
+            for column, row in np.ndindex(columns, rows):
+                tile = tree.get_tile(level, (column, row))
+                tile.save(tmp_path / "web" / "P_files" / str(level) / f"{column}_{row}.png")
+        (tmp_path / "web" / "P.dzi").write_text(tree.get_dzi("png"))
+    for serving in serve(tmp_path / "web"):
+        address = f"http://127.0.0.1:{serving.server_port}/P.dzi"
+        with open_slide(tmp_path / "phantom.tiff") as here, open_slide(address, slide_mpp=0.5) as there:
+            assert there.size == here.size
+            assert np.array_equal(there.read_level(0, (0, 0), there.size), here.read_level(0, (0, 0), here.size))
+            assert np.array_equal(there.read((250, 251), (90, 80), 0.5), here.read((250, 251), (90, 80), 0.5))
 
 
 def test_a_path_made_of_the_address_is_still_the_address(server):

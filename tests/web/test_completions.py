@@ -23,6 +23,7 @@ from sparsewsi.web.library import Library
 
 KEY = "a-key-of-the-tests"
 QUESTION = "Which tissue is this?"
+ASKED = [{"role": "user", "content": f"slide://one.tiff {QUESTION}"}]
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +232,7 @@ def test_nobody_leaves_the_root(serving, name):
         ({"messages": [{"role": "user", "content": "slide://a.svs slide://b.svs which?"}]}, 400, "one slide"),
         ({"messages": [{"role": "user", "content": "slide://one.tiff"}]}, 400, "question"),
         ({"messages": [{"role": "user", "content": "slide://one.tiff " + "x" * 3_000}]}, 400, "3,000"),
+        ({"messages": [{"role": "system", "content": "x" * 9_000}, *ASKED]}, 400, "characters"),
         ({"messages": [{"role": "user", "content": [slide_part("data:image/png;base64,AA")]}]}, 400, "Pictures"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "input_audio"),
         ({"messages": [{"role": "user", "content": "slide://one.tiff \ud800?"}]}, 400, "surrogate"),
@@ -256,6 +258,23 @@ def test_what_is_no_request_is_told_so(serving):
         assert client.get(f"{serving.base}/models", headers={"Host": "evil.example"}).status_code == 421
         assert client.get(f"{serving.base}/models", headers={"Authorization": ""}).status_code == 401
     assert serving.ask(f"slide://notes.txt {QUESTION}").status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["/nowhere"], "There is no folder /nowhere"),
+        (["--key", "short"], "at least 8"),
+        (["--key", "with a space in it"], "at least 8"),
+        (["--reader", "gpt"], "--reader"),
+        (["--model", "/nowhere/model"], "model"),
+    ],
+)
+def test_a_command_at_fault_is_a_sentence(words, said, capsys):
+    assert completions.main(words) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert len(told.splitlines()) == 1
 
 
 # ---- queue, and callers who leave
