@@ -82,8 +82,8 @@ class Alignment:
         assert self.real is not None
         bags, slides = [], []
         for _ in range(BAGS):
-            slide, features, _, _ = self.real.draw_bag(PATCHES, generator)
-            bags.append(features)
+            slide = self.real.draw(generator)
+            bags.append(self.real.draw_features(slide, PATCHES, generator)[0])
             slides.append(slide)
         seen = self.see(torch.cat(bags)).unflatten(0, (BAGS, PATCHES)).mean(1)  # (B, H)
         loss = seen.new_zeros(())

@@ -24,7 +24,7 @@ MAY_CHANGE = (
 _AT_LEAST_ONE = ("steps", "accumulation", "questions_per_bag", "dim", "num_tokens", "lora_rank", "patches")
 _AT_LEAST_ONE += ("patches_hard", "checkpoint_every")
 _SHARES = ("other_tissue", "real_slides", "open_world", "lora_dropout", "warmup", "dense", "anneal", "k_start")
-_SHARES += ("curriculum", "hard", "other_selections")
+_SHARES += ("curriculum", "hard")
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,6 @@ class TrainConfig:
     # ours too: the last steps show the LLM what inference will, the hard top-K without gate and denoiser
     hard: float = 0.0  # share of the steps
     patches_hard: int = 1024  # patches a bag in these steps
-    token_noise: float = 0.0  # ours: added to the tokens of a bag, so that no slide is learned by heart
-    other_selections: float = 0.0  # share of the bags in these steps with patches that inference would not keep
     # house-keeping
     checkpoint_every: int = 50
     keep: int = 2  # checkpoints, the newest; 0: all
@@ -204,7 +202,7 @@ def demo_stage1() -> TrainConfig:
     return TrainConfig(
         stage=1, out="runs/demo1", steps=30, accumulation=32, questions_per_bag=1, dim=256, lr=1e-3, lr_encoder=1e-4,
         warmup=0.1, align=150, keep_aligned=0.3, dense=1.0, patches_start=1, patches=8, curriculum=1.0,
-        position="compact", scorer_relative=True, diversity=10.0,
+        position="compact", scorer_relative=True, diversity=1.0,
     )  # fmt: skip
 
 
@@ -214,10 +212,10 @@ def demo_stage2() -> TrainConfig:
     Two bags in five are real slides, and of the mosaics of real tiles ever more have any tissue as background.
     """
     return TrainConfig(
-        stage=2, out="runs/demo2", init="runs/demo1/checkpoints/last", steps=400, accumulation=12, questions_per_bag=3,
+        stage=2, out="runs/demo2", init="runs/demo1/checkpoints/last", steps=280, accumulation=12, questions_per_bag=3,
         dim=256, lr=1e-3, lr_lora=1e-3, lora_rank=16, lora_alpha=32, dense=0.25, anneal=0.35, hard=0.4, tau_start=1.0,
         tau_end=0.05, k_start=0.75, patches_start=12, patches=80, patches_hard=384, curriculum=0.6, real_slides=0.4,
-        open_world=0.5, keep_aligned=0.3, token_noise=0.3, other_selections=0.5, checkpoint_every=20, keep=8,
+        open_world=0.5, keep_aligned=0.3, checkpoint_every=20, keep=8,
     )  # fmt: skip
 
 

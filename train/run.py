@@ -110,11 +110,8 @@ def mix(config: TrainConfig, closed: MosaicStream, banks: Sequence[Bank]) -> Mix
         real = SlideStream(bank, slides, config.seed, config.questions_per_bag)
         clean = [slide.slide for slide in slides if slide.facts["carcinoma"] == slide.facts["malignant"] == "No"]
         without = absent_slides(bank, clean)
-    labelled = sorted(banks, key=lambda bank: bank.origin != "real")  # of equal ones the first stays first
-    opened = tuple(
-        OpenWorld(bank, without if bank.origin == "real" else None, config.seed, config.questions_per_bag)
-        for bank in labelled
-    )
+    labelled = [bank for bank in banks if bank.origin == "real"]
+    opened = OpenWorld(labelled[0], without, config.seed, config.questions_per_bag) if labelled else None
     total = config.steps * config.accumulation * world_size()
     return Mixture(closed, opened, real, total, config.open_world, config.real_slides)
 
@@ -210,7 +207,6 @@ def prepare(
     if config.fsdp:
         shard(model.llm, default_device())
     stage = StageModule(model, sparselearn).train()
-    stage.noise = config.token_noise
     if config.keep_aligned:
         stage.alignment = Alignment(model, banks, real)
     for part in (model.slide_encoder, model.scorer, model.projector, sparselearn):

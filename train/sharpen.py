@@ -88,7 +88,8 @@ def sharpen(
             for some, sign in ((there, -1), (asked & ~there, 1)):
                 loss = loss + F.softplus(sign * told[some]).sum() / max(1, int(some.sum()))
         for _ in range(SLIDES):
-            slide, features, _, _ = real.draw_bag(patches, rng)
+            slide = real.draw(rng)
+            features, _, _ = real.draw_features(slide, patches, rng)
             seen = F.normalize(model.projector(gate(features)), dim=-1).sum(0) / k  # noise adds little
             for kind, pair in poles.items():
                 if slide.facts[kind]:
@@ -123,12 +124,6 @@ def _gate(
     return sparselearn(x, model.scorer(x), tau, k=budget, generator=generator)
 
 
-def last_checkpoints(run: Path, count: int) -> list[Path]:
-    """The folders of a run's newest checkpoints, the newest last."""
-    folder = run / "checkpoints"
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())[-count:]
-
-
 def average(model: SparseWSI, folders: Sequence[Path]) -> None:
     """Give the model's projector and adapter the mean of those of the models in these folders."""
     projectors = [load_file(folder / "model.safetensors") for folder in folders]
@@ -149,8 +144,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--patches", type=int, default=320)
     parser.add_argument("--average", type=int, default=7, help="number of last checkpoints that are averaged")
-    parser.add_argument("--also", type=Path, nargs="*", default=[], help="more ends of the run: averaged in as well")
-    parser.add_argument("--diversity", type=float, default=10.0, help="of the model's selection")
+    parser.add_argument("--diversity", type=float, default=8.0, help="of the model's selection")
     add_flag(parser, "--seed")
     given = parser.parse_args()
     checkpoint = latest(given.run)
@@ -168,8 +162,8 @@ def main() -> None:
     closed = MosaicStream(banks, given.seed, 2)
     real = SlideStream(bank, slides, given.seed)
     sharpen(model, sparselearn, world, closed, real, given.steps, given.patches, given.seed)
-    checkpoints = [path for run in (given.run, *given.also) for path in last_checkpoints(run, given.average)]
-    average(model, [path / "model" for path in checkpoints])
+    checkpoints = sorted(path for path in checkpoint.parent.iterdir() if path.is_dir() and not path.is_symlink())
+    average(model, [path / "model" for path in checkpoints[-given.average :]])
     model.config = replace(model.config, diversity=given.diversity)
     model.save_pretrained(given.folder, dtype=torch.float32)
 

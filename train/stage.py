@@ -7,7 +7,6 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +42,6 @@ class StageModule(nn.Module):
         super().__init__()
         self.model, self.sparselearn = model, sparselearn
         self.alignment: Alignment | None = None  # what every step is to keep of the alignment
-        self.noise = 0.0  # standard deviation of what is added to the unit-variance tokens of a bag
 
     def forward(
         self,
@@ -60,8 +58,6 @@ class StageModule(nn.Module):
             x = model.slide_encoder(bag.features.to(model.device, torch.float32))  # (N, D_v)
             if bag.rows is not None:
                 x = x[bag.rows.to(x.device)]  # (K, D_v)
-            if self.noise:
-                x = x + self.noise * torch.randn(x.shape, generator=generator, device=x.device)
             if k is not None:
                 x = self.sparselearn(x, model.scorer(x), tau, k=k, generator=generator)
             visual.append(model.project(x))
@@ -200,8 +196,7 @@ def train_step(
     """
     model = stage.model
     if config.is_hard(step):
-        keep = keep or partial(keep_selected, others=config.other_selections)
-        examples = [keep(model, example) for example in examples]
+        examples = [(keep or keep_selected)(model, example) for example in examples]
     settings = model.config
     packed = [
         pack(model.tokenizer, example, settings.position, model.max_position, config.targets) for example in examples
@@ -258,19 +253,11 @@ def checkpoint_activations(llm: nn.Module, tokens: int) -> None:
 
 
 @torch.no_grad()
-def keep_selected(model: SparseWSI, example: Example, others: float = 0.0) -> Example:
-    """The example with the patches that inference would keep.
-
-    others: share of the examples that keep patches at random or with another diversity instead, so that the LLM learns
-    to read patches and not a selection. Drawn from torch's generator, which take_step seeds.
-    """
-    scores = model.score(model.encode(example.features)).cpu()  # where features and indices are
-    k, diversity, draw = model.config.num_tokens, model.config.diversity, float(torch.rand(()))
-    if draw < others / 2 and k < len(scores):
-        return example.keep(torch.randperm(len(scores))[:k].sort().values)
-    if draw < others:
-        diversity = float(torch.rand(()).mul(5).exp2())  # 1 to 32
-    return example.keep(mmr(scores, example.features, k, diversity))
+def keep_selected(model: SparseWSI, example: Example) -> Example:
+    """The example with the patches that inference would keep."""
+    x = model.encode(example.features)
+    scores = model.score(x).cpu()  # where features and indices are
+    return example.keep(mmr(scores, example.features, model.config.num_tokens, model.config.diversity))
 
 
 @torch.no_grad()

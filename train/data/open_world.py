@@ -17,12 +17,11 @@ from train.data.bank import Bank
 from train.data.example import Example, Question
 from train.data.kinds import NEEDLES, Facts, ask
 from train.data.layout import LEAST_PATCHES, add_focus, lay_out_regions
-from train.data.real import YES_NO, SlideStream
+from train.data.real import SlideStream
 from train.data.stream import MosaicStream
 
 GLASS = "background"
 FEWEST, MOST = 2, 8  # kinds of background
-TILES = 0.7  # share of the open mosaics that are of labelled tiles; the others are of phantoms
 WITHOUT = "slide:"  # before the name of a slide in place of a kind
 
 
@@ -53,7 +52,6 @@ class OpenWorld:
     seed: int
     questions_per_bag: int = 4
     of_slides: float = 0.3  # share of the mosaics with a background of real slides
-    plain: bool = False  # ask for carcinoma in one wording and not for malignancy, as evaluation does
 
     def example(self, index: int, n: int, max_index: int = 4096) -> Example:
         """Example number `index` with n patches, spread over up to max_index places as in MosaicStream."""
@@ -118,14 +116,9 @@ class OpenWorld:
         return found
 
     def questions(self, facts: Facts, certain: bool, rng: np.random.Generator) -> list[Question]:
-        """Some questions about a mosaic; yes and no, and every option, equally likely without it.
-
-        Whether there is carcinoma is asked always, in the words for real slides, and often whether there is any
-        malignancy: where real slides are the background, both are true of a focus beside any slide's own tissue.
-        """
-        found = [self._ask("carcinoma", "carcinoma" in facts.present, rng)]
-        if not self.plain and (not certain or self.bank.origin == "phantom") and rng.random() < 0.7:
-            found.append(self._ask("malignant", "carcinoma" in facts.present, rng))
+        """Some questions about a mosaic; yes and no, and every option, equally likely without it."""
+        yes = "carcinoma" in facts.present
+        found = [Question("Does this slide contain carcinoma?", "Yes" if yes else "No", ("Yes", "No"), "diagnosis")]
         if not certain:
             return found
         families = ("present", "absent", "contains", "contains", "present")
@@ -137,12 +130,6 @@ class OpenWorld:
         ]
         found = [*drawn, *found] if rng.random() < 0.7 else [*found, *drawn]
         return list(dict.fromkeys(found))[: self.questions_per_bag]
-
-    def _ask(self, kind: str, yes: bool, rng: np.random.Generator) -> Question:
-        """A yes-or-no question of real slides, in its first wording more often than in the others."""
-        texts = YES_NO[kind]
-        text = texts[0 if self.plain or rng.random() < 0.4 else int(rng.integers(len(texts)))]
-        return Question(text, "Yes" if yes else "No", ("Yes", "No"), "diagnosis")
 
 
 def absent_slides(bank: Bank, slides: Sequence[str]) -> Bank:
@@ -157,12 +144,11 @@ class Mixture:
     """Bags of three kinds in turn: closed mosaics, mosaics of an open world, real slides.
 
     open_world: share of the mosaics of labelled patches that are open at the end; none are at the start, so that words
-    are learned before roles are mixed up. real_slides: share of all bags that are real slides. opened: worlds of
-    labelled tiles and of phantoms, the first of which is drawn TILES of the time.
+    are learned before roles are mixed up. real_slides: share of all bags that are real slides.
     """
 
     closed: MosaicStream
-    opened: tuple[OpenWorld, ...]
+    opened: OpenWorld | None
     real: SlideStream | None
     bags: int  # of the whole run
     open_world: float
@@ -174,7 +160,6 @@ class Mixture:
         if n >= 8 and self.real is not None and rng.random() < self.real_slides:
             return self.real.example(index, n)
         progress = min(1.0, 1.5 * index / self.bags)
-        if n >= LEAST_PATCHES // 2 and self.opened and rng.random() < self.open_world * progress:
-            number = 0 if rng.random() < TILES else len(self.opened) - 1
-            return self.opened[number].example(index, n)
+        if n >= LEAST_PATCHES // 2 and self.opened is not None and rng.random() < self.open_world * progress:
+            return self.opened.example(index, n)
         return self.closed.example(index, n)

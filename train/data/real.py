@@ -175,16 +175,6 @@ def ask(
     return Question(text, answer, tuple(str(option) for option in rng.permutation(options)), kind)
 
 
-def _mix(slide: SlideFacts, other: SlideFacts) -> SlideFacts:
-    """What is true of patches of a slide among those of another one that holds no tumour."""
-    facts = dict(slide.facts)
-    for kind in ("organ", "category", "diagnosis"):
-        tumour = kind != "organ" and facts["neoplasm"] == "Yes"
-        if facts[kind] != other.facts[kind] and not tumour:
-            facts[kind] = ""
-    return replace(slide, facts=facts)
-
-
 def describe(slide: SlideFacts) -> Question:
     """A request to describe a slide and what was published of it in a sentence."""
     facts = slide.facts
@@ -227,71 +217,32 @@ def slide_bag(bank: Bank, slide: str) -> Bag:
 class SlideStream:
     """An endless, seeded stream of bags of real training slides: example(i) depends on (seed, i) and on nothing else.
 
-    Strata are drawn as STRATA says, cases with equal chances within. A slide is never shown as it is: a random part of
-    its patches from one of the bank's restained copies, all moved by a part of what restaining does to some slide, and
-    often some of them replaced by patches of a slide without a tumour, so that a few malignant patches are
-    enough for "malignant".
-
-    mixed: share of the bags that hold another slide's patches too. restained: the largest part of such a move.
+    Strata are drawn as STRATA says, cases with equal chances within. An augmentation is one of the bank's restained
+    copies, mixed patch by patch with the slide as it is, and a random part of the patches.
     """
 
     bank: Bank
     slides: tuple[SlideFacts, ...]
     seed: int
     questions_per_bag: int = 4
-    least: float = 0.4  # share of the patches at least
-    mixed: float = 0.25
-    restained: float = 1.0
+    least: float = 0.5  # share of the patches at least
 
     def example(self, index: int, n: int) -> Example:
         """Example number `index`: at most n patches of a slide and questions about it."""
         rng = np.random.default_rng((self.seed, 7, index))
-        slide, features, kept, whole = self.draw_bag(n, rng)
+        slide = self.draw(rng)
+        features, kept, whole = self.draw_features(slide, n, rng)
         return Example(features, torch.from_numpy(kept), whole, tuple(self.questions(slide, rng)))
 
-    def draw_bag(self, n: int, rng: np.random.Generator) -> tuple[SlideFacts, torch.Tensor, np.ndarray, int]:
-        """What is true of a bag of at most n patches, their features and places, and how many the slide has."""
-        slide = self.draw(rng)
-        features, kept, whole = self._draw_features(slide, n, rng)
-        if rng.random() < self.mixed:
-            other = self._draw_partner(slide, rng)
-            if other is not None:
-                added, _, _ = self._draw_features(other, len(features), rng)
-                some = torch.from_numpy(rng.permutation(len(features))[: int(len(added) * rng.uniform(0.2, 0.7))])
-                features[some] = added[: len(some)]
-                slide = _mix(slide, other)
-        if len(self.moves):
-            move = self.moves[int(rng.integers(len(self.moves)))] * rng.uniform(-self.restained, self.restained)
-            features = features + move.to(features.dtype)
-        return slide, features, kept, whole
-
-    def _draw_features(
+    def draw_features(
         self, slide: SlideFacts, n: int, rng: np.random.Generator
     ) -> tuple[torch.Tensor, np.ndarray, int]:
         """Features of at most n patches of a slide, their places, and how many the slide has."""
         rows = self.rows[slide.slide]  # (C, N)
         copies, whole = rows.shape
-        count = max(1, min(n, int(whole * rng.uniform(self.least, 1))))
+        count = min(n, int(whole * rng.uniform(self.least, 1)))
         kept = np.sort(rng.choice(whole, count, replace=False))
         return self.bank.features[torch.from_numpy(rows[rng.integers(copies), kept])], kept, whole
-
-    def _draw_partner(self, slide: SlideFacts, rng: np.random.Generator) -> SlideFacts | None:
-        """A slide of another case without a tumour, half the time of the same organ if there is any."""
-        pool = [other for other in self.slides if other.stratum == "not neoplastic" and other.case != slide.case]
-        alike = [other for other in pool if other.facts["organ"] == slide.facts["organ"] != ""]
-        pool = alike if alike and rng.random() < 0.5 else pool
-        return pool[int(rng.integers(len(pool)))] if pool else None
-
-    @functools.cached_property
-    def moves(self) -> torch.Tensor:
-        """What restaining does to the mean feature of each slide, (S, D); none where the bank has no copies."""
-        found = [
-            self.bank.features[torch.from_numpy(copy)].float().mean(0)
-            - self.bank.features[torch.from_numpy(rows[0])].float().mean(0)
-            for rows in self.rows.values()
-            for copy in rows[1:]
-        ]
-        return torch.stack(found) if found else torch.empty(0)
 
     @functools.cached_property
     def rows(self) -> dict[str, np.ndarray]:

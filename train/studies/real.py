@@ -276,7 +276,7 @@ def make_mosaics(
     bank: Bank, slides: Bank | None, count: int, n: int, seed: int
 ) -> Iterator[tuple[Bag, np.ndarray, set[str], Question]]:
     """Bags of an open world, the kinds of their patches, the foci among these, and a question about each."""
-    world = OpenWorld(bank, slides, seed, plain=True)
+    world = OpenWorld(bank, slides, seed)
     side = int(np.ceil(np.sqrt(n)))
     row, column = np.divmod(np.arange(n), side)
     coords = torch.from_numpy(np.stack([column, row], 1).astype(np.int32) * 224)

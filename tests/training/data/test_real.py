@@ -78,42 +78,13 @@ def test_half_of_the_slides_that_training_sees_are_malignant_whatever_their_numb
 
 
 def test_an_example_depends_on_its_number_alone_and_holds_patches_of_one_slide() -> None:
-    stream = SlideStream(bank_of_slides(), slides(), 0, mixed=0, restained=0)
+    stream = SlideStream(bank_of_slides(), slides(), 0)
     first, again = stream.example(7, 4), stream.example(7, 4)
     assert torch.equal(first.features, again.features)
     assert first.questions == again.questions
     assert len({int(value) // 12 for value in first.features[:, 0]}) == 1
     assert len(first.features) <= 4
     assert first.num_patches == 6
-
-
-def test_a_bag_mixed_with_a_slide_without_tumour_says_what_is_true_of_both() -> None:
-    every = slides()
-    stream = SlideStream(bank_of_slides(), every, 0, mixed=1, restained=0)
-    numbers = {slide.slide: number for number, slide in enumerate(every)}
-    mixed = 0
-    for i in range(60):
-        facts, features, _, _ = stream.draw_bag(6, np.random.default_rng(i))
-        held = {int(value) // 12 for value in features[:, 0]}
-        assert numbers[facts.slide] in held
-        for other in held - {numbers[facts.slide]}:
-            mixed += 1
-            assert every[other].stratum == "not neoplastic"
-            assert facts.facts["organ"] in ("", every[other].facts["organ"])
-            assert facts.facts["malignant"] == every[numbers[facts.slide]].facts["malignant"]
-    assert mixed
-
-
-def test_a_restained_bag_moves_as_restaining_moves_some_slide() -> None:
-    stream = SlideStream(bank_of_slides(), slides(), 0, mixed=0, restained=1)
-    assert torch.equal(stream.moves, torch.full((5, 1), 6.0))
-    moves = set()
-    for i in range(20):
-        _, features, kept, _ = stream.draw_bag(6, np.random.default_rng(i))
-        offset = features[:, 0].float() - torch.from_numpy(kept)
-        assert float(offset.max() - offset.min()) < 0.1
-        moves.add(round(float(offset[0]) % 6, 1))
-    assert len(moves) > 5
 
 
 def test_a_description_says_what_was_published_and_no_more() -> None:
