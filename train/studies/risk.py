@@ -1,6 +1,6 @@
 """How often a model is right when it answers only where it is surest: risk against coverage, as a picture.
 
-    python -m train.studies.risk train/studies/answers/real/val/slides.jsonl --model assets/demo-model \\
+    python -m train.studies.risk train/studies/answers/real/val.jsonl --model assets/demo-model \\
         --out docs/risk-coverage.png
 
 The answers are those that python -m train.studies.real wrote (row "learned", all wordings). A dot is where the model's

@@ -1,6 +1,6 @@
 """What other seeds of the recipe answer beside the shipped model, and how many of the phantoms' questions differ.
 
-    python -m train.studies.seeds                # the table "Other seeds" of docs/results.md
+    python -m train.studies.seeds                # a line a seed
     python -m train.studies.seeds --phantoms 26  # how many of the questions about phantoms are different ones
 
 Folder seed-S holds the answers of a model trained with seed S to the first questions of test seed S; rivals-real those
