@@ -65,7 +65,6 @@ class DicomWebSource:
     """The levels of one series, of its largest pyramid. Threads may share it."""
 
     vendor = "dicom"
-    doubts: tuple[str, ...] = ()
 
     def __init__(self, base: str, study: str, series: str, remote: Remote):
         from wsidicom import WsiDicom
@@ -76,6 +75,12 @@ class DicomWebSource:
             slide.resize_cache(1)  # byte: wsidicom's own counts a frame twice that two threads read at once
             pyramid = max(slide.pyramids, key=lambda pyramid: pyramid.size.area)
             self._levels = sorted(pyramid.levels, key=lambda level: -level.size.width)
+            bits = self._levels[0].default_instance.dataset.bits
+            if bits > 8:
+                raise SlideError(
+                    f"The DICOM slide holds {bits} bits a channel, and 8 are read; it is no stained slide."
+                )
+            self.doubts = _say_left_out(self._levels[0])
         self.level_sizes = tuple(level.size.to_tuple() for level in self._levels)
         self.level_downsamples = tuple(_find_downsample(self.level_sizes[0], size) for size in self.level_sizes)
         self.properties = {"openslide.vendor": self.vendor, **_read_resolution(self._levels[0])}
@@ -133,6 +138,13 @@ def _find_downsample(base: tuple[int, int], size: tuple[int, int]) -> float:
     whole = round(ratio)
     fits = all(side // whole <= part <= -(-side // whole) for side, part in zip(base, size))
     return float(whole) if fits else ratio
+
+
+def _say_left_out(level: Any) -> tuple[str, ...]:
+    """A sentence where a level holds more pictures than the one that is read."""
+    counts = {"optical paths": len(level.optical_paths), "focal planes": len(level.focal_planes)}
+    more = [f"{count} {what}" for what, count in counts.items() if count > 1]
+    return (f"The DICOM slide holds {' and '.join(more)}; one is read.",) if more else ()
 
 
 def _read_resolution(level: Any) -> dict[str, str]:

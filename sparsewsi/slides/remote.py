@@ -31,6 +31,7 @@ TOO_LONG = "The slide's server sends more than was asked for; nothing of it was 
 NOT_LISTED = "Slides are not read from that server here; this page reads from {} alone."
 NOT_PUBLIC = "Slides are not read from that address here: it is not one of the open internet."
 NO_ADDRESS = "The slide's address is not one that can be read; check how it is written."
+CLOSED = "The slide has been closed."
 NO_PASSWORDS = "The slide's address holds a name or password; take it out (~/.netrc is asked for it)."
 
 
@@ -166,6 +167,10 @@ class Remote:
             except (httpx.TransportError, httpx.DecodingError, httpx.InvalidURL) as error:
                 problem = "broke off" if isinstance(error, httpx.RemoteProtocolError) else "cannot be reached"
                 continue
+            except (RuntimeError, httpx.StreamError):  # closed under its readers
+                if self._closed:
+                    raise SlideError(CLOSED) from None
+                raise
             if reply.status not in BUSY:
                 return reply
             problem = f"answered {reply.status}"
@@ -205,7 +210,7 @@ class Remote:
 
         with self._lock:
             if self._closed:
-                raise SlideError("The slide has been closed.")
+                raise SlideError(CLOSED)
             if (host, pinned) not in self._clients:
                 # A proxy would look names up anew, and is for other machines than this.
                 direct = pinned or host in ("localhost", "127.0.0.1", "::1")
@@ -219,14 +224,12 @@ class Remote:
 
 
 def _take(response: "httpx.Response", most: int) -> bytes:
-    """The content of an answer. Raises SlideError if it is longer, httpx.TransportError if it is not whole."""
-    import httpx
-
+    """The content of an answer. Raises SlideError if it is longer or too slow, httpx.TransportError if not whole."""
     data, end = bytearray(), time.monotonic() + PATIENCE
     for piece in response.iter_bytes():
         data += piece
         if len(data) > most:
             raise SlideError(TOO_LONG)
         if time.monotonic() > end:
-            raise httpx.ReadTimeout("too slow")
+            raise SlideError(UNREACHABLE.format("is too slow"))
     return bytes(data)

@@ -5,6 +5,7 @@ import socket
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -104,6 +105,8 @@ def test_a_hosted_app_asks_no_place_that_is_not_listed(address, connections, mon
         ["64:ff9b::a00:1"],
         ["64:ff9b:1::a00:1"],
         ["2002:7f00:1::"],
+        ["::127.0.0.1"],
+        ["::ffff:0:127.0.0.1"],
         ["2001:0:7f00:1::"],
         [PUBLIC_ADDRESS, "127.0.0.1"],
         ["2606:2800:220:1::1", "::ffff:127.0.0.1"],
@@ -159,6 +162,23 @@ def test_more_than_was_asked_for_is_never_kept(server):
         Remote(ANY).get(f"http://127.0.0.1:{server.server_port}/endless", 100_000)
 
 
+def test_a_slide_that_is_closed_under_its_reader_is_a_sentence(server):
+    asking, told = Remote(ANY), []
+
+    def read() -> None:
+        try:
+            asking.get(f"http://127.0.0.1:{server.server_port}/slow", 10**9)
+        except SlideError as error:
+            told.append(str(error))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert server.began.wait(10)
+    asking.close()
+    reader.join(20)
+    assert told == [remote.CLOSED]
+
+
 def test_what_an_address_is_not():
     for path in ("/slides/a.svs", "a.svs", "C:\\slides\\a.svs", "ftp://host/a.dzi", "phantom"):
         assert not is_remote(path)
@@ -193,6 +213,7 @@ class Server(ThreadingHTTPServer):
     asked: list[str]
     hosts: list[str]
     moved: str = ""
+    began: threading.Event
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -205,8 +226,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Location", self.server.moved)
         self.end_headers()
         try:
-            for _ in range(1_000 if self.path == "/endless" else 1):
+            for _ in range({"/endless": 1_000, "/slow": 100}.get(self.path, 1)):
                 self.wfile.write(b"x" * 10_000 if self.path == "/endless" else b"the slide")
+                if self.path == "/slow":
+                    self.server.began.set()
+                    time.sleep(0.05)
         except OSError:
             pass
 
@@ -250,7 +274,7 @@ def _serve(context: ssl.SSLContext | None) -> Iterator[Server]:
     serving = Server(("127.0.0.1", 0), Handler)
     if context is not None:
         serving.socket = context.wrap_socket(serving.socket, server_side=True)
-    serving.asked, serving.hosts = [], []
+    serving.asked, serving.hosts, serving.began = [], [], threading.Event()
     threading.Thread(target=serving.serve_forever, args=(0.02,), daemon=True).start()
     yield serving
     serving.shutdown()
