@@ -24,6 +24,7 @@ class Question:
     options: tuple[str, ...] = ()
 
 
+MOST_CITED = 3  # patches shown in an answer
 Questions = Mapping[int, Question]  # by their place in the chat
 
 
@@ -73,40 +74,48 @@ def turns_of(chat: list, questions: Questions, history: bool = True) -> tuple[li
 
 
 def show_answer(text: str, notice: str, blocks: Sequence[str] = ()) -> dict[str, Any]:
-    """An assistant's message: its words, what is known of them, and the notice."""
-    return {"role": "assistant", "content": [inert(text.strip()) or "(no answer)", *blocks, notice]}
+    """An assistant's message: its words, and under them what is known of them, HTML of our own."""
+    return {"role": "assistant", "content": [inert(text.strip()) or "(no answer)", *blocks]}
 
 
 def show_evidence(answer: Answer, selection: Selection) -> list[str]:
-    """Markdown of what was measured: option probabilities, and the patches that weigh most as links."""
+    """HTML of what was measured: a bar per option, on how much of the slide it rests, and the patches as pictures.
+
+    A link to #patch-5 is shown as that patch's picture by the viewer, which has the address of the slide.
+    """
     blocks = []
     if answer.probs:
         order = sorted(zip(answer.probs, answer.options), reverse=True)
-        chances = " · ".join(f"{inert(option)} **{prob:.0%}**" for prob, option in order)
-        blocks.append(f"Probability of each option (the model's own, not calibrated): {chances}")
-    if answer.limit:
-        blocks.append(inert(answer.limit))
+        bars = "".join(
+            f"<span>{inert(option)}</span><span class='bar{' first' if place == 0 else ''}'>"
+            f"<span style='width:{prob:.1%}'></span></span><b>{prob:.0%}</b>"
+            for place, (prob, option) in enumerate(order)
+        )
+        blocks.append(f"<div class='bars' title='The model&#39;s own probabilities, not calibrated'>{bars}</div>")
     if answer.effects:
         effects, patches = np.asarray(answer.effects), selection.ranks.tolist()
-        most = [i for i in np.argsort(-effects, kind="stable")[:3] if effects[i] > 0]
-        links = ", ".join(f"[#{patches[i]}](#patch-{patches[i]}) {format_effect(float(effects[i]))}×" for i in most)
-        blocks.append(f"Evidence (how many times less likely without the patch): {links or 'none'}. {answer.evidence}")
-    return blocks
+        most = [i for i in np.argsort(-effects, kind="stable")[:MOST_CITED] if effects[i] > 0]
+        links = "".join(show_citation(patches[i], float(effects[i])) for i in most)
+        blocks.append(f"<div class='rest'>{links}</div>")
+        blocks.append(f"<p class='small'>{inert(answer.evidence)}</p>")
+    if answer.limit:
+        blocks.append(f"<p class='small'>{inert(answer.limit)}</p>")
+    return ["".join(blocks)] if blocks else []
 
 
-def compare(columns: Sequence[tuple[str, str, Sequence[str]]], notice: str) -> str:
-    """Answers as HTML beside each other: title, text, and blocks of our own Markdown."""
+def show_citation(rank: int, effect: float) -> str:
+    """A link to a patch: its number, and how many times less likely the answer is without it."""
+    return f"<a href='#patch-{rank}'><span>#{rank} · {format_effect(effect)}×</span></a>"
 
-    def block(text: str) -> str:
-        text = re.sub(r"\[(#\d+)\]\((#patch-\d+)\)", r'<a href="\2">\1</a>', text)
-        return "<p>" + re.sub(r"[*]{2}(.+?)[*]{2}", r"<b>\1</b>", text) + "</p>"
 
+def compare(columns: Sequence[tuple[str, str, Sequence[str]]]) -> str:
+    """Answers as HTML beside each other: title, text, and blocks of our own HTML."""
     cells = (
         f"<div><h4>{html.escape(title)}</h4><p class='text'>{html.escape(text.strip()) or '…'}</p>"
-        f"{''.join(map(block, blocks))}</div>"
+        f"{''.join(blocks)}</div>"
         for title, text, blocks in columns
     )
-    return f"<div class='compare'>{''.join(cells)}</div><p class='small'>{html.escape(notice)}</p>"
+    return f"<div class='compare'>{''.join(cells)}</div>"
 
 
 def back_to_question(chat: list) -> list:

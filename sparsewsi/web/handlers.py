@@ -14,6 +14,8 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
+import torch
+from torch import Tensor
 
 from sparsewsi.files import as_path
 from sparsewsi.model.prompt import format_question
@@ -40,7 +42,7 @@ from sparsewsi.web.desk import Desk, Opened
 from sparsewsi.web.errors import explain_errors, refuse, stop_unseen
 from sparsewsi.web.examples import EXAMPLES, name_example, open_example
 from sparsewsi.web.jobs import Halted, Job
-from sparsewsi.web.layout import FEWEST, MOST, Page, state_facts
+from sparsewsi.web.layout import FEWEST, MOST, Page, state_facts, tell_doubts
 from sparsewsi.web.limits import check_question, check_turns, read_told
 from sparsewsi.web.turns import Turn
 from sparsewsi.web.viewer import bag_props, file_props, map_props, packed, slide_props
@@ -50,6 +52,8 @@ UNWEIGHED = "The evidence could not be weighed."
 BROKEN_OFF = "The answer broke off here; ask again."
 WEIGHING = "_Weighing the evidence: the answer is scored again without each of the patches …_"
 OPENING = {"phantom": "Opening the phantom (generated on first use)", "cmu-1": "Fetching CMU-1 (CC0)"}
+NOTHING = ("bag", "kept", "foci", "map", "evidence", "whatif", "work")  # of a slide that has just been opened
+MOST_LIKES = 24
 MOST_VIEWS, MOST_PICKS = 200, 4096  # taken from one event of the viewer
 
 Changes = dict[Any, Any]  # part of the page -> new value; gr.skip() where nothing changes
@@ -64,11 +68,12 @@ class Handlers:
 
     # ---- a slide is asked for
 
-    def on_phantom(self, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Changes:  # noqa: B008
-        return self._open_example("phantom", request, progress)
-
-    def on_sample(self, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Changes:  # noqa: B008
-        return self._open_example("cmu-1", request, progress)
+    def on_choose(self, event: gr.EventData, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Changes:  # noqa: B008
+        """A card of the gallery was chosen."""
+        name = str(event._data.get("name"))
+        if name not in EXAMPLES:
+            raise stop_unseen()
+        return self._open_example(name, request, progress)
 
     def on_upload(self, file: str, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Changes:  # noqa: B008
         progress(None, desc="Looking at the file")
@@ -132,14 +137,19 @@ class Handlers:
         desk.turns.drop(str(request.session_hash))
         return {
             page.token: token,
-            page.view: gr.HTML(slide=props, bag=None, kept=None, map=None, evidence=None, files=[]),
+            page.view: gr.HTML(slide=props, **dict.fromkeys(NOTHING), files=[]),
             page.opened: None,
             page.chat: [],
             page.questions: {},
             page.answers: {},
             page.compare: "",
             page.secret: gr.Accordion(visible=False),
-            page.facts: f"{slide.name} · being analysed",
+            page.facts: state_facts(desk, None, f"{slide.name} · being analysed"),
+            page.doubts: "",
+            page.aside: None,
+            page.picks: {"pinned": [], "dropped": []},
+            page.picked: "Pinned: 0 · dropped: 0",
+            page.typed_path: "",
             page.question: ask_for_question(),
         }
 
@@ -180,6 +190,10 @@ class Handlers:
             page.k: max(FEWEST, min(MOST, desk.config.num_tokens)),
             page.alone: gr.Markdown(visible=not desk.config.multi_turn),
         }
+
+    def on_case(self, opened: Opened | None) -> Changes:
+        """What to doubt in this slide's answers."""
+        return {self.page.doubts: tell_doubts(opened.case if opened else None)}
 
     def on_analysed(self, opened: Opened | None, answers: Answers, request: gr.Request) -> None:
         """From now on the downloads hold these answers."""
@@ -389,6 +403,22 @@ class Handlers:
         said = f"Pinned: {len(picks['pinned'])} · dropped: {len(picks['dropped'])}"
         return {self.page.picks: picks, self.page.picked: said}
 
+    def on_unpick(self) -> Changes:
+        """Nothing is pinned or dropped any more, in the viewer too."""
+        picks: Changes = {self.page.picks: {"pinned": [], "dropped": []}, self.page.picked: "Pinned: 0 · dropped: 0"}
+        return picks | {self.page.view: gr.HTML(unpicked=uuid.uuid4().hex)}
+
+    def on_likes(self, event: gr.EventData, opened: Opened | None) -> Changes:
+        """The patches of the slide that look most like one of them."""
+        if opened is None:
+            return gr.skip()
+        index, features = int(event._data["index"]), opened.case.bag.features
+        if not 0 <= index < len(features):
+            return gr.skip()
+        rank = int(1 + (opened.case.selection.scores > opened.case.selection.scores[index]).sum())
+        members = {"indices": find_likes(features, index), "where": f"likes of #{rank}", "nonce": uuid.uuid4().hex}
+        return {self.page.view: gr.HTML(members=members)}
+
     def on_journal(self, event: gr.EventData, request: gr.Request) -> None:
         """Write down what was looked at."""
         with explain_errors():
@@ -461,7 +491,7 @@ class Handlers:
             title += "".join(f", {len(picks[key])} {key}" for key in ("pinned", "dropped") if picks[key])
 
             def beside(text: str, lines: list[str]) -> str:
-                return words.compare([left, (title, text, lines)], case.notice)
+                return words.compare([left, (title, text, lines)])
 
             yield {page.compare: beside("", []), page.view: gr.HTML(**selection_props(selection))}
             text = ""
@@ -491,6 +521,14 @@ def read_mpp(text: str) -> float | None:
         return float(text.strip().replace(",", "."))
     except ValueError:
         raise ValueError(f"The scan resolution is a number of µm/px such as 0.25, got {text.strip()!r}.") from None
+
+
+def find_likes(features: Tensor, index: int, most: int = MOST_LIKES) -> list[int]:
+    """Indices of the patches that look most like one of features (N, D), by cosine, best first, without itself."""
+    directions = torch.nn.functional.normalize(features.float() - features.float().mean(0), dim=1)
+    near = directions @ directions[index]
+    near[index] = -2
+    return near.topk(min(most, len(near) - 1)).indices.tolist()
 
 
 def name_question(opened: Opened, chat: list) -> Hashable:

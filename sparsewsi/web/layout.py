@@ -1,16 +1,16 @@
-"""What is on the page: its parts by name."""
+"""What is on the page: its parts by name, and the words of its bar."""
 
+import html
 from dataclasses import dataclass
 from pathlib import Path
 
 import gradio as gr
 
 from sparsewsi.model.selector import SELECTORS
-from sparsewsi.report.answer import name_llm
 from sparsewsi.report.case import Case
 from sparsewsi.report.phantom import QUESTIONS
-from sparsewsi.web.chat import inert
 from sparsewsi.web.desk import Desk
+from sparsewsi.web.cards import choose_slide
 from sparsewsi.web.viewer import slide_viewer
 
 FEWEST, MOST = 8, 256  # patches of a what-if
@@ -27,13 +27,14 @@ class Page:
     answers: gr.State  # dict[int, Answer]: by their place in the chat
     starters: gr.State  # list of (question, options) to start with
     picks: gr.State  # {"pinned": indices, "dropped": indices}
-    phantom: gr.Button
+    aside: gr.State  # handlers.Aside | None: what a what-if has taken the place of
+    facts: gr.HTML
+    gallery: gr.HTML
     upload: gr.UploadButton
-    sample: gr.Button
     typed_path: gr.Textbox
     mpp: gr.Textbox
-    facts: gr.Markdown
     view: gr.HTML
+    doubts: gr.HTML
     chat: gr.Chatbot
     question: gr.Textbox
     alone: gr.Markdown
@@ -44,6 +45,7 @@ class Page:
     picked: gr.Markdown
     again: gr.Button
     own: gr.Button
+    unpick: gr.Button
     regions: gr.UploadButton
     compare: gr.HTML
     secret: gr.Accordion
@@ -51,7 +53,7 @@ class Page:
 
 
 def lay_out(desk: Desk) -> tuple[gr.Blocks, Page]:
-    """The page, not wired yet."""
+    """The page, not wired yet. page.css puts its parts in their places."""
     with gr.Blocks(title="SparseWSI", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as demo:
         states = {
             "path": gr.State(""),
@@ -61,49 +63,64 @@ def lay_out(desk: Desk) -> tuple[gr.Blocks, Page]:
             "answers": gr.State({}),
             "starters": gr.State(list(QUESTIONS)),
             "picks": gr.State({"pinned": [], "dropped": []}),
+            "aside": gr.State(None),
         }
-        sources = _lay_out_sources(desk)
-        facts = gr.Markdown(state_facts(desk, None), elem_id="facts")
-        with gr.Row():
-            with gr.Column(scale=3, min_width=320, elem_id="left"):
-                view = slide_viewer(elem_id="view")
-            with gr.Column(scale=2, min_width=320, elem_id="right"):
-                talk = _lay_out_chat()
-                other = _lay_out_what_if()
-                with gr.Accordion("What the generator planted", open=False, visible=False) as secret:
-                    planted = gr.Markdown(elem_id="planted")
-        gr.Markdown("Research use only, not for diagnosis. Uploads are deleted when the tab is closed.", elem_id="foot")
-    return demo, Page(**states, **sources, facts=facts, view=view, **talk, **other, secret=secret, planted=planted)
+        with gr.Column(elem_id="room"):
+            facts = _lay_out_bar(desk)
+            view = slide_viewer(elem_id="view")
+            talk = _lay_out_chat(desk)
+            other = _lay_out_what_if()
+            sources = _lay_out_sources(desk)
+    return demo, Page(**states, facts=facts, view=view, **sources, **talk, **other)
+
+
+def _lay_out_bar(desk: Desk) -> gr.HTML:
+    with gr.Row(elem_id="bar"):
+        gr.HTML(
+            "<span class='brand'>SparseWSI</span>"
+            "<button type='button' id='open-menu' aria-expanded='false' aria-controls='sources'>Open</button>",
+            elem_id="brand",
+        )
+        facts = gr.HTML(state_facts(desk, None), elem_id="facts")
+        gr.HTML("<span class='use'>Research use only, not for diagnosis</span>", elem_id="use")
+    return facts
 
 
 def _lay_out_sources(desk: Desk) -> dict:
-    with gr.Row(elem_id="sources"):
-        gr.Markdown("# SparseWSI", elem_id="title")
-        return {
-            "phantom": gr.Button(
-                "Example: phantom slide", variant="primary", size="md", min_width=190, elem_id="phantom"
-            ),
-            "upload": gr.UploadButton("Upload a slide", size="md", min_width=130, elem_id="upload"),
-            "sample": gr.Button("Fetch CMU-1 (OpenSlide)", size="md", min_width=190, elem_id="sample"),
-            "typed_path": gr.Textbox(
+    with gr.Column(elem_id="sources"):
+        gallery = choose_slide(elem_id="gallery")
+        upload = gr.UploadButton("Drop a slide anywhere, or choose a file", size="md", elem_id="upload")
+        with gr.Row(elem_id="by-path"):
+            typed_path = gr.Textbox(
                 label="Path on this machine",
                 placeholder="/slides/case.svs, then Enter",
                 max_lines=1,
                 visible=desk.allow_paths,
                 min_width=220,
-                scale=2,
+                scale=3,
                 elem_id="path",
-            ),
-            "mpp": gr.Textbox(label="Scan µm/px", placeholder="as stated", max_length=12, min_width=120, elem_id="mpp"),
-        }
+            )
+            mpp = gr.Textbox(
+                label="µm/px, if it does not say",
+                placeholder="as stated",
+                max_length=12,
+                min_width=150,
+                elem_id="mpp",
+            )
+        gr.HTML(
+            "<p class='small'>SVS, NDPI, MRXS, DICOM and what else OpenSlide reads; formats of several files as one "
+            "ZIP. Uploads are read by this server alone and deleted when the tab is closed.</p>"
+        )
+    return {"gallery": gallery, "upload": upload, "typed_path": typed_path, "mpp": mpp}
 
 
-def _lay_out_chat() -> dict:
-    return {
-        "chat": gr.Chatbot(
+def _lay_out_chat(desk: Desk) -> dict:
+    with gr.Column(elem_id="ask"):
+        doubts = gr.HTML(elem_id="doubts")
+        chat = gr.Chatbot(
             label="Answers",
-            height="max(300px, 50vh)",
             show_label=False,
+            height="100%",
             sanitize_html=True,  # what a model writes is inert() besides
             allow_tags=False,
             latex_delimiters=[],
@@ -112,19 +129,8 @@ def _lay_out_chat() -> dict:
             editable="user",
             placeholder="Open a slide, then ask about it.",
             elem_id="chat",
-        ),
-        "question": gr.Textbox(
-            show_label=False,
-            label="Question",
-            placeholder="Ask about the slide",
-            submit_btn=True,
-            max_length=2000,
-            elem_id="question",
-        ),
-        "alone": gr.Markdown(
-            "Each question is answered on its own, without those before it.", visible=False, elem_id="alone"
-        ),
-        "examples": gr.Dataset(
+        )
+        examples = gr.Dataset(
             label="Questions to start with",
             components=[gr.Textbox(visible=False)],
             samples=[[text] for text, _ in QUESTIONS],
@@ -132,25 +138,52 @@ def _lay_out_chat() -> dict:
             type="index",
             layout="gallery",
             elem_id="examples",
-        ),
-        "given_options": gr.Textbox(
-            label="Answer options, one per line (multiple choice)",
+        )
+        question = gr.Textbox(
+            show_label=False,
+            label="Question",
+            placeholder="Ask about the slide",
+            submit_btn=True,
             lines=1,
             max_lines=6,
-            max_length=2000,
+            elem_id="question",
+        )
+        given_options = gr.Textbox(
+            show_label=False,
+            label="Answer options, one per line",
+            placeholder="Answer options, one per line, if you have any",
+            lines=1,
+            max_lines=6,
             elem_id="options",
-        ),
+        )
+        alone = gr.Markdown(
+            "Each question is answered on its own, without those before it.", visible=False, elem_id="alone"
+        )
+        gr.HTML(tell_notice(desk), elem_id="notice")
+        with gr.Accordion("What the generator planted", open=False, visible=False, elem_id="secret") as secret:
+            planted = gr.Markdown(elem_id="planted")
+    return {
+        "doubts": doubts,
+        "chat": chat,
+        "question": question,
+        "alone": alone,
+        "examples": examples,
+        "given_options": given_options,
+        "secret": secret,
+        "planted": planted,
     }
 
 
 def _lay_out_what_if() -> dict:
-    with gr.Accordion("What if? Other patches, the same question", open=False, elem_id="what-if"):
+    with gr.Column(elem_id="what-if"):
+        gr.HTML("<p class='small'>Ask the last question once more, from other patches of the same slide.</p>")
+        k = gr.Slider(FEWEST, MOST, value=32, step=8, label="Patches", min_width=140, elem_id="k")
+        selector = gr.Dropdown(
+            ["learned", *SELECTORS], value="learned", label="Chosen by", min_width=140, elem_id="selector"
+        )
         with gr.Row():
-            k = gr.Slider(FEWEST, MOST, value=32, step=8, label="Patches", min_width=140, elem_id="k")
-            selector = gr.Dropdown(
-                ["learned", *SELECTORS], value="learned", label="Selector", min_width=140, elem_id="selector"
-            )
-        picked = gr.Markdown("Pinned: 0 · dropped: 0", elem_id="picked")
+            picked = gr.Markdown("Pinned: 0 · dropped: 0", elem_id="picked")
+            unpick = gr.Button("Clear picks", size="sm", min_width=90, elem_id="unpick")
         with gr.Row():
             again = gr.Button("Ask again", variant="primary", size="md", min_width=110, elem_id="again")
             own = gr.Button("Back", size="md", min_width=110, elem_id="own")
@@ -162,6 +195,7 @@ def _lay_out_what_if() -> dict:
         "k": k,
         "selector": selector,
         "picked": picked,
+        "unpick": unpick,
         "again": again,
         "own": own,
         "regions": regions,
@@ -169,13 +203,44 @@ def _lay_out_what_if() -> dict:
     }
 
 
-def state_facts(desk: Desk, case: Case | None) -> str:
-    """The lines that always say what the page shows, and what to doubt in it."""
-    if case is not None:
-        doubts = " ".join([*filter(None, [case.bag.note]), *case.doubts])
-        return inert(case.summary) + (f"\n\n⚠ {inert(doubts)}" if doubts else "")
-    if not Path(desk.model_name).is_dir():  # its configuration is on the hub: the page does not wait for that
-        return f"No slide open · model {inert(desk.title)}"
-    config = desk.config
-    model = f"model {desk.title} ({name_llm(config)})"
-    return inert(f"No slide open · {model} · encoder {config.encoder} · keeps {config.num_tokens} patches")
+# ---- the words of the bar, and what stands once beside all answers
+
+
+def state_facts(desk: Desk, case: Case | None, doing: str = "", wrong: bool = False) -> str:
+    """HTML of the bar: the slide, what was kept of it, the model. The pointer on it shows the whole line.
+
+    doing: of a slide that is not analysed: its name and what happens to it
+    """
+    if doing:
+        return f"<div class='facts'><b{' class=wrong' if wrong else ''}>{html.escape(doing)}</b></div>"
+    if case is None:
+        told = f"model {desk.title}"
+        if Path(desk.model_name).is_dir():  # else its configuration is on the hub: the page does not wait for that
+            told += f" · keeps {desk.config.num_tokens} patches"
+        return f"<div class='facts'><span>{html.escape(told)}</span></div>"
+    kept, total = len(case.selection.indices), case.selection.num_patches
+    parts = [f"{kept:,} of {total:,} patches", f"{case.bag.mpp:.3g} µm/px" if case.bag.mpp else "scale unknown"]
+    told = "".join(f"<span>{html.escape(part)}</span>" for part in [*parts, f"model {desk.title}"])
+    return (
+        f"<div class='facts' title='{html.escape(case.summary, quote=True)}'><b>{html.escape(case.bag.slide)}</b>"
+        f"{told}</div>"
+    )
+
+
+def tell_doubts(case: Case | None) -> str:
+    """HTML of what a reader should know before believing an answer about this slide; the gravest at once."""
+    doubts = [] if case is None else [*case.doubts, *filter(None, [case.bag.note])]
+    if not doubts:
+        return ""
+    first, *more = map(html.escape, doubts)
+    below = "".join(f"<p>{doubt}</p>" for doubt in more)
+    count = f" (and {len(more)} more)" if more else ""
+    return f"<details><summary>⚠ {first}{count}</summary>{below}</details>"
+
+
+def tell_notice(desk: Desk) -> str:
+    """HTML of the sentence that holds for every answer: once, not under each."""
+    if not Path(desk.model_name).is_dir():
+        return "<details><summary>Research use only, not for diagnosis.</summary></details>"
+    use, _, note = desk.notice.partition(". ")
+    return f"<details><summary>{html.escape(use)}.</summary>{html.escape(note)}</details>"

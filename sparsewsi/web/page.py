@@ -32,15 +32,14 @@ def build_page(desk: Desk) -> gr.Blocks:
 def _wire_slides(demo: gr.Blocks, page: Page, on: Handlers, allow_paths: bool) -> None:
     waiting = {"show_progress_on": page.facts, **PRIVATE}
     opened = [
-        page.phantom.click(on.on_phantom, None, page.path, **waiting, **EVERY),
-        page.sample.click(on.on_sample, None, page.path, **waiting, **EVERY),
+        page.gallery.choose(on.on_choose, None, page.path, **waiting, **EVERY),
         page.upload.upload(on.on_upload, page.upload, page.path, **waiting, **EVERY),
         demo.load(on.on_load, None, page.path, **QUIET),
     ]
     if allow_paths:
         opened.append(page.typed_path.submit(on.on_typed_path, page.typed_path, page.path, **waiting, **EVERY))
     cleared = [page.token, page.view, page.opened, page.chat, page.questions, page.answers, page.compare, page.secret]
-    cleared += [page.facts, page.question]
+    cleared += [page.facts, page.question, page.doubts, page.aside, page.picks, page.picked, page.typed_path]
     filled = [page.opened, page.view, page.facts, page.secret, page.planted, page.examples, page.starters, page.mpp]
     filled += [page.k, page.alone]
     for trigger in [*[event.success for event in opened], page.mpp.submit]:
@@ -49,6 +48,7 @@ def _wire_slides(demo: gr.Blocks, page: Page, on: Handlers, allow_paths: bool) -
             on.on_slide_shown, [page.token, page.path, page.mpp], filled, **waiting, **WORK, **EVERY
         )
         analysed.success(on.on_analysed, [page.opened, page.answers], None, **QUIET, **EVERY)
+        analysed.success(on.on_case, page.opened, page.doubts, **QUIET, **EVERY)
         analysed.success(on.on_map_wanted, page.opened, page.view, **QUIET, **EVERY)
     demo.unload(on.on_unload)
 
@@ -92,10 +92,13 @@ def _wire_questions(page: Page, on: Handlers) -> None:
 def _wire_what_if(page: Page, on: Handlers) -> None:
     ended = [page.opened, page.chat, page.answers]
     page.view.picks(on.on_picks, page.opened, [page.picks, page.picked], **QUIET)
+    page.unpick.click(on.on_unpick, None, [page.picks, page.picked, page.view], **QUIET)
+    page.view.likes(on.on_likes, page.opened, page.view, **QUIET)
     page.view.journal(on.on_journal, None, None, **QUIET)
     other = [page.opened, page.chat, page.questions, page.answers, page.k, page.selector, page.picks]
     seen = [page.compare, page.view]
     page.again.click(on.on_ask_again, other, seen, show_progress_on=page.compare, **PRIVATE, **WORK)
-    own = page.own.click(on.on_own_patches, page.opened, seen, **QUIET)
-    own.success(on.on_answer_shown, ended, page.view, **QUIET)
+    for leave in (page.own.click, page.view.leave):
+        own = leave(on.on_own_patches, page.opened, seen, **QUIET)
+        own.success(on.on_answer_shown, ended, page.view, **QUIET)
     page.regions.upload(on.on_regions, [page.regions, page.opened], page.view, **QUIET)

@@ -10,77 +10,79 @@ const KEYS = [
   ["Enter", "enlarge the patch"],
   ["a  d", "agree, disagree"],
   ["i  x", "pin, drop (for a what-if)"],
-  ["b  h", "boxes, scores"],
+  ["k", "find its likes"],
+  ["b  o  h", "patches, foci, left out"],
   ["r", "draw a region (or Shift and drag)"],
-  ["m", "larger map"],
+  ["u", "ruler"],
+  ["t", "turn by 90 degrees"],
+  ["f", "full screen"],
+  ["q", "go to the question"],
   ["Esc", "close, clear"],
 ];
 $(".help").innerHTML = `<dl>${KEYS.map(([key, does]) => `<dt>${key}</dt><dd>${does}</dd>`).join("")}</dl>`;
 
+function toggleLayer(name) {
+  layers[name] = !layers[name];
+  showLayers();
+  if (name === "foci" && bag) fillStrip();
+  drawMap();
+  draw();
+  remember();
+}
+
+function pick(set, other) {
+  if (shared.current < 0) return;
+  toggle(set, other, shared.current);
+  tellPicks();
+}
+
 const DEEDS = {
-  boxes: () => {
-    layers.boxes = !layers.boxes;
-    showAllLayers();
-  },
-  heat: () => {
-    layers.heat = !layers.heat;
-    showAllLayers();
-  },
+  boxes: () => toggleLayer("boxes"),
+  foci: () => toggleLayer("foci"),
+  heat: () => toggleLayer("heat"),
+  layers: () => openMenu("layers"),
+  save: () => openMenu("save"),
+  keys: () => openMenu("keys"),
   region: () => setMode(mode === "region" ? "" : "region"),
-  keys: () => {
-    const help = $(".help");
-    help.hidden = !help.hidden;
-    act("keys").setAttribute("aria-pressed", !help.hidden);
+  ruler: () => {
+    const on = mode !== "ruler";
+    ruler = null;
+    setMode(on ? "ruler" : "");
+    draw();
   },
+  turn: () => {
+    view.turn = (view.turn + 1) % 4;
+    draw();
+    remember();
+  },
+  full: () => (document.fullscreenElement ? document.exitFullscreen() : stage.requestFullscreen()),
   enlarge,
   shrink: () => {
     $(".card").hidden = true;
   },
   agree: () => mark("agree"),
   disagree: () => mark("disagree"),
-  pin: () => {
-    if (shared.current >= 0) {
-      toggle(shared.pinned, shared.dropped, shared.current);
-      tellPicks();
-    }
+  likes: () => {
+    if (shared.current >= 0) trigger("likes", { index: shared.current });
   },
-  drop: () => {
-    if (shared.current >= 0) {
-      toggle(shared.dropped, shared.pinned, shared.current);
-      tellPicks();
-    }
-  },
-  "pin-all": () => {
-    for (const index of shared.members) {
-      shared.pinned.add(index);
-      shared.dropped.delete(index);
-    }
-    tellPicks();
-  },
-  "drop-all": () => {
-    for (const index of shared.members) {
-      shared.dropped.add(index);
-      shared.pinned.delete(index);
-    }
-    tellPicks();
-  },
+  pin: () => pick(shared.pinned, shared.dropped),
+  drop: () => pick(shared.dropped, shared.pinned),
+  "pin-all": () => pickAll(shared.pinned, shared.dropped),
+  "drop-all": () => pickAll(shared.dropped, shared.pinned),
+  unpick,
   clear: () => setMembers([], ""),
   previous: () => step(-1),
   next: () => step(1),
-  grow: () => {
-    const grown = $(".below").classList.toggle("grown");
-    act("grow").setAttribute("aria-pressed", grown);
-    drawMap();
+  leave: () => trigger("leave", {}),
+  cancel: () => {
+    $(".work b").textContent = "Cancelling …";
+    trigger("cancel", {});
   },
 };
 
-function showAllLayers() {
-  act("boxes").setAttribute("aria-pressed", layers.boxes);
-  act("heat").setAttribute("aria-pressed", layers.heat);
-  $(".colours").hidden = $(".opacity").hidden = !layers.heat;
-  draw();
-  drawMap();
-  remember();
+function showLayers() {
+  for (const name of ["boxes", "foci", "heat"]) act(name).setAttribute("aria-pressed", layers[name]);
+  $(".colours").hidden = $(".opacity").hidden = !(bag && layers.heat);
 }
 
 root.addEventListener("click", (event) => {
@@ -91,17 +93,34 @@ $(".opacity input").addEventListener("input", (event) => {
   layers.opacity = event.target.value / 100;
   draw();
 });
-$(".patches select").addEventListener("change", fillStrip);
+$(".film select").addEventListener("change", fillStrip);
+$(".features select").addEventListener("change", drawMap);
+document.addEventListener("fullscreenchange", () =>
+  act("full").setAttribute("aria-pressed", !!document.fullscreenElement),
+);
 
-const pan = (dx, dy) =>
-  moveTo(view.x + (dx * size[0]) / 6 / view.scale, view.y + (dy * size[1]) / 6 / view.scale, view.scale);
+const pan = (dx, dy) => {
+  const [x, y] = rotate((dx * size[0]) / 6, (dy * size[1]) / 6, (4 - view.turn) % 4);
+  moveTo(view.x + x / view.scale, view.y + y / view.scale, view.scale);
+};
 const PRESS = {
   n: DEEDS.next,
   p: DEEDS.previous,
   b: DEEDS.boxes,
   h: DEEDS.heat,
   r: DEEDS.region,
-  m: DEEDS.grow,
+  o: DEEDS.foci,
+  u: DEEDS.ruler,
+  t: DEEDS.turn,
+  f: DEEDS.full,
+  k: DEEDS.likes,
+  l: DEEDS.layers,
+  q: () => {
+    const box = document.querySelector("#question textarea");
+    if (!box) return;
+    showTab("ask");
+    box.focus();
+  },
   a: DEEDS.agree,
   d: DEEDS.disagree,
   i: DEEDS.pin,
@@ -117,10 +136,10 @@ const PRESS = {
   ArrowDown: () => pan(0, 1),
   Enter: () => ($(".card").hidden ? enlarge() : DEEDS.shrink()),
   Escape: () => {
-    $(".card").hidden = $(".help").hidden = true;
-    act("keys").setAttribute("aria-pressed", false);
+    $(".card").hidden = true;
+    openMenu("");
     setMode("");
-    band = null;
+    band = ruler = null;
     setMembers([], "");
   },
 };
@@ -133,23 +152,25 @@ root.addEventListener("keydown", (event) => {
     return;
   const press = PRESS[event.key];
   const onButton = event.target.matches("button");
-  if (!press || (onButton && event.key === "Enter" && !event.target.matches(".item"))) return;
-  if (!bag && "npbhrmadixEnter".includes(event.key)) return;
+  if (!press || (onButton && event.key === "Enter" && !event.target.matches(".item, .cell"))) return;
+  if (!bag && "npbohradixkEnter".includes(event.key)) return;
   event.preventDefault();
   press();
 });
 
-// A citation anywhere on the page, [#5](#patch-5), goes to its patch without asking the server.
+// A citation anywhere on the page, [#5](#patch-5) or [B](#focus-B), goes there without asking the server.
 document.addEventListener(
   "click",
   (event) => {
-    const link = event.target.closest && event.target.closest('a[href*="#patch-"]');
+    const link = event.target.closest && event.target.closest('a[href*="#patch-"], a[href*="#focus-"]');
     if (!link || !root.isConnected || !bag) return;
     event.preventDefault();
     event.stopPropagation();
-    go(indexOfRank(+link.getAttribute("href").split("#patch-")[1]));
-    if (stage.getBoundingClientRect().bottom < 80 || stage.getBoundingClientRect().top > window.innerHeight - 80)
-      stage.scrollIntoView({ block: "center" });
+    const [kind, name] = link.getAttribute("href").split("#")[1].split("-");
+    if (kind === "patch") go(indexOfRank(+name));
+    else goFocus(name);
+    const place = stage.getBoundingClientRect();
+    if (place.bottom < 80 || place.top > window.innerHeight - 80) stage.scrollIntoView({ block: "center" });
   },
   true,
 );

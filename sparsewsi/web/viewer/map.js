@@ -43,10 +43,9 @@ function drawMap() {
     pen.fillText(bag ? "The map is being made …" : "", dims[0] / 2, dims[1] / 2, dims[0] - 16);
     return;
   }
-  $(".features .title").textContent = points.title;
-  $(".features .title").title = points.title;
+  showLegend();
   const { at } = mapFrame();
-  const stamp = `${dims}/${ratio}/${layers.heat}`;
+  const stamp = `${dims}/${ratio}/${mapColour()}/${kept.length}`;
   if (points.stamp !== stamp) {
     points.stamp = stamp;
     points.base = cloud(dims, ratio, at);
@@ -66,7 +65,8 @@ function drawMap() {
   pen.textAlign = "left";
   pen.textBaseline = "middle";
   pen.lineJoin = "round";
-  for (const index of [...kept].reverse()) if (points.place.has(index)) diamond(pen, ...at(points.place.get(index)), 5);
+  for (const index of [...kept].reverse())
+    if (points.place.has(index)) diamond(pen, ...at(points.place.get(index)), 6, inkOf(index));
   if (shared.current >= 0 && points.place.has(shared.current)) {
     const [x, y] = at(points.place.get(shared.current));
     pen.lineWidth = 5;
@@ -75,7 +75,7 @@ function drawMap() {
     pen.arc(x, y, 10, 0, 7);
     pen.stroke();
     pen.lineWidth = 3;
-    pen.strokeStyle = BLUE;
+    pen.strokeStyle = DARK;
     pen.beginPath();
     pen.arc(x, y, 10, 0, 7);
     pen.stroke();
@@ -95,7 +95,7 @@ function drawMap() {
       pen.fillStyle = DARK;
       pen.fillText(text, x + 8, y - 8);
     }
-  if (lasso) trace(pen, lasso, "#d55e00");
+  if (lasso) trace(pen, lasso, "#cc3311");
 }
 
 // All points, drawn once: the current patch moves over them.
@@ -105,11 +105,12 @@ function cloud(dims, ratio, at) {
   const r = points.rows.length > 5000 ? 1.2 : 2;
   const groups = new Map();
   for (let i = 0; i < points.rows.length; i++) {
-    const key = layers.heat ? colour(bag.share[points.rows[i]]) : GREY;
+    const key =
+      mapColour() === "score" ? RAMP[Math.round((1 - bag.rank[points.rows[i]] / bag.n) * (RAMP.length - 1))] : GREY;
     if (!groups.has(key)) groups.set(key, []);
     groups.get(key).push(i);
   }
-  pen.globalAlpha = layers.heat ? 0.9 : 0.6;
+  pen.globalAlpha = mapColour() === "score" ? 0.9 : 0.55;
   for (const [key, list] of groups) {
     pen.fillStyle = key;
     for (const i of list) {
@@ -120,14 +121,30 @@ function cloud(dims, ratio, at) {
   return layer;
 }
 
-function diamond(pen, x, y, r) {
+const mapColour = () => $(".features select").value;
+const RAMP = Array.from({ length: 16 }, (_, i) => `hsl(${255 - 10 * i} 55% ${30 + 2.6 * i}%)`); // low to high, ever lighter
+
+function showLegend() {
+  const swatch = (kind, style, text) => `<span><i class="${kind}" style="${style}"></i>${text}</span>`;
+  const parts = foci.map((focus, i) =>
+    swatch("diamond", `background:${FOCUS_COLOURS[i % FOCUS_COLOURS.length]}`, `focus ${focus.name}`),
+  );
+  if (!parts.length) parts.push(swatch("diamond", `background:${YELLOW}`, "selected"));
+  if (mapColour() === "score")
+    parts.push(swatch("ramp", `background:linear-gradient(90deg,${RAMP.join()})`, "score, lowest to highest"));
+  else parts.push(swatch("dot", "", "left out"));
+  parts.push(swatch("ring", "", "current"), swatch("cross", "", "in the list"));
+  $(".legend").innerHTML = parts.join("");
+}
+
+function diamond(pen, x, y, r, ink) {
   pen.beginPath();
   pen.moveTo(x, y - r);
   pen.lineTo(x + r, y);
   pen.lineTo(x, y + r);
   pen.lineTo(x - r, y);
   pen.closePath();
-  pen.fillStyle = ORANGE;
+  pen.fillStyle = ink;
   pen.fill();
   pen.lineWidth = 1;
   pen.strokeStyle = DARK;

@@ -1,25 +1,12 @@
-// What is drawn over the slide: scores, boxes, numbers.
+// What is drawn over the slide: boxes by focus, numbers, what was left out, tissue while it is analysed.
 
-// As in report/plots.py.
-const VIRIDIS = [
-  [68, 1, 84],
-  [59, 82, 139],
-  [33, 145, 140],
-  [94, 201, 98],
-  [253, 231, 37],
-];
-const STEPS = 32; // colours of the ramp
+const isKept = (index) => kept.includes(index);
+const paper = () => getComputedStyle(root).getPropertyValue("--stage").trim() || "#e9e9ec";
+const inkOf = (index) =>
+  layers.foci && focusOf.has(index) ? FOCUS_COLOURS[focusOf.get(index) % FOCUS_COLOURS.length] : YELLOW;
 
-function viridis(share) {
-  const at = Math.min(share, 0.9999) * 4;
-  const low = Math.floor(at);
-  const part = at - low;
-  return VIRIDIS[low].map((v, i) => Math.round(v + (VIRIDIS[low + 1][i] - v) * part));
-}
-const RAMP = Array.from({ length: STEPS }, (_, i) => `rgb(${viridis(i / (STEPS - 1))})`);
-const colour = (share) => RAMP[Math.round(share * (STEPS - 1))];
-
-function drawHeat(pen) {
+// Left out: dimmed, so that the stain of what was kept stays as it is. Near the cut: dimmed half as far.
+function drawLeftOut(pen) {
   const [left, upper, right, lower] = corners();
   const side = bag.side;
   const shown = [];
@@ -28,34 +15,110 @@ function drawHeat(pen) {
     const y = bag.xy[2 * i + 1];
     if (x + side > left && x < right && y + side > upper && y < lower) shown.push(i);
   }
-  pen.globalAlpha = layers.opacity;
   if (shown.length > 6000) {
     // too many rectangles for a smooth drag: one picture of them all
-    const [x, y] = toScreen(0, 0);
+    const [x, y] = toFlat(0, 0);
+    pen.globalAlpha = 1;
     pen.imageSmoothingEnabled = false;
-    pen.drawImage(heatPicture(), x, y, slide.size[0] * view.scale, slide.size[1] * view.scale);
-  } else
-    for (const i of shown) {
-      const [sx, sy] = toScreen(bag.xy[2 * i], bag.xy[2 * i + 1]);
-      pen.fillStyle = colour(bag.share[i]);
-      pen.fillRect(sx, sy, side * view.scale, side * view.scale);
+    pen.drawImage(leftOutPicture(), x, y, slide.size[0] * view.scale, slide.size[1] * view.scale);
+    return;
+  }
+  const held = new Set(kept);
+  pen.fillStyle = paper();
+  for (const i of shown) {
+    if (held.has(i)) continue;
+    const near = bag.rank[i] <= bag.lastNear;
+    const [sx, sy] = toFlat(bag.xy[2 * i], bag.xy[2 * i + 1]);
+    const w = side * view.scale;
+    pen.globalAlpha = near ? layers.opacity / 3 : layers.opacity;
+    pen.fillRect(sx, sy, w, w);
+    if (near && w > 3) {
+      pen.globalAlpha = 1;
+      pen.lineWidth = 1.5;
+      pen.strokeStyle = SKY;
+      pen.strokeRect(sx + 1, sy + 1, w - 2, w - 2);
     }
+  }
   pen.globalAlpha = 1;
 }
 
-function heatPicture() {
-  if (bag.picture) return bag.picture;
+function leftOutPicture() {
+  const stamp = `${layers.opacity}/${paper()}/${kept.length}/${kept[0]}`;
+  if (bag.picture && bag.stamp === stamp) return bag.picture;
   const scale = Math.min(4 / bag.side, 2400 / Math.max(...slide.size));
+  bag.stamp = stamp;
   bag.picture = document.createElement("canvas");
   bag.picture.width = Math.ceil(slide.size[0] * scale);
   bag.picture.height = Math.ceil(slide.size[1] * scale);
   const pen = bag.picture.getContext("2d");
   const side = Math.max(1, bag.side * scale);
+  const held = new Set(kept);
   for (let i = 0; i < bag.n; i++) {
-    pen.fillStyle = colour(bag.share[i]);
+    if (held.has(i)) continue;
+    const near = bag.rank[i] <= bag.lastNear;
+    pen.globalAlpha = near ? 0.8 : layers.opacity;
+    pen.fillStyle = near ? SKY : paper();
     pen.fillRect(bag.xy[2 * i] * scale, bag.xy[2 * i + 1] * scale, side, side);
   }
   return bag.picture;
+}
+
+// The patches that are analysed, outlined where the tissue ends, and those kept so far.
+function drawTissue(pen) {
+  const { xy, side } = tissue;
+  if (!tissue.edge)
+    tissue.edge = outline(
+      Array.from({ length: xy.length / 2 }, (_, i) => [xy[2 * i], xy[2 * i + 1]]),
+      side,
+    );
+  strokeOutline(pen, tissue.edge, "#ffffff", 2);
+  pen.setLineDash([5, 4]);
+  for (const i of tissue.kept) {
+    const [x, y] = toScreen(xy[2 * i] + side / 2, xy[2 * i + 1] + side / 2);
+    const w = Math.max(side * view.scale, 11);
+    for (const [width, ink] of [
+      [4, DARK],
+      [2, YELLOW],
+    ]) {
+      pen.lineWidth = width;
+      pen.strokeStyle = ink;
+      pen.strokeRect(x - w / 2, y - w / 2, w, w);
+    }
+  }
+  pen.setLineDash([]);
+}
+
+// Edges [x0, y0, x1, y1] of the union of squares; those between two squares of one grid are inside, and left out.
+function outline(corners, side) {
+  const edges = new Map();
+  for (const [x, y] of corners)
+    for (const edge of [
+      [x, y, x + side, y],
+      [x, y + side, x + side, y + side],
+      [x, y, x, y + side],
+      [x + side, y, x + side, y + side],
+    ]) {
+      const key = edge.join();
+      if (edges.has(key)) edges.delete(key);
+      else edges.set(key, edge);
+    }
+  return [...edges.values()];
+}
+
+function strokeOutline(pen, edges, ink, width) {
+  pen.beginPath();
+  for (const [x0, y0, x1, y1] of edges) {
+    pen.moveTo(...toScreen(x0, y0));
+    pen.lineTo(...toScreen(x1, y1));
+  }
+  pen.lineCap = "round";
+  pen.lineWidth = width + 2.5;
+  pen.strokeStyle = DARK;
+  pen.stroke();
+  pen.lineWidth = width;
+  pen.strokeStyle = ink;
+  pen.stroke();
+  pen.lineCap = "butt";
 }
 
 function boxOf(index, least) {
@@ -81,7 +144,7 @@ function drawBoxes(pen) {
     pen.strokeStyle = DARK;
     pen.strokeRect(x, y, w, w);
     pen.lineWidth = now ? 3.5 : 2.5;
-    pen.strokeStyle = now ? SKY : YELLOW;
+    pen.strokeStyle = inkOf(index);
     pen.strokeRect(x, y, w, w);
     pen.setLineDash([]);
     if (now) brackets(pen, x, y, w);
@@ -96,7 +159,7 @@ function drawBoxes(pen) {
   for (const i of order)
     label(
       pen,
-      `${bag.rank[shown[i]]}${shared.pinned.has(shown[i]) ? "◆" : shared.dropped.has(shown[i]) ? "✕" : ""}`,
+      `${focusOf.has(shown[i]) && layers.foci ? foci[focusOf.get(shown[i])].name : ""}${bag.rank[shown[i]]}${shared.pinned.has(shown[i]) ? "◆" : shared.dropped.has(shown[i]) ? "✕" : ""}`,
       boxes[i],
       placed,
       boxes,
@@ -123,7 +186,7 @@ function brackets(pen, x, y, w) {
   pen.strokeStyle = DARK;
   pen.stroke();
   pen.lineWidth = 3;
-  pen.strokeStyle = SKY;
+  pen.strokeStyle = "#fff";
   pen.stroke();
 }
 

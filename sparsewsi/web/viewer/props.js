@@ -5,23 +5,15 @@ const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buff
 function openSlide() {
   const fresh = props.slide && (!slide || slide.token !== props.slide.token);
   slide = props.slide || null;
-  $(".empty").hidden = !!slide;
-  nav.hidden = !slide;
+  nav.hidden = $(".tools").hidden = $(".corner").hidden = !slide;
+  room.toggleAttribute("data-slide", !!slide);
   if (!fresh) return draw();
   tiles.clear();
   wanted = [];
-  bag = points = null;
-  kept = [];
-  effects = new Map();
-  Object.assign(shared, {
-    current: -1,
-    members: new Set(),
-    seen: new Set(),
-    marks: new Map(),
-    pinned: new Set(),
-    dropped: new Set(),
-  });
+  forget();
   layers.heat = false;
+  view.turn = 0;
+  showSources(false);
   buildMagnifications();
   fit();
   showAll();
@@ -30,6 +22,7 @@ function openSlide() {
 
 function openBag() {
   const given = props.bag;
+  tissue = null;
   if (!given) {
     bag = null;
     kept = [];
@@ -39,12 +32,10 @@ function openBag() {
   const n = scores.length;
   const rank = new Int32Array(bytes(given.ranks));
   const order = new Int32Array(n);
-  const share = new Float32Array(n);
   rank.forEach((number, index) => {
     order[number - 1] = index;
-    share[index] = n > 1 ? 1 - (number - 1) / (n - 1) : 1;
   });
-  bag = { n, side: given.side, xy: new Int32Array(bytes(given.coords)), scores, rank, order, share, picture: null };
+  bag = { n, side: given.side, xy: new Int32Array(bytes(given.coords)), scores, rank, order };
   openSelection();
   restoreRank();
 }
@@ -52,8 +43,15 @@ function openBag() {
 function openSelection() {
   if (!bag) return;
   kept = [...new Int32Array(bytes(props.kept || ""))].sort((a, b) => bag.rank[a] - bag.rank[b]);
+  bag.lastNear = 2 * kept.length; // ranks up to here are near the cut
   effects = new Map(); // they belong to an answer from other patches
   if (!kept.includes(shared.current) && kept.length) shared.current = -1;
+  openFoci();
+}
+
+function openFoci() {
+  foci = (props.foci || []).filter((focus) => focus.indices.every((index) => kept.includes(index)));
+  focusOf = new Map(foci.flatMap((focus, place) => focus.indices.map((index) => [index, place])));
   showAll();
 }
 
@@ -68,6 +66,7 @@ function openMap() {
   points = given
     ? { xy: new Float32Array(bytes(given.xy)), rows: new Int32Array(bytes(given.rows)), title: given.title, base: null }
     : null;
+  $(".features .title").textContent = $(".features .title").title = points ? points.title : "Map of the features";
   drawMap();
 }
 
@@ -78,17 +77,67 @@ function openMembers() {
 
 function openFiles() {
   const names = (slide && props.files) || [];
-  $(".files").hidden = !names.length;
+  act("save").hidden = !names.length;
   $(".files").replaceChildren(
-    ...names.flatMap(([name, words], i) => {
+    ...names.map(([name, words]) => {
       const link = document.createElement("a");
       link.href = address(name);
       link.download = `sparsewsi-${name}`;
       link.textContent = words;
-      return [document.createTextNode(i ? " · " : "Download: "), link];
+      return link;
     }),
   );
 }
+
+// The patches are another selection's than the model's own: what it is called, or "".
+function openWhatIf() {
+  const name = props.whatif || "";
+  for (const place of [$(".badge"), $(".aside")]) {
+    place.hidden = !name;
+    place.querySelector("span").textContent = name ? `What if: ${name}` : "";
+  }
+  room.toggleAttribute("data-whatif", !!name);
+  if (!name && (shared.pinned.size || shared.dropped.size)) {
+    shared.pinned.clear();
+    shared.dropped.clear();
+    markStrip();
+    showInspect();
+  }
+  draw();
+}
+
+// How the analysis goes: {phase, place, done, total, seconds_left, coords, side, kept}, or {error}; null when nothing is on its way.
+function openWork() {
+  const work = props.work;
+  const going = work && !work.error;
+  $(".work").hidden = !going;
+  $(".failed").hidden = !(work && work.error);
+  $(".failed").textContent = (work && work.error) || "";
+  room.toggleAttribute("data-busy", !!going);
+  if (going) {
+    const left = work.seconds_left ? `, about ${tellTime(work.seconds_left)} left` : "";
+    const count = work.total
+      ? ` ${work.done.toLocaleString("en")} of ${work.total.toLocaleString("en")} patches${left}`
+      : "";
+    $(".work b").textContent = work.place ? `Waiting: ${work.place} before this one` : `${work.phase}${count}`;
+    const bar = $(".work progress");
+    if (work.total) {
+      bar.max = work.total;
+      bar.value = work.done;
+    } else bar.removeAttribute("value");
+  }
+  if (work && work.coords)
+    tissue = {
+      xy: new Int32Array(bytes(work.coords)),
+      side: work.side,
+      kept: new Int32Array(bytes(work.kept || "")),
+    };
+  else if (!going) tissue = null;
+  draw();
+}
+
+const tellTime = (seconds) =>
+  seconds < 90 ? `${Math.max(1, Math.round(seconds))} s` : `${Math.round(seconds / 60)} min`;
 
 // Another part of the page asks for a patch: {rank, nonce}.
 function ask() {

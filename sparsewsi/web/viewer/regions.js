@@ -6,8 +6,9 @@ function setMembers(indices, where) {
   shared.members = new Set(indices);
   const panel = $(".members");
   const held = indices.filter((index) => kept.includes(index)).length;
-  panel.hidden = !where;
+  panel.dataset.on = where ? 1 : "";
   if (where) {
+    if (!["patches", "map"].includes(root.dataset.tab)) showTab("patches");
     const many = `${indices.length.toLocaleString("en")} patch${indices.length === 1 ? "" : "es"}`;
     $(".members b").textContent = indices.length
       ? `${many} in the ${where}, ${held} of them selected`
@@ -27,8 +28,13 @@ function setMembers(indices, where) {
     );
     say($(".members b").textContent);
   }
+  showMembers();
   draw();
   drawMap();
+}
+
+function showMembers() {
+  $(".members").hidden = !$(".members").dataset.on || !["patches", "map"].includes(root.dataset.tab);
 }
 
 // Ray casting.
@@ -52,8 +58,9 @@ function indicesWhere(test) {
 }
 
 function endRegion() {
-  const [x0, y0] = toSlide(Math.min(band[0], band[2]), Math.min(band[1], band[3]));
-  const [x1, y1] = toSlide(Math.max(band[0], band[2]), Math.max(band[1], band[3]));
+  const [a, b] = [toSlide(band[0], band[1]), toSlide(band[2], band[3])];
+  const [x0, x1] = [Math.min(a[0], b[0]), Math.max(a[0], b[0])];
+  const [y0, y1] = [Math.min(a[1], b[1]), Math.max(a[1], b[1])];
   band = null;
   setMode("");
   setMembers(
@@ -64,6 +71,6 @@ function endRegion() {
 
 function setMode(name) {
   mode = name;
-  canvas.classList.toggle("drawing", mode === "region");
-  act("region").setAttribute("aria-pressed", mode === "region");
+  canvas.classList.toggle("drawing", !!mode);
+  for (const kind of ["region", "ruler"]) act(kind).setAttribute("aria-pressed", mode === kind);
 }

@@ -28,16 +28,37 @@ function step(by) {
   go(list[at < 0 ? (by > 0 ? 0 : list.length - 1) : (at + by + list.length) % list.length]);
 }
 
-const ordered = () =>
-  $(".patches select").value === "evidence" && effects.size
-    ? [...kept].sort((a, b) => (effects.get(b) ?? 0) - (effects.get(a) ?? 0))
-    : kept;
+function goFocus(name) {
+  const focus = foci.find((one) => one.name === name);
+  if (!focus) return;
+  const middles = focus.indices.map(centre);
+  const [xs, ys] = [middles.map((m) => m[0]), middles.map((m) => m[1])];
+  const [left, right] = [Math.min(...xs) - bag.side, Math.max(...xs) + bag.side];
+  const [upper, lower] = [Math.min(...ys) - bag.side, Math.max(...ys) + bag.side];
+  shared.current = [...focus.indices].sort((a, b) => bag.rank[a] - bag.rank[b])[0];
+  for (const index of focus.indices) shared.seen.add(index);
+  const [w, h] = view.turn % 2 ? [size[1], size[0]] : size;
+  moveTo((left + right) / 2, (upper + lower) / 2, 0.8 * Math.min(w / (right - left), h / (lower - upper)));
+  markStrip(true);
+  showInspect();
+  drawMap();
+  say(tellFocus(name));
+}
+
+const ordered = () => {
+  const by = $(".film select").value;
+  const last = foci.length;
+  if (by === "evidence" && effects.size) return [...kept].sort((a, b) => (effects.get(b) ?? 0) - (effects.get(a) ?? 0));
+  if (by === "focus" && last) return [...kept].sort((a, b) => (focusOf.get(a) ?? last) - (focusOf.get(b) ?? last));
+  return kept;
+};
 
 function describe(index) {
   const effect = effects.get(index);
   const um = slide && slide.mpp ? centre(index).map((v) => Math.round(v * slide.mpp).toLocaleString("en")) : null;
   return [
     `#${bag.rank[index]}`,
+    focusName(index) ? `focus ${focusName(index)}` : "",
     `score ${bag.scores[index].toFixed(2)} (top ${top(bag.rank[index] / bag.n)} %)`,
     effect === undefined ? "" : effect < -0.005 ? "the answer is likelier without it" : `evidence ${times(effect)}`,
     um ? `at ${um[0]}, ${um[1]} µm` : "",
@@ -62,10 +83,36 @@ function toggle(set, other, index) {
 }
 
 function tellPicks() {
+  act("unpick").hidden = !before;
   trigger("picks", { pinned: [...shared.pinned], dropped: [...shared.dropped] });
   markStrip();
   showInspect();
   draw();
+}
+
+let before = null; // picks as they were before all patches of a list were pinned or dropped
+
+function pickAll(set, other) {
+  before = { pinned: new Set(shared.pinned), dropped: new Set(shared.dropped) };
+  for (const index of shared.members) {
+    set.add(index);
+    other.delete(index);
+  }
+  tellPicks();
+}
+
+function unpick() {
+  if (!before) return;
+  Object.assign(shared, before);
+  before = null;
+  tellPicks();
+}
+
+function clearPicks() {
+  before = { pinned: new Set(shared.pinned), dropped: new Set(shared.dropped) };
+  shared.pinned.clear();
+  shared.dropped.clear();
+  tellPicks();
 }
 
 function mark(word) {

@@ -8,17 +8,26 @@ new ResizeObserver(() => {
   drawMap();
 }).observe(stage);
 new ResizeObserver(drawMap).observe(map);
-new MutationObserver(() => drawMap()).observe(document.body, { attributes: true, attributeFilter: ["class"] }); // dark and light
+new MutationObserver(() => {
+  drawMap();
+  draw();
+}).observe(document.body, { attributes: true, attributeFilter: ["class"] }); // dark and light
 size = [stage.clientWidth, stage.clientHeight];
 
 watch("slide", openSlide);
 watch("bag", openBag);
 watch("kept", openSelection);
+watch("foci", openFoci);
 watch("evidence", openEvidence);
 watch("map", openMap);
 watch("members", openMembers);
 watch("files", openFiles);
 watch("focus", ask);
+watch("whatif", openWhatIf);
+watch("work", openWork);
+watch("unpicked", clearPicks);
+showTab("ask");
+showSources(!props.slide);
 if (props.slide) openSlide();
 if (props.bag) openBag();
 if (props.map) openMap();

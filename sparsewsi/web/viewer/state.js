@@ -1,11 +1,13 @@
 // The slide viewer's state. The scripts of this folder are joined in the order that viewer.py names and run as the body
 // of one function, to which Gradio gives element, props, trigger and watch: they share one scope, and need no loader.
-// Frames: level-0 px of the slide ("x", "y"), CSS px of the stage ("sx", "sy"); view.scale = CSS px per level-0 px.
+// Frames: level-0 px of the slide ("x", "y"), CSS px of the stage ("sx", "sy"); view.scale = CSS px per level-0 px,
+// view.turn = quarter turns clockwise.
 // A patch is known by its index in the bag and shown by its rank by score among all N patches, 1 = highest.
 "use strict";
 
 const $ = (name) => element.querySelector(name);
 const root = $(".viewer");
+const room = root.closest("#room") || root; // the page around, where there is one
 const stage = $(".stage");
 const canvas = $(".slide");
 const nav = $(".nav");
@@ -13,18 +15,21 @@ const map = $(".map");
 const strip = $(".strip");
 const YELLOW = "#ffe119";
 const DARK = "#0f0f14";
-const BLUE = "#0072b2";
-const ORANGE = "#e69f00";
-const PURPLE = "#cc79a7";
 const GREY = "#8a8f98";
-const SKY = "#56b4e9";
+const SKY = "#56c8ff";
+const PURPLE = "#cc79a7";
+// Of foci A, B, C ...: told from each other and from the stain, also without colour vision by their letter.
+const FOCUS_COLOURS = ["#ffe119", "#4dd2ff", "#9ef01a", "#ff9f1c", "#c9a7ff", "#5ff0c0", "#ffffff", "#ffb3ba"];
 
 let slide = null; // {token, size: [w, h], tile, mpp, name, source}
-let bag = null; // {n, side, xy: Int32Array, scores: Float32Array, rank: Int32Array, order: Int32Array, share: Float32Array}
+let bag = null; // {n, side, xy: Int32Array, scores: Float32Array, rank: Int32Array, order: Int32Array}
 let kept = []; // indices of the selected patches, best score first
+let foci = []; // {name, indices, effect}: kept patches that belong together
+let focusOf = new Map(); // index -> place in foci
 let effects = new Map(); // index -> what the answer loses without the patch, in nats
 let points = null; // {xy: Float32Array, rows: Int32Array, title}
-const view = { x: 0, y: 0, scale: 0 };
+let tissue = null; // {xy: Int32Array, side, kept: Int32Array}: while the slide is analysed
+const view = { x: 0, y: 0, scale: 0, turn: 0 };
 const shared = {
   current: -1,
   members: new Set(),
@@ -33,8 +38,25 @@ const shared = {
   pinned: new Set(),
   dropped: new Set(),
 };
-const layers = { boxes: true, heat: false, opacity: 0.55 };
-let mode = "";
-let band = null;
+const layers = { boxes: true, foci: true, heat: false, opacity: 0.6 };
+let mode = ""; // "region" or "ruler" while one is drawn
+let band = null; // the region that is being drawn, CSS px
+let ruler = null; // [x0, y0, x1, y1] on the slide
 let lasso = null;
 let size = [0, 0];
+
+function forget() {
+  bag = points = tissue = ruler = null;
+  kept = [];
+  foci = [];
+  focusOf = new Map();
+  effects = new Map();
+  Object.assign(shared, {
+    current: -1,
+    members: new Set(),
+    seen: new Set(),
+    marks: new Map(),
+    pinned: new Set(),
+    dropped: new Set(),
+  });
+}

@@ -1,58 +1,111 @@
-// The strip of kept patches, and the line about the current one.
+// The film of kept patches under the slide, the sheet of them in the column, and the current one.
 
 const patchAddress = (index, px) =>
   address(`patch/${bag.xy[2 * index]}_${bag.xy[2 * index + 1]}_${bag.side}_${px}.jpg`);
+const focusName = (index) => (focusOf.has(index) ? foci[focusOf.get(index)].name : "");
 
 function showAll() {
-  $(".below").hidden = !bag;
-  $(".colours").hidden = !(bag && layers.heat);
-  $(".opacity").hidden = !(bag && layers.heat);
-  for (const name of ["boxes", "heat", "region"]) {
-    const b = act(name);
-    b.disabled = !bag;
-  }
-  act("boxes").setAttribute("aria-pressed", layers.boxes);
-  act("heat").setAttribute("aria-pressed", layers.heat);
+  $(".film").hidden = $(".sheet").hidden = !bag;
+  $(".patches > .hint").hidden = !!bag;
+  showLayers();
+  act("region").disabled = !bag;
+  for (const name of ["boxes", "foci", "heat"]) act(name).disabled = !bag;
   if (!bag) {
-    $(".members").hidden = true;
-    $(".inspect").hidden = true;
-    $(".card").hidden = true;
+    $(".members").hidden = $(".inspect").hidden = $(".card").hidden = true;
+    linkPictures();
+    drawMap();
     return draw();
   }
-  const choice = $(".patches select");
-  choice.options[1].disabled = !effects.size;
-  if (!effects.size) choice.value = "score";
+  const choice = $(".film select");
+  choice.options[0].disabled = !foci.length;
+  choice.options[2].disabled = !effects.size;
+  if (choice.selectedOptions[0].disabled) choice.value = foci.length ? "focus" : "score";
   fillStrip();
   showInspect();
   setMembers([], "");
-  showColours();
+  $(".close").textContent = `next ${kept.length} by score`;
+  linkPictures();
+  points && (points.stamp = "");
+  drawMap();
+}
+
+// A citation of a patch is shown as its picture, wherever on the page it stands: a style, as the chat may redraw itself.
+const pictures = document.createElement("style");
+document.head.append(pictures);
+function linkPictures() {
+  const lines = kept.map((index) => {
+    const rank = bag.rank[index];
+    return `a[href$="#patch-${rank}"] { background-image: url("${patchAddress(index, 168)}"); }`;
+  });
+  foci.forEach((focus) => {
+    const best = [...focus.indices].sort((a, b) => bag.rank[a] - bag.rank[b])[0];
+    lines.push(`a[href$="#focus-${focus.name}"] { background-image: url("${patchAddress(best, 168)}"); }`);
+  });
+  pictures.textContent = lines.join("\n");
+}
+
+function makeItem(index, kind) {
+  const item = document.createElement("button");
+  const effect = effects.get(index);
+  item.type = "button";
+  item.className = kind;
+  item.dataset.index = index;
+  item.title = describe(index);
+  item.innerHTML = `<img alt="" loading="lazy" draggable="false"><span><b>#${bag.rank[index]}</b> <em></em></span><u></u>`;
+  item.querySelector("img").src = patchAddress(index, 168);
+  item.querySelector("em").textContent =
+    $(".film select").value === "evidence" && effect !== undefined ? times(effect) : bag.scores[index].toFixed(2);
+  if (focusOf.has(index)) item.style.setProperty("--focus", inkOf(index));
+  item.onclick = () => go(index);
+  item.ondblclick = enlarge;
+  return item;
 }
 
 function fillStrip() {
-  strip.replaceChildren(
-    ...ordered().map((index) => {
-      const item = document.createElement("button");
-      const effect = effects.get(index);
-      item.type = "button";
-      item.className = "item";
-      item.dataset.index = index;
-      item.title = describe(index);
-      item.innerHTML = `<img alt="" loading="lazy" draggable="false"><span><b>#${bag.rank[index]}</b> <em></em></span><u></u>`;
-      item.querySelector("img").src = patchAddress(index, 168);
-      item.querySelector("em").textContent =
-        $(".patches select").value === "evidence" && effect !== undefined
-          ? times(effect)
-          : bag.scores[index].toFixed(2);
-      item.onclick = () => go(index);
-      item.ondblclick = enlarge;
-      return item;
-    }),
-  );
+  const list = ordered();
+  const grouped = $(".film select").value === "focus" && foci.length;
+  const film = [];
+  const sheet = [];
+  let before = "";
+  for (const index of list) {
+    const name = focusName(index);
+    if (grouped && name !== before) {
+      for (const [place, kind] of [
+        [film, "button"],
+        [sheet, "h3"],
+      ]) {
+        const head = document.createElement(kind);
+        head.className = "head";
+        head.textContent = kind === "h3" ? tellFocus(name) : name || "–";
+        head.title = tellFocus(name);
+        if (name) head.style.setProperty("--focus", inkOf(index));
+        if (kind === "button") {
+          head.type = "button";
+          head.setAttribute("aria-label", tellFocus(name));
+          head.onclick = () => goFocus(name);
+        }
+        place.push(head);
+      }
+      before = name;
+    }
+    film.push(makeItem(index, "item"));
+    sheet.push(makeItem(index, "cell"));
+  }
+  strip.replaceChildren(...film);
+  $(".sheet").replaceChildren(...sheet);
   markStrip();
 }
 
+function tellFocus(name) {
+  const focus = foci.find((one) => one.name === name);
+  if (!focus) return "On its own";
+  const many = `${focus.indices.length} patch${focus.indices.length === 1 ? "" : "es"}`;
+  const weight = focus.effect > 0.005 ? `: ${times(focus.effect)} less likely without it` : "";
+  return `Focus ${name}, ${many}${weight}`;
+}
+
 function markStrip(scroll = false) {
-  for (const item of strip.children) {
+  for (const item of [...strip.querySelectorAll(".item"), ...$(".sheet").querySelectorAll(".cell")]) {
     const index = +item.dataset.index;
     const now = index === shared.current;
     item.setAttribute("aria-current", now);
@@ -63,11 +116,11 @@ function markStrip(scroll = false) {
       ({ agree: " +", disagree: " −" }[shared.marks.get(index)] || "") +
       (shared.pinned.has(index) ? " ◆" : "") +
       (shared.dropped.has(index) ? " ✕" : "");
-    if (now && scroll)
-      strip.scrollTo({ top: item.offsetTop - strip.offsetTop - strip.clientHeight / 2 + item.offsetHeight / 2 });
+    if (now && scroll && item.className.includes("item"))
+      strip.scrollTo({ left: item.offsetLeft - strip.offsetLeft - strip.clientWidth / 2 + item.offsetWidth / 2 });
   }
   const seen = kept.filter((index) => shared.seen.has(index)).length;
-  if (bag) $(".count").textContent = `${kept.length} of ${bag.n.toLocaleString("en")} patches · ${seen} seen`;
+  if (bag) $(".count").textContent = `${kept.length} of ${bag.n.toLocaleString("en")} patches\n${seen} seen`;
 }
 
 function showInspect() {
@@ -76,6 +129,7 @@ function showInspect() {
   $(".inspect").hidden = !on;
   if (!on) return ($(".card").hidden = true);
   $(".inspect .what").textContent = describe(index);
+  $(".inspect img").src = patchAddress(index, 448);
   for (const word of ["agree", "disagree"]) act(word).setAttribute("aria-pressed", shared.marks.get(index) === word);
   act("pin").setAttribute("aria-pressed", shared.pinned.has(index));
   act("drop").setAttribute("aria-pressed", shared.dropped.has(index));
@@ -85,14 +139,6 @@ function showInspect() {
 function enlarge() {
   if (!bag || shared.current < 0) return;
   $(".card img").src = patchAddress(shared.current, 448);
-  $(".card span").textContent = describe(shared.current);
+  $(".card > span").textContent = describe(shared.current);
   $(".card").hidden = false;
-}
-
-function showColours() {
-  if (!bag || !bag.n) return;
-  const lowest = bag.scores[bag.order[bag.n - 1]];
-  const highest = bag.scores[bag.order[0]];
-  $(".low").textContent = `0 % (${lowest.toFixed(2)})`;
-  $(".high").textContent = `100 % (${highest.toFixed(2)})`;
 }

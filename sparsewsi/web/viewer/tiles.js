@@ -93,7 +93,7 @@ function place(pen, image, level, column, row, partX, partY, shift) {
   const sw = Math.min(px, image.naturalWidth - partX * px);
   const sh = Math.min(px, image.naturalHeight - partY * px);
   if (sw <= 0 || sh <= 0) return;
-  const [sx, sy] = toScreen(column * span, row * span);
+  const [sx, sy] = toFlat(column * span, row * span);
   const across = Math.min(span, slide.size[0] - column * span) * view.scale;
   const down = Math.min(span, slide.size[1] - row * span) * view.scale;
   const x0 = Math.round(sx * 2) / 2;

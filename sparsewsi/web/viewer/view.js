@@ -3,10 +3,27 @@
 const MAGNIFICATIONS = [1.25, 2.5, 5, 10, 20, 40];
 let frame = 0; // of the animation that will draw next
 
-const toScreen = (x, y) => [(x - view.x) * view.scale + size[0] / 2, (y - view.y) * view.scale + size[1] / 2];
-const toSlide = (sx, sy) => [(sx - size[0] / 2) / view.scale + view.x, (sy - size[1] / 2) / view.scale + view.y];
-const corners = () => [...toSlide(0, 0), ...toSlide(...size)];
-const fitScale = () => 0.96 * Math.min(size[0] / slide.size[0], size[1] / slide.size[1]);
+const COS = [1, 0, -1, 0]; // of quarter turns
+const SIN = [0, 1, 0, -1];
+const rotate = (dx, dy, turn) => [dx * COS[turn] - dy * SIN[turn], dx * SIN[turn] + dy * COS[turn]];
+const toFlat = (x, y) => [(x - view.x) * view.scale + size[0] / 2, (y - view.y) * view.scale + size[1] / 2]; // not turned
+const toScreen = (x, y) => {
+  const [dx, dy] = rotate((x - view.x) * view.scale, (y - view.y) * view.scale, view.turn);
+  return [dx + size[0] / 2, dy + size[1] / 2];
+};
+const toSlide = (sx, sy) => {
+  const [dx, dy] = rotate(sx - size[0] / 2, sy - size[1] / 2, (4 - view.turn) % 4);
+  return [dx / view.scale + view.x, dy / view.scale + view.y];
+};
+const corners = () => {
+  const [x0, y0] = toSlide(0, 0);
+  const [x1, y1] = toSlide(...size);
+  return [Math.min(x0, x1), Math.min(y0, y1), Math.max(x0, x1), Math.max(y0, y1)];
+};
+const fitScale = () => {
+  const [w, h] = view.turn % 2 ? [size[1], size[0]] : size;
+  return 0.94 * Math.min(w / slide.size[0], h / slide.size[1]);
+};
 const bounded = (scale) => Math.min(Math.max(scale, fitScale() / 2), slide.mpp ? Math.max(8 * slide.mpp, 4) : 4);
 const magnification = () => (10 * view.scale) / slide.mpp; // 10x is 1 um per px of the screen
 
@@ -69,8 +86,14 @@ function paint() {
   pen.clearRect(0, 0, ...size);
   if (!slide || !view.scale) return;
   pen.imageSmoothingEnabled = true;
+  pen.save();
+  pen.translate(size[0] / 2, size[1] / 2);
+  pen.rotate((view.turn * Math.PI) / 2);
+  pen.translate(-size[0] / 2, -size[1] / 2);
   drawTiles(pen, ratio);
-  if (bag && layers.heat) drawHeat(pen);
+  if (bag && layers.heat) drawLeftOut(pen);
+  pen.restore();
+  if (tissue && !bag) drawTissue(pen);
   if (bag) drawMembers(pen);
   if (bag && layers.boxes) drawBoxes(pen);
   if (band) {
@@ -80,6 +103,7 @@ function paint() {
     pen.strokeRect(band[0], band[1], band[2] - band[0], band[3] - band[1]);
     pen.setLineDash([]);
   }
+  if (ruler) drawRuler(pen);
   drawScale();
   drawNavigator(ratio);
   Object.assign(root.dataset, {
@@ -122,6 +146,40 @@ function drawScale() {
   said.textContent = `${+m.toFixed(m < 10 ? 2 : 1)}×${over}`;
 }
 
+const tellLength = (um) => (um >= 1000 ? `${+(um / 1000).toPrecision(3)} mm` : `${+um.toPrecision(3)} µm`);
+
+function drawRuler(pen) {
+  const [a, b] = [toScreen(ruler[0], ruler[1]), toScreen(ruler[2], ruler[3])];
+  const px = Math.hypot(ruler[2] - ruler[0], ruler[3] - ruler[1]);
+  for (const [width, ink] of [
+    [5, DARK],
+    [2.5, "#fff"],
+  ]) {
+    pen.lineWidth = width;
+    pen.strokeStyle = ink;
+    pen.beginPath();
+    pen.moveTo(...a);
+    pen.lineTo(...b);
+    pen.stroke();
+  }
+  if (px)
+    tag(pen, slide.mpp ? tellLength(px * slide.mpp) : `${Math.round(px)} px`, [
+      (a[0] + b[0]) / 2,
+      (a[1] + b[1]) / 2 - 14,
+    ]);
+}
+
+function tag(pen, text, [x, y]) {
+  pen.font = "600 13px system-ui, sans-serif";
+  pen.textAlign = "center";
+  pen.textBaseline = "middle";
+  const width = pen.measureText(text).width + 12;
+  pen.fillStyle = "rgba(15, 15, 20, 0.85)";
+  pen.fillRect(x - width / 2, y - 11, width, 22);
+  pen.fillStyle = "#fff";
+  pen.fillText(text, x, y);
+}
+
 function drawNavigator(ratio) {
   const scale = Math.min(150 / slide.size[0], 120 / slide.size[1], size[0] / 4 / slide.size[0]);
   const w = slide.size[0] * scale;
@@ -144,7 +202,7 @@ function drawNavigator(ratio) {
   pen.strokeStyle = "#fff";
   pen.strokeRect(left * scale, upper * scale, (right - left) * scale, (lower - upper) * scale);
   pen.lineWidth = 1.5;
-  pen.strokeStyle = BLUE;
+  pen.strokeStyle = DARK;
   pen.strokeRect(left * scale, upper * scale, (right - left) * scale, (lower - upper) * scale);
   nav.scaleOf = scale;
 }
@@ -158,13 +216,14 @@ let travelled = 0;
 let pinch = 0;
 
 canvas.addEventListener("pointerdown", (event) => {
-  if (!slide) return;
+  if (!slide || event.button > 0) return;
   canvas.setPointerCapture(event.pointerId);
   const at = placeOf(event, canvas);
   down.set(event.pointerId, at);
   travelled = 0;
   pinch = 0;
-  if ((mode === "region" || event.shiftKey) && bag) band = [...at, ...at];
+  if (mode === "ruler") ruler = [...toSlide(...at), ...toSlide(...at)];
+  else if ((mode === "region" || event.shiftKey) && bag) band = [...at, ...at];
 });
 canvas.addEventListener("pointermove", (event) => {
   if (!down.has(event.pointerId)) return;
@@ -179,20 +238,34 @@ canvas.addEventListener("pointermove", (event) => {
     if (pinch) zoom(apart / pinch, (a[0] + b[0]) / 2, (a[1] + b[1]) / 2);
     pinch = apart;
     band = null;
+  } else if (mode === "ruler" && ruler) {
+    [ruler[2], ruler[3]] = toSlide(...at);
+    draw();
   } else if (band) {
     band[2] = at[0];
     band[3] = at[1];
     draw();
-  } else moveTo(view.x - (at[0] - before[0]) / view.scale, view.y - (at[1] - before[1]) / view.scale, view.scale);
+  } else {
+    const [dx, dy] = rotate(before[0] - at[0], before[1] - at[1], (4 - view.turn) % 4);
+    moveTo(view.x + dx / view.scale, view.y + dy / view.scale, view.scale);
+  }
 });
 for (const name of ["pointerup", "pointercancel"])
   canvas.addEventListener(name, (event) => {
     const at = down.get(event.pointerId);
     down.delete(event.pointerId);
     if (!at) return;
+    if (mode === "ruler") return setMode("");
     if (band) return endRegion();
     if (travelled < 5 && bag && name === "pointerup") go(patchAt(...toSlide(...at)), false);
   });
+canvas.addEventListener("contextmenu", (event) => {
+  const index = bag ? patchAt(...toSlide(...placeOf(event, canvas))) : -1;
+  if (index < 0) return;
+  event.preventDefault();
+  go(index, false);
+  DEEDS.likes();
+});
 canvas.addEventListener("dblclick", (event) => zoom(2, ...placeOf(event, canvas)));
 canvas.addEventListener(
   "wheel",

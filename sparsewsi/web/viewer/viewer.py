@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import inspect
 import io
 import re
 import secrets
@@ -50,9 +51,11 @@ SCRIPTS = (
     "map",
     "regions",
     "keys",
+    "tabs",
     "address",
     "start",
 )
+PROPS = ("slide", "bag", "kept", "foci", "map", "evidence", "members", "files", "focus", "whatif", "work", "unpicked")
 TILE = 512  # px
 QUALITY = 85
 CACHE_BYTES = 64 << 20  # of JPEG tiles, all slides together
@@ -278,11 +281,12 @@ def _jpeg(data: bytes) -> Response:
 def slide_viewer(**settings: Any) -> gr.HTML:
     """The component, empty. As an output it is filled by gr.HTML(slide=..., **bag_props(...), map=..., evidence=...).
 
-    Its events are `picks` ({pinned, dropped}: indices of patches) and `journal` ({views}: what was looked at).
+    Its events are `picks` ({pinned, dropped}: indices of patches), `journal` ({views}: what was looked at), `likes`
+    ({index}), `leave` (the what-if) and `cancel` (the analysis).
     """
     html, css = ((HERE / f"viewer.{kind}").read_text(encoding="utf-8") for kind in ("html", "css"))
     js = "\n".join((HERE / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
-    nothing = dict.fromkeys(("slide", "bag", "kept", "map", "evidence", "members", "files", "focus", "work"))
+    nothing = dict.fromkeys(PROPS)
     return gr.HTML(
         html_template=html,
         css_template=css,
@@ -336,26 +340,57 @@ def packed(values: Any, dtype: type) -> str:
 
 
 def theme() -> gradio.themes.Base:
-    """Quiet colours, labels without a ground, and fonts of the visitor's machine: no request to a font server."""
-    soft = gradio.themes.Soft(
-        primary_hue="teal", secondary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["monospace"]
+    """The colours of page.css for Gradio's own parts; fonts of the visitor's machine: no request to a font server."""
+    base = gradio.themes.Base(
+        primary_hue="cyan",
+        secondary_hue="cyan",
+        neutral_hue="slate",
+        font=["system-ui", "sans-serif"],
+        font_mono=["monospace"],
+        text_size="sm",
+        radius_size="md",
     )
-    return soft.set(
-        body_background_fill="*neutral_50",
-        block_border_width="1px",
-        block_border_color="*neutral_200",
-        input_border_width="1px",
-        input_border_color="*neutral_300",
-        button_secondary_border_color="*neutral_300",
-        block_title_background_fill="transparent",
-        block_title_background_fill_dark="transparent",
-        block_title_padding="0 0 2px 0",
-        block_title_text_color="*body_text_color_subdued",
-        block_title_text_color_dark="*body_text_color_subdued",
-        block_title_text_weight="500",
-        block_label_text_color="*body_text_color_subdued",
-        block_label_text_color_dark="*body_text_color_subdued",
-        block_label_background_fill="*block_background_fill",
-        block_label_background_fill_dark="*block_background_fill",
-        body_text_color_subdued="*neutral_600",
-    )
+    ink, quiet, line, paper, soft = (f"var(--room-{name})" for name in ("ink", "quiet", "line", "paper", "soft"))
+    accent, on_accent = "var(--room-accent)", "var(--room-on-accent)"
+    colours = {
+        "body_background_fill": paper,
+        "body_text_color": ink,
+        "body_text_color_subdued": quiet,
+        "background_fill_primary": paper,
+        "background_fill_secondary": soft,
+        "border_color_primary": line,
+        "color_accent": accent,
+        "color_accent_soft": soft,
+        "link_text_color": accent,
+        "block_background_fill": paper,
+        "block_border_color": line,
+        "block_title_text_color": quiet,
+        "block_label_text_color": quiet,
+        "block_label_background_fill": paper,
+        "input_background_fill": paper,
+        "input_background_fill_focus": paper,
+        "input_border_color": line,
+        "input_border_color_focus": accent,
+        "input_placeholder_color": quiet,
+        "slider_color": accent,
+        "button_primary_background_fill": accent,
+        "button_primary_background_fill_hover": accent,
+        "button_primary_text_color": on_accent,
+        "button_secondary_background_fill": paper,
+        "button_secondary_background_fill_hover": soft,
+        "button_secondary_border_color": line,
+        "button_secondary_text_color": ink,
+    }
+    sizes = {
+        "block_title_background_fill": "transparent",
+        "block_title_padding": "0 0 2px 0",
+        "block_title_text_weight": "500",
+        "block_border_width": "1px",
+        "input_border_width": "1px",
+        "button_border_width": "1px",
+        "block_shadow": "none",
+        "input_shadow": "none",
+    }
+    dark = {f"{name}_dark": value for name, value in {**colours, **sizes}.items()}
+    known = inspect.signature(base.set).parameters  # some have no dark twin
+    return base.set(**{name: value for name, value in {**colours, **sizes, **dark}.items() if name in known})

@@ -1,0 +1,58 @@
+// The column beside the slide: which of its tabs is shown; and the menus that open and close.
+
+const TABS = [...root.querySelectorAll('[role="tab"]')];
+const PANELS = { patches: ".panel.patches", map: ".panel.features" };
+
+function showTab(name, focus = false) {
+  room.dataset.tab = root.dataset.tab = name;
+  for (const tab of TABS) {
+    const now = tab.dataset.tab === name;
+    tab.setAttribute("aria-selected", now);
+    tab.tabIndex = now ? 0 : -1;
+    if (now && focus) tab.focus();
+  }
+  for (const [panel, place] of Object.entries(PANELS)) $(place).hidden = panel !== name;
+  showMembers();
+  if (name === "map") drawMap();
+}
+
+for (const tab of TABS) {
+  tab.addEventListener("click", () => showTab(tab.dataset.tab));
+  tab.addEventListener("keydown", (event) => {
+    const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!by) return;
+    event.preventDefault();
+    event.stopPropagation();
+    showTab(TABS[(TABS.indexOf(tab) + by + TABS.length) % TABS.length].dataset.tab, true);
+  });
+}
+
+const MENUS = { layers: ".menu.layers", save: ".menu.files", keys: ".menu.help" };
+
+function openMenu(name) {
+  for (const [other, place] of Object.entries(MENUS)) {
+    const open = other === name && $(place).hidden;
+    $(place).hidden = !open;
+    act(other).setAttribute("aria-expanded", open);
+    if (open)
+      $(place).style.left =
+        `${Math.max(8, Math.min(act(other).offsetLeft + $(".tools").offsetLeft, size[0] - $(place).offsetWidth - 8))}px`;
+  }
+}
+
+// The panel of slides to open, which is a part of the page around the viewer.
+const opener = () => document.querySelector("#open-menu");
+function showSources(open = !room.hasAttribute("data-sources")) {
+  room.toggleAttribute("data-sources", open);
+  const button = opener();
+  if (button) button.setAttribute("aria-expanded", open);
+}
+document.addEventListener("click", (event) => {
+  if (!root.isConnected || !event.target.closest) return;
+  if (event.target.closest("#open-menu")) return showSources();
+  if (slide && room.hasAttribute("data-sources") && !event.target.closest("#sources")) showSources(false);
+  if (!event.target.closest(".tools, .menu")) openMenu("");
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && slide && root.isConnected) showSources(false);
+});
