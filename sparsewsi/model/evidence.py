@@ -8,7 +8,7 @@ K kept, L tokens of a prompt with its answers, H the LLM's width, V vocabulary.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Evidence:
     score_ranks: (K,) int64, Selection.ranks: the patches' numbers
     option:      the answer is one of the offered options, so likely means: against the other options
     limit:       effect from which a patch matters: MATTERS, or more where rounding alone could do as much
+    group_effects: (G,) float32, for leaving out each of the groups that were asked for
     """
 
     effects: Tensor
@@ -42,6 +43,7 @@ class Evidence:
     score_ranks: Tensor
     option: bool
     limit: float = MATTERS
+    group_effects: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     @property
     def order(self) -> Tensor:

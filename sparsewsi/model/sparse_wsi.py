@@ -293,16 +293,18 @@ class SparseWSI(nn.Module):
         answer: str,
         options: Sequence[str] | None = None,
         progress: Callable[[int, int], None] | None = None,
+        groups: Sequence[Sequence[int]] = (),
     ) -> Evidence:
         """How much less likely `answer` gets when one of the K patches is left out, for each of them, and for all K.
 
         messages, options: as they were given to `answer`. progress: called with (passes done, passes in all).
+        groups: places in selection.indices that are left out together, too, such as model/foci.py finds.
         Where the answer is one of the options (its text, its letter, or both), its log-odds among the options are
         compared, scored as option_probs does. Otherwise it is the answer's total log-likelihood: the total says how
         many times less likely the whole answer gets; the mean per token would let the words that any slide shares
         water that down. A patch is left out by closing it to the attention of all other tokens, so that every position
-        id stays. K + 2 sequences, in passes of a bounded number of tokens: with K = 32 and the embedded LLM 4 to 6 s on
-        one core for a short answer. Raises ValueError for an answer without a word.
+        id stays. K + 2 sequences and one a group, in passes of a bounded number of tokens: with K = 32 and the embedded
+        LLM 4 to 6 s on one core for a short answer. Raises ValueError for an answer without a word.
         """
         if not answer.strip():
             raise ValueError("there is no answer to find evidence for. Ask the question first.")
@@ -321,14 +323,17 @@ class SparseWSI(nn.Module):
         layout = evidence.lay_out(_embedding(self.llm), embeds, positions, rows)
         llm = self.llm.get_base_model() if isinstance(self.llm, PeftModel) else self.llm
         k = len(selection.indices)
-        left_out = torch.cat([torch.zeros(1, k), torch.ones(1, k), torch.eye(k)]).bool()  # (K + 2, K)
+        together = torch.zeros(len(groups), k)
+        for row, places in zip(together, groups):
+            row[list(places)] = 1
+        left_out = torch.cat([torch.zeros(1, k), torch.ones(1, k), torch.eye(k), together]).bool()  # (K + 2 + G, K)
         parts = left_out.split(max(1, evidence.TOKENS.get(self.device.type, 768) // layout.embeds.shape[1]))
         scores = []
         for done, part in enumerate(parts):
             if progress is not None:
                 progress(done, len(parts))
             scores.append(evidence.score_answers(llm, layout, prompt.at, part, rows, letters))
-        likelihoods = torch.cat(scores)  # (K + 2, 1 or number of options)
+        likelihoods = torch.cat(scores)  # (K + 2 + G, 1 or number of options)
         if chosen is None:
             values = likelihoods[:, 0]
         else:
@@ -337,7 +342,8 @@ class SparseWSI(nn.Module):
             values = mean[:, chosen] - mean[:, others].logsumexp(1)
         rounding = 0.0 if embeds.dtype == torch.float32 or chosen is not None else evidence.NOISE * math.sqrt(longest)
         return Evidence(
-            effects=values[0] - values[2:],
+            effects=values[0] - values[2 : k + 2],
+            group_effects=values[0] - values[k + 2 :],
             without_any=float(values[0] - values[1]),
             baseline=float(values[0]),
             score_ranks=selection.ranks,

@@ -6,7 +6,19 @@ from pathlib import Path
 
 from sparsewsi.bags.bag import Bag
 from sparsewsi.model.config import SparseWSIConfig
+from sparsewsi.model.evidence import MATTERS
 from sparsewsi.model.selection import Selection
+
+STRONGLY = math.log(10)  # nats that an answer must lose without all patches, to rest on the slide strongly
+
+
+@dataclass(frozen=True)
+class FocusEffect:
+    """What an answer loses without a whole focus, in nats. ranks: the numbers of its patches, best first."""
+
+    name: str
+    ranks: tuple[int, ...]
+    effect: float
 
 
 @dataclass(frozen=True)
@@ -20,6 +32,9 @@ class Answer:
     limit:    Limits.judge, how far such answers can be believed
     reader:   who read the patches as pictures, "" for the model's own LLM, which reads them as tokens
     sent:     what left this program for it and where to, "" for nothing
+    without_all: what it loses without all kept patches, in nats; None where that was not measured
+    foci:     the same for each focus (model/foci.py)
+    impression: what the reader wrote before the answer was shown
     cited:    numbers of the patches that the reader says it rests on: its own words, not measured
     """
 
@@ -33,6 +48,19 @@ class Answer:
     reader: str = ""
     sent: str = ""
     cited: tuple[int, ...] = ()
+    without_all: float | None = None
+    foci: tuple[FocusEffect, ...] = ()
+    impression: str = ""
+
+    @property
+    def rests(self) -> str:
+        """How far the answer rests on the slide: "strongly", "partly", "not", or "" where that was not measured."""
+        if self.without_all is None:
+            return ""
+        if self.without_all >= STRONGLY:
+            return "strongly"
+        most = max([self.without_all, *self.effects, *(focus.effect for focus in self.foci)])
+        return "partly" if most >= MATTERS else "not"
 
     @property
     def citation(self) -> str:

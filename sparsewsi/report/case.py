@@ -25,13 +25,14 @@ from sparsewsi.bags.bag import Bag
 from sparsewsi.files import write_bytes
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.evidence import Evidence
+from sparsewsi.model.foci import Focus, find_foci
 from sparsewsi.model.limits import Limits
 from sparsewsi.model.novelty import Summary
 from sparsewsi.model.selection import Selection
 from sparsewsi.model.selector import LEARNED, SELECTORS, check_selector, select_learned
 from sparsewsi.readers.pictures import PictureReader, Pictures, find_cited
 from sparsewsi.report import annotations, html, plots, qupath, record, table, umap
-from sparsewsi.report.answer import Answer, summarise, word_notice
+from sparsewsi.report.answer import Answer, FocusEffect, summarise, word_notice
 from sparsewsi.report.doubts import find_doubts
 from sparsewsi.slides.refusals import SlideError
 from sparsewsi.slides.slide import Slide, open_slide
@@ -64,6 +65,7 @@ class Reader(Protocol):
         answer: str,
         options: Sequence[str] | None = None,
         progress: Callable[[int, int], None] | None = None,
+        groups: Sequence[Sequence[int]] = (),
     ) -> Evidence: ...
 
 
@@ -165,8 +167,28 @@ class Case:
             answer = replace(answer, limit=self.limits.judge(question, list(answer.probs)))
         if not evidence or not text:
             return answer
-        found = reader.leave_one_out(seen, messages, text, list(options) or None, progress)
-        return replace(answer, effects=tuple(found.effects.tolist()), evidence=found.sentence)
+        if isinstance(reader, PictureReader):
+            found = reader.leave_one_out(seen, messages, text, list(options) or None, progress)
+        else:
+            groups = [focus.places for focus in self.foci]
+            found = reader.leave_one_out(seen, messages, text, list(options) or None, progress, groups)
+        answer = replace(answer, effects=tuple(found.effects.tolist()), evidence=found.sentence)
+        return replace(answer, without_all=found.without_any, foci=self._weigh(found.group_effects.tolist()))
+
+    @cached_property
+    def foci(self) -> tuple[Focus, ...]:
+        """The groups that the kept patches form."""
+        bag, kept = self.bag, self.selection.indices
+        mean, ranks = bag.features.float().mean(0), self.selection.ranks.tolist()
+        return tuple(find_foci(bag.coords[kept], bag.features[kept], bag.patch_size, mean, ranks))
+
+    def _weigh(self, effects: Sequence[float]) -> tuple[FocusEffect, ...]:
+        """What was measured of each focus; nothing where nothing was."""
+        ranks = self.selection.ranks.tolist()
+        return tuple(
+            FocusEffect(focus.name, tuple(sorted(ranks[place] for place in focus.places)), effect)
+            for focus, effect in zip(self.foci, effects)
+        )
 
     def choose(
         self,

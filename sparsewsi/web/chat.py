@@ -4,6 +4,7 @@ A message's first block is what was said; the blocks after it are about it and a
 """
 
 import html
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,17 +15,25 @@ import numpy as np
 from sparsewsi.model.prompt import format_question
 from sparsewsi.model.selection import Selection
 from sparsewsi.report.answer import Answer, format_effect
+from sparsewsi.report.scope import Suggestion
 
 
 @dataclass(frozen=True)
 class Question:
-    """What was asked. The chat shows it; it is never read back from what is shown."""
+    """What was asked. The chat shows it; it is never read back from what is shown.
+
+    put:        what the model is asked instead: of "where is the carcinoma?" whether there is any, to point at
+    impression: what the reader wrote before the answer was shown
+    """
 
     text: str
     options: tuple[str, ...] = ()
+    put: str = ""
+    impression: str = ""
 
 
-MOST_CITED = 3  # patches shown in an answer
+MOST_CITED, MOST_FOCI = 3, 2  # patches and foci shown in an answer
+WORTH = math.log(1.05)  # nats, from which an effect is worth a number
 Questions = Mapping[int, Question]  # by their place in the chat
 
 
@@ -44,7 +53,8 @@ def text_of(message: Mapping[str, Any]) -> str:
 
 def show_question(question: Question) -> dict[str, Any]:
     """A user's message: the question and, after an empty line, its options, one a line."""
-    return {"role": "user", "content": inert("\n\n".join(filter(None, [question.text, "\n".join(question.options)])))}
+    options = () if question.put else question.options
+    return {"role": "user", "content": inert("\n\n".join(filter(None, [question.text, "\n".join(options)])))}
 
 
 def read_edit(text: str, before: Question) -> Question:
@@ -70,7 +80,7 @@ def turns_of(chat: list, questions: Questions, history: bool = True) -> tuple[li
             text = format_question(questions[place].text, questions[place].options)
         turns.append({"role": message["role"], "content": text})
     question = questions.get(last, Question(text_of(asked[last])))
-    return [*turns, {"role": "user", "content": question.text}], question.options
+    return [*turns, {"role": "user", "content": question.put or question.text}], question.options
 
 
 def show_answer(text: str, notice: str, blocks: Sequence[str] = ()) -> dict[str, Any]:
@@ -78,34 +88,59 @@ def show_answer(text: str, notice: str, blocks: Sequence[str] = ()) -> dict[str,
     return {"role": "assistant", "content": [inert(text.strip()) or "(no answer)", *blocks]}
 
 
-def show_evidence(answer: Answer, selection: Selection) -> list[str]:
-    """HTML of what was measured: a bar per option, on how much of the slide it rests, and the patches as pictures.
+def show_evidence(answer: Answer, selection: Selection, impression: str = "") -> list[str]:
+    """HTML of what was measured: a bar per option, how far it rests on the slide, the foci and patches as pictures.
 
-    A link to #patch-5 is shown as that patch's picture by the viewer, which has the address of the slide.
+    A link to #patch-5 or #focus-B is shown as a picture by the viewer, which has the address of the slide.
     """
     blocks = []
+    if impression:
+        blocks.append(f"<p class='small'>Your impression before: {inert(impression)}</p>")
     if answer.probs:
-        order = sorted(zip(answer.probs, answer.options), reverse=True)
+        order = sorted(zip(answer.probs, answer.options), key=lambda pair: -pair[0])
         bars = "".join(
             f"<span>{inert(option)}</span><span class='bar{' first' if place == 0 else ''}'>"
             f"<span style='width:{prob:.1%}'></span></span><b>{prob:.0%}</b>"
             for place, (prob, option) in enumerate(order)
         )
         blocks.append(f"<div class='bars' title='The model&#39;s own probabilities, not calibrated'>{bars}</div>")
+    if answer.rests:
+        told = f"Without all {len(selection.indices)} patches it would be {tell_effect(answer.without_all or 0)}."
+        blocks.append(f"<span class='rests {answer.rests}' title='{told}'>rests on the slide: {answer.rests}</span>")
     if answer.effects:
         effects, patches = np.asarray(answer.effects), selection.ranks.tolist()
         most = [i for i in np.argsort(-effects, kind="stable")[:MOST_CITED] if effects[i] > 0]
-        links = "".join(show_citation(patches[i], float(effects[i])) for i in most)
-        blocks.append(f"<div class='rest'>{links}</div>")
-        blocks.append(f"<p class='small'>{inert(answer.evidence)}</p>")
+        foci = sorted((focus for focus in answer.foci if focus.effect >= WORTH), key=lambda focus: -focus.effect)
+        links = [_link(f"focus-{focus.name}", f"Focus {focus.name}", focus.effect) for focus in foci[:MOST_FOCI]]
+        links += [_link(f"patch-{patches[i]}", f"#{patches[i]}", float(effects[i])) for i in most]
+        blocks.append(f"<div class='rest' title='{inert(answer.evidence)}'>{''.join(links)}</div>")
+        if foci:
+            best = foci[0]
+            blocks.append(f"<p class='small'>Without focus {best.name} it would be {tell_effect(best.effect)}.</p>")
     if answer.limit:
         blocks.append(f"<p class='small'>{inert(answer.limit)}</p>")
     return ["".join(blocks)] if blocks else []
 
 
-def show_citation(rank: int, effect: float) -> str:
-    """A link to a patch: its number, and how many times less likely the answer is without it."""
-    return f"<a href='#patch-{rank}'><span>#{rank} · {format_effect(effect)}×</span></a>"
+def tell_effect(effect: float) -> str:
+    """What leaving something out does to an answer, in words; effect in nats."""
+    if effect >= WORTH:
+        return f"{format_effect(effect)} times less likely"
+    return "hardly less likely" if effect > -WORTH else "more likely"
+
+
+def show_suggestions(suggestions: Sequence[Suggestion]) -> str:
+    """HTML of questions that can be tapped: #ask-0 is the first of them."""
+    chips = "".join(
+        f"<a class='chip' href='#ask-{number}' title='{inert(one.told)}'>{inert(one.text)}</a>"
+        for number, one in enumerate(suggestions)
+    )
+    return f"<div class='chips'>{chips}</div>"
+
+
+def _link(target: str, name: str, effect: float) -> str:
+    """A picture that leads to a patch or a focus, and how many times less likely the answer is without it."""
+    return f"<a href='#{target}'><span>{name}{f' · {format_effect(effect)}×' if effect >= WORTH else ''}</span></a>"
 
 
 def compare(columns: Sequence[tuple[str, str, Sequence[str]]]) -> str:

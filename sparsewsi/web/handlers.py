@@ -45,7 +45,7 @@ from sparsewsi.web.jobs import Halted, Job
 from sparsewsi.web.layout import FEWEST, MOST, Page, state_facts, tell_doubts
 from sparsewsi.web.limits import check_question, check_turns, read_told
 from sparsewsi.web.turns import Turn
-from sparsewsi.web.viewer import bag_props, file_props, map_props, packed, slide_props
+from sparsewsi.web.viewer import bag_props, file_props, foci_props, map_props, packed, slide_props
 
 STOPPED = "Stopped; the evidence was not weighed."
 UNWEIGHED = "The evidence could not be weighed."
@@ -192,8 +192,11 @@ class Handlers:
         }
 
     def on_case(self, opened: Opened | None) -> Changes:
-        """What to doubt in this slide's answers."""
-        return {self.page.doubts: tell_doubts(opened.case if opened else None)}
+        """What to doubt in this slide's answers, and which patches belong together."""
+        if opened is None:
+            return {self.page.doubts: ""}
+        foci = foci_props(opened.case.foci, opened.case.selection)
+        return {self.page.doubts: tell_doubts(opened.case), self.page.view: gr.HTML(foci=foci)}
 
     def on_analysed(self, opened: Opened | None, answers: Answers, request: gr.Request) -> None:
         """From now on the downloads hold these answers."""

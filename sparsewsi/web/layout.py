@@ -9,8 +9,8 @@ import gradio as gr
 from sparsewsi.model.selector import SELECTORS
 from sparsewsi.report.case import Case
 from sparsewsi.report.phantom import QUESTIONS
-from sparsewsi.web.desk import Desk
 from sparsewsi.web.cards import choose_slide
+from sparsewsi.web.desk import Desk
 from sparsewsi.web.viewer import slide_viewer
 
 FEWEST, MOST = 8, 256  # patches of a what-if
@@ -156,9 +156,7 @@ def _lay_out_chat(desk: Desk) -> dict:
             max_lines=6,
             elem_id="options",
         )
-        alone = gr.Markdown(
-            "Each question is answered on its own, without those before it.", visible=False, elem_id="alone"
-        )
+        alone = gr.Markdown("Each question is answered on its own.", visible=False, elem_id="alone")
         gr.HTML(tell_notice(desk), elem_id="notice")
         with gr.Accordion("What the generator planted", open=False, visible=False, elem_id="secret") as secret:
             planted = gr.Markdown(elem_id="planted")

@@ -48,7 +48,7 @@ def _wire_slides(demo: gr.Blocks, page: Page, on: Handlers, allow_paths: bool) -
             on.on_slide_shown, [page.token, page.path, page.mpp], filled, **waiting, **WORK, **EVERY
         )
         analysed.success(on.on_analysed, [page.opened, page.answers], None, **QUIET, **EVERY)
-        analysed.success(on.on_case, page.opened, page.doubts, **QUIET, **EVERY)
+        analysed.success(on.on_case, page.opened, [page.doubts, page.view], **QUIET, **EVERY)
         analysed.success(on.on_map_wanted, page.opened, page.view, **QUIET, **EVERY)
     demo.unload(on.on_unload)
 

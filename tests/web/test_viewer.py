@@ -290,13 +290,13 @@ def test_05_patches_are_read_one_after_the_other(open_viewer):
     page.keyboard.press("a")
     page.keyboard.press("p")
     page.keyboard.press("d")
-    assert page.inner_text(".count") == "32 of 10,000 patches · 3 seen"
+    assert page.inner_text(".count").split("\n") == ["32 of 10,000 patches", "3 seen"]
     assert [text.strip() for text in page.locator(".item u").all_inner_texts()[:4]] == ["✓", "✓ −", "✓ +", ""]
     page.keyboard.press("Enter")
     assert page.locator(".card img").is_visible()
     page.keyboard.press("Escape")
     assert not page.locator(".card").is_visible()
-    page.select_option(".patches select", "evidence")
+    page.select_option(".film select", "evidence")
     assert page.locator(".item b").first.inner_text() == f"#{KEPT}", "the order by evidence is another"
     assert page.locator(".item em").first.inner_text() == "2.72×"
 
@@ -313,6 +313,7 @@ def test_06_slide_map_and_strip_share_one_selection(n, open_viewer):
         )
         for i in (4, 5, 6)
     )
+    page.click('[role=tab][data-tab="map"]')
     box = page.locator(".map").bounding_box()
     low, high = made.xy.min(0), made.xy.max(0)
     scale = min((box["width"] - 34) / (high - low)[0], (box["height"] - 34) / (high - low)[1])
@@ -354,7 +355,7 @@ def test_06_slide_map_and_strip_share_one_selection(n, open_viewer):
 
 
 @pytest.mark.browser
-def test_07_the_scores_of_all_patches_are_shown_with_a_colour_bar(open_viewer):
+def test_07_what_was_left_out_is_dimmed_and_what_is_near_the_cut_is_outlined(open_viewer):
     page = open_viewer(made_up().props)
     colour = """(() => {
       const canvas = document.querySelector(".slide"), view = viewer.dataset;
@@ -367,8 +368,9 @@ def test_07_the_scores_of_all_patches_are_shown_with_a_colour_bar(open_viewer):
     page.keyboard.press("h")
     page.wait_for_selector(".colours:visible")
     page.wait_for_function(f"{colour} !== '{before}'")
-    assert "percentile" in page.inner_text(".colours")
-    page.locator(".opacity input").fill("100")
+    assert page.inner_text(".colours").split() == ["kept", "next", "32", "by", "score", "left", "out"]
+    page.keyboard.press("l")
+    page.locator(".opacity input").fill("90")
     assert "scores=1" in page.evaluate("new Promise(done => setTimeout(() => done(location.search), 1200))")
 
 
@@ -386,6 +388,10 @@ def test_08_a_region_drawn_on_the_slide_names_its_patches(open_viewer):
     page.click('[data-do="drop"]')
     dropped = page.evaluate("sent")[-1][1]["dropped"]
     assert len(dropped) == 1
+    page.click('[data-do="drop-all"]')
+    assert len(page.evaluate("sent")[-1][1]["dropped"]) > 1
+    page.click('[data-do="unpick"]')
+    assert page.evaluate("sent")[-1][1]["dropped"] == dropped, "dropping all can be undone"
 
 
 @pytest.mark.browser
@@ -401,13 +407,16 @@ def test_14_everything_is_reached_by_keyboard_in_both_themes_and_on_a_telephone(
     page = open_viewer(made_up().props, width=390, height=800, has_touch=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     reached = set()
-    for _ in range(60):
-        page.keyboard.press("Tab")
-        reached.add(page.evaluate("document.activeElement.className + (document.activeElement.dataset.do || '')"))
-    assert {"boxes", "heat", "region", "slide", "map"} <= reached
+    for tab in ("map", "ask"):
+        page.click(f'[role=tab][data-tab="{tab}"]')
+        page.click('[data-do="layers"]')
+        for _ in range(90):
+            page.keyboard.press("Tab")
+            reached.add(page.evaluate("document.activeElement.className + (document.activeElement.dataset.do || '')"))
+    assert {"boxes", "heat", "region", "slide", "map", "layers"} <= reached
     assert any(name.startswith("item") for name in reached)
     outline = page.evaluate(
-        "(b => { b.focus(); return getComputedStyle(b).outlineStyle; })(document.querySelector('[data-do=boxes]'))"
+        "(b => { b.focus(); return getComputedStyle(b).outlineStyle; })(document.querySelector('[data-do=region]'))"
     )
     assert outline == "solid"
     page.tap(".item >> nth=1")

@@ -162,11 +162,14 @@ root.addEventListener("keydown", (event) => {
 document.addEventListener(
   "click",
   (event) => {
-    const link = event.target.closest && event.target.closest('a[href*="#patch-"], a[href*="#focus-"]');
-    if (!link || !root.isConnected || !bag) return;
+    const link =
+      event.target.closest && event.target.closest('a[href*="#patch-"], a[href*="#focus-"], a[href*="#ask-"]');
+    if (!link || !root.isConnected) return;
     event.preventDefault();
     event.stopPropagation();
     const [kind, name] = link.getAttribute("href").split("#")[1].split("-");
+    if (kind === "ask") return trigger("ask", { number: +name });
+    if (!bag) return;
     if (kind === "patch") go(indexOfRank(+name));
     else goFocus(name);
     const place = stage.getBoundingClientRect();

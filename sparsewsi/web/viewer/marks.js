@@ -1,6 +1,5 @@
 // What is drawn over the slide: boxes by focus, numbers, what was left out, tissue while it is analysed.
 
-const isKept = (index) => kept.includes(index);
 const paper = () => getComputedStyle(root).getPropertyValue("--stage").trim() || "#e9e9ec";
 const inkOf = (index) =>
   layers.foci && focusOf.has(index) ? FOCUS_COLOURS[focusOf.get(index) % FOCUS_COLOURS.length] : YELLOW;

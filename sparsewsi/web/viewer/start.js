@@ -3,7 +3,7 @@
 new ResizeObserver(() => {
   const before = size[0];
   size = [stage.clientWidth, stage.clientHeight];
-  if (slide && size[0] && !before) fit();
+  if (slide && size[0] && (!before || fitted)) fit();
   else draw();
   drawMap();
 }).observe(stage);

@@ -1,6 +1,7 @@
 // The stage: where the slide is looked at, how that is drawn, and the pointer on it.
 
 const MAGNIFICATIONS = [1.25, 2.5, 5, 10, 20, 40];
+let fitted = false; // the whole slide is shown, and stays so when the window changes
 let frame = 0; // of the animation that will draw next
 
 const COS = [1, 0, -1, 0]; // of quarter turns
@@ -31,12 +32,15 @@ function moveTo(x, y, scale) {
   view.x = Math.min(Math.max(x, 0), slide.size[0]);
   view.y = Math.min(Math.max(y, 0), slide.size[1]);
   view.scale = bounded(scale);
+  fitted = false;
   draw();
   remember();
 }
 
 function fit() {
-  if (slide && size[0]) moveTo(slide.size[0] / 2, slide.size[1] / 2, fitScale());
+  if (!slide || !size[0]) return;
+  moveTo(slide.size[0] / 2, slide.size[1] / 2, fitScale());
+  fitted = true;
 }
 
 function zoom(factor, sx = size[0] / 2, sy = size[1] / 2) {

@@ -16,7 +16,7 @@ import re
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from sparsewsi.bags.bag import Bag
+from sparsewsi.model.foci import Focus
 from sparsewsi.model.selection import Selection
 from sparsewsi.report.umap import FeatureMap
 from sparsewsi.slides.slide import Slide, open_slide
@@ -308,6 +309,18 @@ def slide_props(token: str, slide: Slide, source: str = "") -> dict[str, Any]:
         "name": slide.name,
         "source": source,
     }
+
+
+def foci_props(foci: Sequence[Focus], selection: Selection, effects: Mapping[str, float] | None = None) -> list[dict]:
+    """The prop "foci": which of the kept patches belong together. effects: by name, what an answer loses without."""
+    return [
+        {
+            "name": focus.name,
+            "indices": selection.indices[list(focus.places)].tolist(),
+            "effect": (effects or {}).get(focus.name),
+        }
+        for focus in foci
+    ]
 
 
 def bag_props(bag: Bag, selection: Selection) -> dict[str, Any]:

@@ -1,0 +1,84 @@
+"""What a model can be asked, and what it says where it is not sure."""
+
+import pytest
+
+from sparsewsi.model.limits import Limit, Limits
+from sparsewsi.report.answer import Answer, FocusEffect
+from sparsewsi.report.scope import find_target, put_as_presence, suggest, within, word_answer
+
+LIMITS = Limits(
+    kinds=(
+        Limit("malignant", ("malignan",), 21, 18, 0.78, 0.6, 0.97, least=0.6),
+        Limit("organ", (r"\borgan\b",), 21, 18, 0.44, 0.24, 0.68, least=0.55),
+        Limit("carcinoma", ("carcinoma",), 22, 19, 0.77, 0.58, 0.95),
+    ),
+    vocabulary=("fat", "mucin"),
+)
+
+
+@pytest.mark.parametrize("question", ["What grade is it?", "Is the patient a smoker?", "Which stage?"])
+def test_a_question_of_no_kind_that_was_trained_is_outside(question):
+    assert not within(LIMITS, question)
+    assert within(Limits(), question), "a model without limits sets no scope"
+
+
+@pytest.mark.parametrize(
+    ("question", "options"),
+    [
+        ("Is this malignant?", ()),
+        ("Describe this slide.", ()),
+        ("Is there fat?", ()),
+        ("Which of these is present?", ("mucin", "blood")),
+    ],
+)
+def test_a_question_about_its_kinds_or_words_is_inside(question, options):
+    assert within(LIMITS, question, options)
+
+
+def test_every_validated_kind_is_a_question_to_tap():
+    assert [one.text for one in suggest(LIMITS)][:2] == ["Is this slide malignant?", "Which organ is this slide from?"]
+    assert "78%" in suggest(LIMITS)[0].told
+
+
+@pytest.mark.parametrize(
+    ("question", "target"),
+    [
+        ("Where is the carcinoma?", "carcinoma"),
+        ("Show me the mucin.", "mucin"),
+        ("Is there carcinoma?", ""),
+        ("Where was this tissue taken from?", ""),
+    ],
+)
+def test_where_is_asks_for_a_place(question, target):
+    assert find_target(question) == target
+
+
+def test_what_can_be_pointed_at_is_a_question_of_presence():
+    found = put_as_presence(LIMITS, "carcinoma")
+    assert found is not None
+    assert found.options == ("Yes", "No")
+    assert put_as_presence(LIMITS, "mitoses") is None
+
+
+def test_below_the_validated_threshold_both_likeliest_are_told():
+    unsure = Answer("Is this malignant?", "No", ("Yes", "No", "Maybe"), (0.4, 0.55, 0.05))
+    assert word_answer(unsure, LIMITS) == "Not sure: No or Yes"
+    sure = Answer("Is this malignant?", "No", ("Yes", "No"), (0.2, 0.8))
+    assert word_answer(sure, LIMITS) == "No"
+
+
+def test_what_organ_is_this_is_never_told_for_certain_by_a_model_that_is_mostly_wrong():
+    assert word_answer(Answer("What organ is this?", "colon mucosa"), LIMITS) == "Not sure; perhaps: colon mucosa"
+
+
+@pytest.mark.parametrize(
+    ("without_all", "effects", "foci", "rests"),
+    [
+        (3.0, (0.1,), (), "strongly"),
+        (0.1, (0.1,), (), "not"),
+        (0.1, (0.1,), (FocusEffect("A", (1, 2), 1.0),), "partly"),
+        (None, (), (), ""),
+    ],
+)
+def test_how_far_an_answer_rests_on_the_slide(without_all, effects, foci, rests):
+    assert Answer("?", "No", effects=effects, without_all=without_all, foci=foci).rests == rests
