@@ -83,7 +83,7 @@ def turns_of(chat: list, questions: Questions, history: bool = True) -> tuple[li
     return [*turns, {"role": "user", "content": question.put or question.text}], question.options
 
 
-def show_answer(text: str, notice: str, blocks: Sequence[str] = ()) -> dict[str, Any]:
+def show_answer(text: str, blocks: Sequence[str] = ()) -> dict[str, Any]:
     """An assistant's message: its words, and under them what is known of them, HTML of our own."""
     return {"role": "assistant", "content": [inert(text.strip()) or "(no answer)", *blocks]}
 

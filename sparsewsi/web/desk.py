@@ -64,6 +64,7 @@ class Opened:
     def __init__(self, token: str, case: Case):
         self.token, self.bytes = token, case.bag.features.nbytes
         self._case: Case | None = case
+        self._beside: list[Opened] = []
 
     @property
     def case(self) -> Case:
@@ -72,8 +73,15 @@ class Opened:
             raise ValueError("This slide has been closed; open it again.")
         return self._case
 
+    def beside(self, case: Case) -> "Opened":
+        """The same slide with other patches; it goes when this one does."""
+        self._beside = [Opened(self.token, case)]
+        return self._beside[0]
+
     def close(self) -> None:
         self._case = None
+        for other in self._beside:
+            other.close()
 
 
 class Desk:

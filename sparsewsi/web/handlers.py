@@ -25,6 +25,7 @@ from sparsewsi.report.answer import Answer
 from sparsewsi.report.case import Case
 from sparsewsi.report.phantom import choose_questions, describe_truth, find_truth
 from sparsewsi.report.qupath import read_regions
+from sparsewsi.report.scope import find_target, put_as_presence, suggest, within, word_answer
 from sparsewsi.web import chat as words
 from sparsewsi.web import intake
 from sparsewsi.web.chat import (
@@ -36,6 +37,7 @@ from sparsewsi.web.chat import (
     show_answer,
     show_evidence,
     show_question,
+    show_suggestions,
     text_of,
 )
 from sparsewsi.web.desk import Desk, Opened
@@ -52,12 +54,27 @@ UNWEIGHED = "The evidence could not be weighed."
 BROKEN_OFF = "The answer broke off here; ask again."
 WEIGHING = "_Weighing the evidence: the answer is scored again without each of the patches …_"
 OPENING = {"phantom": "Opening the phantom (generated on first use)", "cmu-1": "Fetching CMU-1 (CC0)"}
-NOTHING = ("bag", "kept", "foci", "map", "evidence", "whatif", "work")  # of a slide that has just been opened
+NOTHING = ("unpicked", "bag", "kept", "foci", "map", "evidence", "whatif", "work")  # of a slide just opened
 MOST_LIKES = 24
 MOST_VIEWS, MOST_PICKS = 200, 4096  # taken from one event of the viewer
 
+UNPICKED = "Pinned: 0 · dropped: 0"
+OUTSIDE = "This model cannot answer that; it can answer:"
+AT_READY = "It will be asked when the slide is ready."
+NO_WORD = "This model has no word for that, so it cannot point at it."
+
 Changes = dict[Any, Any]  # part of the page -> new value; gr.skip() where nothing changes
 Answers = dict[int, Answer]  # by their place in the chat
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Aside:
+    """What a what-if has taken the place of, until it is left."""
+
+    opened: Opened
+    chat: list
+    questions: Questions
+    answers: Answers
 
 
 class Handlers:
@@ -137,6 +154,8 @@ class Handlers:
         desk.turns.drop(str(request.session_hash))
         return {
             page.token: token,
+            page.name: slide.name,
+            page.waiting: None,
             page.view: gr.HTML(slide=props, **dict.fromkeys(NOTHING), files=[]),
             page.opened: None,
             page.chat: [],
@@ -148,17 +167,32 @@ class Handlers:
             page.doubts: "",
             page.aside: None,
             page.picks: {"pinned": [], "dropped": []},
-            page.picked: "Pinned: 0 · dropped: 0",
+            page.picked: UNPICKED,
             page.typed_path: "",
             page.question: ask_for_question(),
         }
 
-    def on_slide_shown(self, token: str, path: str, resolution: str, request: gr.Request) -> Iterator[Changes]:
-        """Analyse the slide, saying every second how far it is.
+    def on_slide_shown(
+        self, token: str, path: str, resolution: str, name: str, request: gr.Request
+    ) -> Iterator[Changes]:
+        """Analyse the slide, saying every second how far it is; where that fails, the page says so until the next."""
+        try:
+            yield from self._analyse(token, path, resolution, request)
+        except gr.Error as error:
+            if self.desk.slides.holds(token):
+                why = str(error.message)
+                told = why or "The analysis was cancelled. Open the slide again to go on."
+                doing = f"{name} · {'not analysed' if why else 'cancelled'}"
+                yield {
+                    self.page.token: "",
+                    self.page.view: gr.HTML(work={"error": told}),
+                    self.page.facts: state_facts(self.desk, None, doing, wrong=True),
+                }
+            raise
 
-        Its resolution leaves the field, where it would be taken for the next slide's.
-        """
-        desk, page, opened = self.desk, self.page, None
+    def _analyse(self, token: str, path: str, resolution: str, request: gr.Request) -> Iterator[Changes]:
+        """The resolution leaves its field, where it would be taken for the next slide's."""
+        desk, page, opened, outlined = self.desk, self.page, None, False
         with explain_errors():
             mpp = read_mpp(resolution)
 
@@ -168,7 +202,9 @@ class Handlers:
             for job in desk.jobs.follow(str(request.session_hash), "slide", token, analyse):
                 opened = job.result
                 if opened is None:
-                    yield {page.view: gr.HTML(work=work_props(job))}
+                    tissue = tissue_props(desk, job, outlined)
+                    outlined = outlined or "coords" in tissue
+                    yield {page.view: gr.HTML(work={**work_props(job), **tissue})}
             if opened is None or not desk.keep(opened):  # another one was opened meanwhile
                 raise Halted
             case = opened.case
@@ -236,23 +272,74 @@ class Handlers:
 
     # ---- a question is asked
 
+    def on_cancel(self, request: gr.Request) -> None:
+        """The slide that is being analysed is not wanted any more."""
+        self.desk.cancel(str(request.session_hash))
+
+    def on_ready(self, opened: Opened | None, waiting: Question | None, request: gr.Request) -> Changes:
+        """The slide is analysed: the question that waited for it is asked."""
+        if opened is None or waiting is None:
+            raise stop_unseen()
+        return self._ask(opened, [], waiting, {}, request) | {self.page.waiting: None}
+
+    def on_not_analysed(self, opened: Opened | None, token: str, waiting: Question | None) -> Changes:
+        """A question that waited for a slide that could not be analysed goes back to its box."""
+        if opened is not None or token or waiting is None:
+            return gr.skip()
+        page = self.page
+        box: Changes = {page.question: waiting.text, page.given_options: "\n".join(waiting.options)}
+        return {page.waiting: None, page.chat: [], **box}
+
     def on_starter(self, index: int, starters: list) -> Changes:
         """A question to start with was chosen: into the boxes with it."""
         text, options = starters[index]
         return {self.page.question: text, self.page.given_options: "\n".join(options)}
 
     def on_question(
-        self, question: str, given: str, opened: Opened | None, chat: list, questions: Questions, request: gr.Request
+        self,
+        question: str,
+        given: str,
+        opened: Opened | None,
+        token: str,
+        chat: list,
+        questions: Questions,
+        request: gr.Request,
     ) -> Changes:
-        """Put the question into the chat and give the box back empty, with a Stop button while the answer comes."""
-        if opened is None:
+        """Put the question into the chat and give the box back empty, with a Stop button while the answer comes.
+
+        One that is typed while the slide is analysed waits for that.
+        """
+        if opened is None and not token:
             raise refuse("Open a slide first; the question stays in the box.")
         if not question.strip():
             raise refuse("Write a question first.")
+        if opened is None:
+            return self._let_wait(Question(question.strip(), read_options(given)))
         self._refuse_while_busy(chat, request)
         kept = chat[:-1] if chat and chat[-1]["role"] == "user" else chat  # a question that was not answered goes
         changes = self._ask(opened, kept, Question(question.strip(), read_options(given)), questions, request)
         return changes | {self.page.question: wait_for_answer(value=""), self.page.given_options: ""}
+
+    def _let_wait(self, question: Question) -> Changes:
+        page = self.page
+        with explain_errors():
+            check_question(question.text, question.options)
+        chat = [show_question(question), show_answer(AT_READY)]
+        return {page.chat: chat, page.waiting: question, page.question: "", page.given_options: ""}
+
+    def on_suggested(
+        self, event: gr.EventData, opened: Opened | None, chat: list, questions: Questions, request: gr.Request
+    ) -> Changes:
+        """One of the questions that the model can answer was tapped."""
+        if opened is None:
+            raise refuse("Open a slide first.")
+        self._refuse_while_busy(chat, request)
+        offered = suggest(opened.case.limits)
+        number = event._data.get("number") if isinstance(event._data, dict) else None
+        if not isinstance(number, int) or not 0 <= number < len(offered):
+            raise stop_unseen()
+        one = offered[number]
+        return self._ask(opened, chat, Question(one.text, one.options), questions, request)
 
     def on_retry(self, opened: Opened, chat: list, request: gr.Request) -> Changes:
         """Ask the last question again."""
@@ -276,8 +363,20 @@ class Handlers:
         with explain_errors():
             check_question(question.text, question.options)
             format_question(question.text, question.options)  # the model would refuse too many options only later
-        asked = [*before, show_question(question)]
+            limits = opened.case.limits
         earlier = {place: one for place, one in questions.items() if place < len(before)}
+        target = "" if question.options else find_target(question.text)
+        presence = put_as_presence(limits, target) if target else None
+        if presence is not None:
+            question = dataclasses.replace(question, options=presence.options, put=presence.text)
+        elif (target and limits.kinds) or not within(limits, question.text, question.options):
+            said = [NO_WORD if target else OUTSIDE, show_suggestions(suggest(limits))]
+            return {
+                self.page.chat: [*before, show_question(question), show_answer(said[0], said[1:])],
+                self.page.questions: earlier | {len(before): question},
+                self.page.question: ask_for_question(),
+            }
+        asked = [*before, show_question(question)]
         self.desk.turns.begin(str(request.session_hash), name_question(opened, asked))
         return {
             self.page.chat: asked,
@@ -315,11 +414,12 @@ class Handlers:
             turns, given = words.turns_of(chat, questions, history=desk.config.multi_turn)
             check_turns(turns, given)
         answers = {place: earlier for place, earlier in answers.items() if place < len(chat)}
-        text, lines = "", [STOPPED]
+        question = questions.get(len(chat) - 1, Question(""))
+        text, lines, pointed = "", [STOPPED], None
         failure, if_it_fails = None, BROKEN_OFF
 
         def so_far(*lines: str) -> list:
-            return [*chat, show_answer(text, case.notice, lines)]
+            return [*chat, show_answer(text, lines)]
 
         try:
             with explain_errors(), suppress(Halted), desk.jobs.run(session, "question", opened.token) as job:
@@ -333,7 +433,8 @@ class Handlers:
                 yield {page.chat: so_far(WEIGHING)}
                 shown = text_of(so_far()[-1]) if text else ""
                 answer = desk.measure(case, turns, shown, given, job.name)
-                answers[len(chat)], text = answer, answer.text
+                answers[len(chat)] = answer
+                text, pointed = self._put_first(answer, question, case)
                 lines = show_evidence(answer, case.selection)
         except gr.Error as error:  # no half answer may stand as a whole one
             failure, lines = error, [if_it_fails]
@@ -345,11 +446,25 @@ class Handlers:
                 desk.record(request.session_hash, event="ask", slide=case.bag.slide, **dataclasses.asdict(answer))
             self.on_analysed(opened, answers, request)
             changes = {page.chat: chat, page.answers: answers, page.question: ask_for_question()}
-            yield changes | self.on_answer_shown(opened, chat, answers)
+            yield changes | self._show_evidence_of(opened, chat, answers, pointed)
         elif desk.turns.get(session) is None:  # cleared, or another slide: a word may have come after that
             yield {page.chat: [], page.answers: {}}
         if failure:
             raise failure
+
+    def _put_first(self, answer: Answer, question: Question, case: Case) -> tuple[str, dict[str, Any] | None]:
+        """The first line of an answer and, where it was asked where something is, where the viewer is to go."""
+        if not question.put:
+            return word_answer(answer, case.limits), None
+        target, yes = find_target(question.text), answer.probs[0] if answer.probs else 0.0
+        if yes <= 0.5 or not answer.effects:
+            return f"The model does not find {target} (Yes: {yes:.0%})", None
+        focus = max(answer.foci, key=lambda one: one.effect, default=None)
+        best = int(np.argmax(answer.effects))
+        if focus is not None and focus.effect >= answer.effects[best]:
+            return f"Here: focus {focus.name}", {"name": focus.name, "nonce": uuid.uuid4().hex}
+        rank = int(case.selection.ranks[best])
+        return f"Here: #{rank}", {"rank": rank, "nonce": uuid.uuid4().hex}
 
     def on_answered(self, request: gr.Request) -> Changes:
         """The answer has come, or will not: the box is for the next question, if that has not been asked already."""
@@ -364,14 +479,20 @@ class Handlers:
             return gr.skip()
         changes: Changes = {self.page.question: ask_for_question()}
         if turn is not None and not turn.started:
-            changes[self.page.chat] = [*chat, show_answer("", self.desk.notice, [STOPPED])]
+            changes[self.page.chat] = [*chat, show_answer("", [STOPPED])]
         return changes
 
     def on_answer_shown(self, opened: Opened | None, chat: list, answers: Answers) -> Changes:
         """The viewer shows the evidence of the answer that the chat ends with, never that of another one."""
+        return self._show_evidence_of(opened, chat, answers)
+
+    def _show_evidence_of(
+        self, opened: Opened | None, chat: list, answers: Answers, pointed: dict[str, Any] | None = None
+    ) -> Changes:
         answer = answers.get(len(chat) - 1)
         evidence = evidence_props(opened.case.selection, answer) if opened and answer else None
-        return {self.page.view: gr.HTML(evidence=evidence)}
+        props = {"evidence": evidence} if pointed is None else {"evidence": evidence, "focus": pointed}
+        return {self.page.view: gr.HTML(**props)}
 
     def on_undo(self, chat: list, questions: Questions, answers: Answers, request: gr.Request) -> Changes:
         """Take back the last question; its words return to the boxes."""
@@ -408,7 +529,7 @@ class Handlers:
 
     def on_unpick(self) -> Changes:
         """Nothing is pinned or dropped any more, in the viewer too."""
-        picks: Changes = {self.page.picks: {"pinned": [], "dropped": []}, self.page.picked: "Pinned: 0 · dropped: 0"}
+        picks: Changes = {self.page.picks: {"pinned": [], "dropped": []}, self.page.picked: UNPICKED}
         return picks | {self.page.view: gr.HTML(unpicked=uuid.uuid4().hex)}
 
     def on_likes(self, event: gr.EventData, opened: Opened | None) -> Changes:
@@ -450,67 +571,100 @@ class Handlers:
         chat: list,
         questions: Questions,
         answers: Answers,
+        aside: Aside | None,
         k: int,
         selector: str,
         picks: dict[str, list[int]],
         request: gr.Request,
     ) -> Iterator[Changes]:
-        """Ask the last question once more, from other patches; both answers stand beside each other."""
+        """Ask the last question once more, from other patches: slide, film and chat are the what-if's until it is left.
+
+        Another what-if takes the place of the one before, beside the same answer of the model's own patches.
+        """
         self._refuse_while_busy(chat, request)
-        session = str(request.session_hash)
-        with closing(self._ask_what_if(opened, chat, questions, answers, int(k), selector, picks, session)) as steps:
+        if aside is None and opened is not None:
+            aside = Aside(opened, chat, questions, answers)
+        with closing(self._ask_what_if(aside, int(k), selector, picks, request)) as steps:
             for changes in steps:
-                if opened is None or not self.desk.slides.holds(opened.token):  # another slide was opened
+                if aside is None or not self.desk.slides.holds(aside.opened.token):  # another slide was opened
                     yield {self.page.compare: ""}
                     return
                 yield changes
 
     def _ask_what_if(
-        self,
-        opened: Opened | None,
-        chat: list,
-        questions: Questions,
-        answers: Answers,
-        k: int,
-        selector: str,
-        picks: dict[str, list[int]],
-        session: str,
+        self, aside: Aside | None, k: int, selector: str, picks: dict[str, list[int]], request: gr.Request
     ) -> Generator[Changes]:
-        desk, page = self.desk, self.page
+        desk, page, session = self.desk, self.page, str(request.session_hash)
         with explain_errors(), ExitStack() as taken:
-            if opened is None or not chat:
+            if aside is None or not aside.answers:
                 raise ValueError("Ask a question first: a what-if asks the same again, from other patches.")
-            case, first = opened.case, answers.get(len(chat) - 1)
-            known = show_evidence(first, case.selection) if first else []
+            case, last = aside.opened.case, max(aside.answers)
+            first, chat = aside.answers[last], aside.chat[: last + 1]
+            known = show_evidence(dataclasses.replace(first, foci=()), case.selection)  # focus A is the other's now
             left = (f"{len(case.selection.indices)} patches, learned", text_of(chat[-1]), known)
-            turns, given = words.turns_of(chat, questions, history=desk.config.multi_turn)
+            turns, given = words.turns_of(chat, aside.questions, history=desk.config.multi_turn)
             check_turns(turns, given)
             if not FEWEST <= k <= MOST:
                 raise ValueError(f"A what-if takes {FEWEST} to {MOST} patches, got {k:,}.")
-            job = taken.enter_context(desk.jobs.run(session, "question", opened.token))
+            job = taken.enter_context(desk.jobs.run(session, "question", aside.opened.token))
             other = desk.choose(case, k, selector, picks["pinned"], picks["dropped"], job.name)
             selection = other.selection
-            title = f"What if: {len(selection.indices)} patches, {selector}"
-            title += "".join(f", {len(picks[key])} {key}" for key in ("pinned", "dropped") if picks[key])
+            label = f"{len(selection.indices)} {selector} patches"
+            label += "".join(f", {len(picks[key])} {key}" for key in ("pinned", "dropped") if picks[key])
+            mine, question = aside.opened.beside(other), aside.questions.get(last - 1, Question(first.question, given))
 
-            def beside(text: str, lines: list[str]) -> str:
-                return words.compare([left, (title, text, lines)])
+            def beside(text: str, lines: list[str]) -> Changes:
+                return {
+                    page.compare: words.compare([left, (f"What if: {label}", text, lines)]),
+                    page.chat: [show_question(question), show_answer(text, lines)],
+                }
 
-            yield {page.compare: beside("", []), page.view: gr.HTML(**selection_props(selection))}
+            view = gr.HTML(**selection_props(other), whatif=label)
+            state = {page.opened: mine, page.aside: aside, page.questions: {0: question}, page.answers: {}}
+            yield {**beside("…", []), **state, page.view: view}
             text = ""
             for piece in desk.answer(other, turns, given, job.name):
                 text += piece
-                yield {page.compare: beside(text, [])}
+                yield beside(text, [])
             answer = desk.measure(other, turns, text, given, job.name)
+            shown, pointed = self._put_first(answer, question, other)
+            answers = {1: answer}
+            asked = dataclasses.asdict(answer) | {"what_if": label}
+            desk.record(session, event="ask", slide=other.bag.slide, **asked)
+            self.on_analysed(mine, answers, request)
             yield {
-                page.compare: beside(answer.text or "(no answer)", show_evidence(answer, selection)),
-                page.view: gr.HTML(evidence=evidence_props(selection, answer)),
+                **beside(shown or "(no answer)", show_evidence(answer, selection)),
+                page.answers: answers,
+                **self._show_evidence_of(mine, [None, None], answers, pointed),
             }
 
-    def on_own_patches(self, opened: Opened | None) -> Changes:
-        """Go back from a what-if to what the model selected."""
-        view = {self.page.view: gr.HTML(**selection_props(opened.case.selection))} if opened else {}
-        return {self.page.compare: "", **view}
+    def on_leave(
+        self, opened: Opened | None, chat: list, answers: Answers, aside: Aside | None, request: gr.Request
+    ) -> Changes:
+        """Leave a what-if: slide, film, chat, picks and downloads are what they were before."""
+        self._refuse_while_busy(chat, request)
+        page = self.page
+        before = aside or (None if opened is None else Aside(opened, chat, {}, answers))
+        if before is None:
+            return {page.compare: ""}
+        case = before.opened.case
+        self.on_analysed(before.opened, before.answers, request)
+        props: dict[str, Any] = selection_props(case)
+        answer = before.answers.get(len(before.chat) - 1)
+        props["evidence"] = evidence_props(case.selection, answer) if answer else None
+        changes: Changes = {
+            page.compare: "",
+            page.view: gr.HTML(**props, whatif="", unpicked=uuid.uuid4().hex),
+            page.picks: {"pinned": [], "dropped": []},
+            page.picked: UNPICKED,
+            page.k: max(FEWEST, min(MOST, self.desk.config.num_tokens)),
+            page.selector: "learned",
+            page.aside: None,
+        }
+        if aside is not None:
+            changes |= {page.opened: aside.opened, page.chat: aside.chat}
+            changes |= {page.questions: aside.questions, page.answers: aside.answers}
+        return changes
 
 
 # ---- values
@@ -551,6 +705,15 @@ def work_props(job: Job) -> dict[str, Any]:
     }
 
 
+def tissue_props(desk: Desk, job: Job, outlined: bool) -> dict[str, Any]:
+    """What the prop "work" says of the slide so far: where its patches lie, once, and which are kept for now."""
+    peek = job.peek()
+    if peek is None:
+        return {}
+    where = {} if outlined else {"coords": packed(peek.coords, np.int32), "side": peek.patch_size}
+    return {**where, "kept": packed(desk.provisional(job), np.int32)}
+
+
 def wait_for_answer(**changes: Any) -> gr.Textbox:
     """The question box while an answer is coming, with a Stop button."""
     return gr.Textbox(submit_btn=False, stop_btn="Stop", **changes)
@@ -565,9 +728,14 @@ def evidence_props(selection: Selection, answer: Answer) -> dict[str, Any] | Non
     """The viewer's prop "evidence"."""
     if not answer.effects:
         return None
-    return {"indices": selection.indices.tolist(), "effects": [round(effect, 4) for effect in answer.effects]}
+    return {
+        "indices": selection.indices.tolist(),
+        "effects": [round(effect, 4) for effect in answer.effects],
+        "foci": {focus.name: round(focus.effect, 4) for focus in answer.foci},
+    }
 
 
-def selection_props(selection: Selection) -> dict[str, Any]:
+def selection_props(case: Case) -> dict[str, Any]:
     """The viewer's props of a selection that no answer rests on yet."""
-    return {"kept": packed(selection.indices, np.int32), "evidence": None}
+    kept = packed(case.selection.indices, np.int32)
+    return {"kept": kept, "foci": foci_props(case.foci, case.selection), "evidence": None}

@@ -27,6 +27,8 @@ class Page:
     answers: gr.State  # dict[int, Answer]: by their place in the chat
     starters: gr.State  # list of (question, options) to start with
     picks: gr.State  # {"pinned": indices, "dropped": indices}
+    name: gr.State  # str: of the slide, while it is analysed
+    waiting: gr.State  # chat.Question | None: typed while the slide was analysed
     aside: gr.State  # handlers.Aside | None: what a what-if has taken the place of
     facts: gr.HTML
     gallery: gr.HTML
@@ -63,6 +65,8 @@ def lay_out(desk: Desk) -> tuple[gr.Blocks, Page]:
             "answers": gr.State({}),
             "starters": gr.State(list(QUESTIONS)),
             "picks": gr.State({"pinned": [], "dropped": []}),
+            "name": gr.State(""),
+            "waiting": gr.State(None),
             "aside": gr.State(None),
         }
         with gr.Column(elem_id="room"):
@@ -101,8 +105,8 @@ def _lay_out_sources(desk: Desk) -> dict:
                 elem_id="path",
             )
             mpp = gr.Textbox(
-                label="µm/px, if it does not say",
-                placeholder="as stated",
+                label="Scan µm/px",
+                placeholder="if not stated",
                 max_length=12,
                 min_width=150,
                 elem_id="mpp",

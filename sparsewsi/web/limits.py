@@ -19,6 +19,8 @@ def check_question(question: str, options: Sequence[str] = (), answer: str = "")
         raise ValueError("The text holds half a character (a lone surrogate); write it again.")
     if len(options) > MOST_OPTIONS:
         raise ValueError(f"A question has at most {MOST_OPTIONS} options, got {len(options)}; leave some out.")
+    if options and len({option.strip().casefold() for option in options if option.strip()}) < 2:
+        raise ValueError("Give at least two different options, one a line, or none.")
     for what, size in (("question", len(question)), ("answer", len(answer)), ("options", sum(map(len, options)))):
         if size > MOST_CHARS:
             verb = "have together" if what == "options" else "has"

@@ -21,15 +21,16 @@ def build_page(desk: Desk) -> gr.Blocks:
     demo, page = lay_out(desk)
     handlers, functions = Handlers(desk, page), Api(desk)
     with demo:
-        _wire_slides(demo, page, handlers, desk.allow_paths)
-        _wire_questions(page, handlers)
+        analysed = _wire_slides(demo, page, handlers, desk.allow_paths)
+        _wire_questions(page, handlers, analysed)
         _wire_what_if(page, handlers)
         for function in (functions.analyze, functions.ask, functions.evidence):
             api(function, api_name=function.__name__, **WORK)
     return demo.queue(default_concurrency_limit=None, api_open=False)
 
 
-def _wire_slides(demo: gr.Blocks, page: Page, on: Handlers, allow_paths: bool) -> None:
+def _wire_slides(demo: gr.Blocks, page: Page, on: Handlers, allow_paths: bool) -> list:
+    """Returns the events of which one ends when a slide has been analysed."""
     waiting = {"show_progress_on": page.facts, **PRIVATE}
     opened = [
         page.gallery.choose(on.on_choose, None, page.path, **waiting, **EVERY),
@@ -39,29 +40,39 @@ def _wire_slides(demo: gr.Blocks, page: Page, on: Handlers, allow_paths: bool) -
     if allow_paths:
         opened.append(page.typed_path.submit(on.on_typed_path, page.typed_path, page.path, **waiting, **EVERY))
     cleared = [page.token, page.view, page.opened, page.chat, page.questions, page.answers, page.compare, page.secret]
-    cleared += [page.facts, page.question, page.doubts, page.aside, page.picks, page.picked, page.typed_path]
+    cleared += [page.name, page.waiting, page.facts, page.question, page.doubts, page.aside, page.picks, page.picked]
+    cleared += [page.typed_path]
     filled = [page.opened, page.view, page.facts, page.secret, page.planted, page.examples, page.starters, page.mpp]
-    filled += [page.k, page.alone]
+    filled += [page.k, page.alone, page.token]
+    asked = [page.waiting, page.chat, page.question, page.given_options]
+    analysed = []
     for trigger in [*[event.success for event in opened], page.mpp.submit]:
         shown = trigger(on.on_slide, [page.path, page.mpp], cleared, **QUIET, **EVERY)
-        analysed = shown.success(
-            on.on_slide_shown, [page.token, page.path, page.mpp], filled, **waiting, **WORK, **EVERY
+        analysed.append(
+            shown.success(
+                on.on_slide_shown, [page.token, page.path, page.mpp, page.name], filled, **QUIET, **WORK, **EVERY
+            )
         )
-        analysed.success(on.on_analysed, [page.opened, page.answers], None, **QUIET, **EVERY)
-        analysed.success(on.on_case, page.opened, [page.doubts, page.view], **QUIET, **EVERY)
-        analysed.success(on.on_map_wanted, page.opened, page.view, **QUIET, **EVERY)
+        analysed[-1].success(on.on_analysed, [page.opened, page.answers], None, **QUIET, **EVERY)
+        analysed[-1].success(on.on_case, page.opened, [page.doubts, page.view], **QUIET, **EVERY)
+        analysed[-1].success(on.on_map_wanted, page.opened, page.view, **QUIET, **EVERY)
+        analysed[-1].then(on.on_not_analysed, [page.opened, page.token, page.waiting], asked, **QUIET, **EVERY)
+    page.view.cancel(on.on_cancel, None, None, queue=False, **QUIET)  # never behind others
     demo.unload(on.on_unload)
+    return analysed
 
 
-def _wire_questions(page: Page, on: Handlers) -> None:
+def _wire_questions(page: Page, on: Handlers, analysed: list) -> None:
     ended = [page.opened, page.chat, page.answers]
     talk = [page.chat, page.questions, page.question]
-    typed = [page.question, page.given_options, page.opened, page.chat, page.questions]
+    typed = [page.question, page.given_options, page.opened, page.token, page.chat, page.questions]
     page.examples.click(on.on_starter, [page.examples, page.starters], [page.question, page.given_options], **QUIET)
     asked = [
-        page.question.submit(on.on_question, typed, [*talk, page.given_options], **QUIET),
+        page.question.submit(on.on_question, typed, [*talk, page.given_options, page.waiting], **QUIET),
+        page.view.ask(on.on_suggested, [page.opened, page.chat, page.questions], talk, **QUIET),
         page.chat.retry(on.on_retry, [page.opened, page.chat], talk, **QUIET),
         page.chat.edit(on.on_edit, [page.opened, page.chat, page.questions], talk, **QUIET),
+        *(one.success(on.on_ready, [page.opened, page.waiting], [*talk, page.waiting], **QUIET) for one in analysed),
     ]
     for event in asked:
         event.success(on.on_answer_shown, ended, page.view, **QUIET)
@@ -90,15 +101,21 @@ def _wire_questions(page: Page, on: Handlers) -> None:
 
 
 def _wire_what_if(page: Page, on: Handlers) -> None:
-    ended = [page.opened, page.chat, page.answers]
     page.view.picks(on.on_picks, page.opened, [page.picks, page.picked], **QUIET)
     page.unpick.click(on.on_unpick, None, [page.picks, page.picked, page.view], **QUIET)
     page.view.likes(on.on_likes, page.opened, page.view, **QUIET)
     page.view.journal(on.on_journal, None, None, **QUIET)
-    other = [page.opened, page.chat, page.questions, page.answers, page.k, page.selector, page.picks]
-    seen = [page.compare, page.view]
-    page.again.click(on.on_ask_again, other, seen, show_progress_on=page.compare, **PRIVATE, **WORK)
+    told = [page.opened, page.chat, page.questions, page.answers, page.aside]
+    seen = [*told, page.compare, page.view]
+    page.again.click(
+        on.on_ask_again,
+        [*told, page.k, page.selector, page.picks],
+        seen,
+        show_progress_on=page.compare,
+        **PRIVATE,
+        **WORK,
+    )
+    restored = [*seen, page.picks, page.picked, page.k, page.selector]
     for leave in (page.own.click, page.view.leave):
-        own = leave(on.on_own_patches, page.opened, seen, **QUIET)
-        own.success(on.on_answer_shown, ended, page.view, **QUIET)
+        leave(on.on_leave, [page.opened, page.chat, page.answers, page.aside], restored, **QUIET)
     page.regions.upload(on.on_regions, [page.regions, page.opened], page.view, **QUIET)

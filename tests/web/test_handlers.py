@@ -17,15 +17,16 @@ from PIL import Image
 
 from sparsewsi import phantom
 from sparsewsi.bags.foreign import load_bag
+from sparsewsi.model.limits import Limit, Limits
 from sparsewsi.report.answer import Answer
 from sparsewsi.web import chat, handlers
 from sparsewsi.web import desk as desk_module
 from sparsewsi.web.chat import Question
 from sparsewsi.web.desk import Opened
 from sparsewsi.web.errors import explain_errors
-from sparsewsi.web.handlers import BROKEN_OFF, STOPPED, UNWEIGHED, WEIGHING, Handlers, read_mpp
+from sparsewsi.web.handlers import AT_READY, BROKEN_OFF, STOPPED, UNWEIGHED, WEIGHING, Handlers, read_mpp
 from sparsewsi.web.jobs import Halted
-from sparsewsi.web.viewer import file_props
+from sparsewsi.web.viewer import bag_props, file_props
 
 PHANTOM = SimpleNamespace(_data={"name": "phantom"})  # what the gallery tells
 
@@ -75,7 +76,7 @@ def test_what_a_model_writes_is_shown_and_never_run(text):
     shown = chat.inert(text)
     assert html.unescape(shown) == text
     assert not re.search(r"[<>\[\]*`$|\\@]|://|www\.", shown)
-    assert chat.text_of(chat.show_answer(text, "notice")) == text
+    assert chat.text_of(chat.show_answer(text)) == text
     assert "<img" not in chat.compare([("a", text, [])])
     assert chat.inert("Mostly fat, with foci of mucin.") == "Mostly fat, with foci of mucin."
 
@@ -83,7 +84,7 @@ def test_what_a_model_writes_is_shown_and_never_run(text):
 @pytest.mark.parametrize("given", [(), ("Yes", "No"), ("a. b", "C. fat", "-"), ("A. fat\\", "B. A. mucin")])
 def test_a_question_is_put_as_it_was_written_whatever_its_options_look_like(given, on, opened, me):
     question = "Which tissue?\nA. Look closely.\nB. Say so."
-    changes = on.on_question(question, "\n".join(given), opened, [], {}, me)
+    changes = on.on_question(question, "\n".join(given), opened, "", [], {}, me)
     asked, questions = changes[on.page.chat], changes[on.page.questions]
     assert chat.turns_of(asked, questions) == ([{"role": "user", "content": question}], given)
     on.on_clear(me)
@@ -98,7 +99,7 @@ def test_a_question_is_put_as_it_was_written_whatever_its_options_look_like(give
 
 def ask(on: Handlers, question: str, opened: Opened | None, chat_now: list, me: gr.Request, given: str = "") -> list:
     """The chat after the question."""
-    return on.on_question(question, given, opened, chat_now, {}, me)[on.page.chat]
+    return on.on_question(question, given, opened, "", chat_now, {}, me)[on.page.chat]
 
 
 def test_a_question_without_a_slide_stays_in_the_box(on, me):
@@ -144,7 +145,7 @@ def test_undo_gives_the_words_back_and_edit_drops_what_came_after(on, opened, me
 )
 def test_an_edited_question_takes_the_place_of_what_came_after_it(place, value, question, on, opened, me):
     questions = {0: Question("Which?", ("fat", "mucin")), 2: Question("Why?")}
-    turns = [chat.show_question(questions[0]), chat.show_answer("Fat.", "notice"), chat.show_question(questions[2])]
+    turns = [chat.show_question(questions[0]), chat.show_answer("Fat."), chat.show_question(questions[2])]
     change = SimpleNamespace(index=place, value=value)
     changes = on.on_edit(opened, turns, questions, change, me)
     place = place if isinstance(place, int) else place[0]
@@ -155,7 +156,7 @@ def test_an_edited_question_takes_the_place_of_what_came_after_it(place, value, 
 @pytest.fixture
 def asked(on, opened, me):
     """The chat with a question just asked, whose answer comes in many pieces."""
-    changes = on.on_question("Where is it?", "", opened, [], {}, me)
+    changes = on.on_question("Where is it?", "", opened, "", [], {}, me)
     assert changes[on.page.question].stop_btn == "Stop"
     return changes[on.page.chat]
 
@@ -166,7 +167,7 @@ def test_one_question_at_a_time(on, opened, asked, me):
         lambda: ask(on, "How?", opened, asked, me),
         lambda: on.on_retry(opened, asked, me),
         lambda: on.on_undo(asked, {}, {}, me),
-        lambda: next(on.on_ask_again(opened, asked, {}, {}, 8, "random", picks, me)),
+        lambda: next(on.on_ask_again(opened, asked, {}, {}, None, 8, "random", picks, me)),
     ):
         with pytest.raises(gr.Error, match="still being answered"):
             handler()
@@ -174,7 +175,7 @@ def test_one_question_at_a_time(on, opened, asked, me):
     assert list(last[on.page.answers]) == [1]
     assert last[on.page.view].props["evidence"]
     assert last[on.page.question].stop_btn is False
-    late = [*last[on.page.chat][:-1], chat.show_answer("Half", "notice", [WEIGHING])]
+    late = [*last[on.page.chat][:-1], chat.show_answer("Half", [WEIGHING])]
     with pytest.raises(gr.Error, match="still being answered"):  # the page has not been told yet
         ask(on, "How?", opened, late, me)
     assert len(ask(on, "How?", opened, last[on.page.chat], me)) == 3
@@ -208,12 +209,12 @@ def test_stop_before_an_answer_has_its_turn(on, opened, asked, me):
 def test_stop_while_the_evidence_is_weighed(on, opened, asked, me, desk, monkeypatch):
     passes, weigh = [], desk.model.leave_one_out
 
-    def stop_at_the_first_pass(selection, messages, answer, options, progress):
+    def stop_at_the_first_pass(selection, messages, answer, options, progress, groups):
         def look(*count):
             passes.append(on.on_stop(asked, me))
             progress(*count)
 
-        return weigh(selection, messages, answer, options, look)
+        return weigh(selection, messages, answer, options, look, groups)
 
     monkeypatch.setattr(desk.model, "leave_one_out", stop_at_the_first_pass)
     *_, before, last = on.on_asked(opened, asked, {}, {}, me)
@@ -289,7 +290,7 @@ def test_a_question_that_failed_goes_with_the_next_one(on, opened, me):
 
 
 def test_an_answer_streams_and_is_then_weighed(on, opened, me):
-    changes = on.on_question("Which?", "fat\nliver", opened, [], {}, me)
+    changes = on.on_question("Which?", "fat\nliver", opened, "", [], {}, me)
     *steps, last = on.on_asked(opened, changes[on.page.chat], changes[on.page.questions], {}, me)
     assert all(WEIGHING in str(step[on.page.chat][-1]) for step in steps)
     answer = last[on.page.answers][1]
@@ -321,8 +322,8 @@ def test_the_viewer_shows_the_evidence_of_the_last_answer_only(on, opened):
 def test_earlier_turns_go_to_the_model_only_if_it_was_trained_on_that(multi_turn, on, opened, me, desk, monkeypatch):
     monkeypatch.setattr(desk.model, "config", dataclasses.replace(desk.config, multi_turn=multi_turn))
     why = Question("Why?", ("fat", "mucin"))
-    before = [chat.show_question(why), chat.show_answer("Because.", "notice")]
-    changes = on.on_question("Which?", "fat\nliver", opened, before, {0: why}, me)
+    before = [chat.show_question(why), chat.show_answer("Because.")]
+    changes = on.on_question("Which?", "fat\nliver", opened, "", before, {0: why}, me)
     put, answer = [], desk.answer
 
     def note_and_answer(case, messages, options, session):
@@ -339,6 +340,130 @@ def test_earlier_turns_go_to_the_model_only_if_it_was_trained_on_that(multi_turn
     assert put == [([*earlier, last] if multi_turn else [last], ("fat", "liver"))]
 
 
+# ---- what was seen when it was tried as a pathologist would
+
+
+def test_a_question_typed_while_the_slide_is_analysed_waits_and_is_asked(on, opened, me):
+    page = on.page
+    waits = on.on_question("Which?", "fat\nliver", None, "token", [], {}, me)
+    assert AT_READY in str(waits[page.chat])
+    assert (waits[page.question], waits[page.given_options]) == ("", "")
+    ready = on.on_ready(opened, waits[page.waiting], me)
+    assert roles(ready[page.chat]) == ["user"]
+    assert ready[page.waiting] is None
+    *_, last = on.on_asked(opened, ready[page.chat], ready[page.questions], {}, me)
+    assert last[page.answers][1].options == ("fat", "liver")
+
+
+def test_a_question_that_waited_for_a_slide_that_failed_is_back_in_its_box(on):
+    page = on.page
+    back = on.on_not_analysed(None, "", Question("Which?", ("fat", "liver")))
+    assert (back[page.question], back[page.given_options]) == ("Which?", "fat\nliver")
+    assert back[page.chat] == []
+
+
+def test_after_a_failed_analysis_the_header_says_so(on, me, desk, monkeypatch, tmp_path):
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "a.png")
+    shown = on.on_slide(str(tmp_path / "a.png"), "0.5", me)
+
+    def fail(*_given, **_named):
+        raise ValueError("there is no tissue on it.")
+
+    monkeypatch.setattr(desk, "analyse", fail)
+    steps, told = on.on_slide_shown(shown[on.page.token], str(tmp_path / "a.png"), "0.5", "slide 1", me), {}
+    with pytest.raises(gr.Error, match="no tissue"):
+        for told in steps:  # noqa: B007
+            pass
+    assert "slide 1 · not analysed" in told[on.page.facts]
+    assert "no tissue" in told[on.page.view].props["work"]["error"]
+    assert told[on.page.token] == "", "questions do not wait for it"
+
+
+def test_one_option_is_no_choice(on, opened, me):
+    for given in ("fat", "fat\nFat "):
+        with pytest.raises(gr.Error, match="at least two different options"):
+            ask(on, "Which?", opened, [], me, given)
+
+
+@pytest.fixture
+def limited(opened):
+    """The slide of a model that says what it was validated on."""
+    kinds = (
+        Limit("carcinoma", ("carcinoma",), 22, 19, 0.77, 0.58, 0.95),
+        Limit("organ", (r"\borgan\b",), 21, 18, 0.44, 0.24, 0.68, least=0.99),
+    )
+    return Opened("token", dataclasses.replace(opened.case, limits=Limits(kinds, ("fat",))))
+
+
+def test_what_the_model_was_not_trained_for_is_refused_with_what_it_can_answer(on, limited, me, desk):
+    refused = on.on_question("What grade is it?", "", limited, "", [], {}, me)[on.page.chat]
+    assert "cannot answer that" in chat.text_of(refused[-1])
+    assert "Does this slide contain carcinoma?" in str(refused[-1])
+    assert not desk.turns.busy(str(me.session_hash))
+    asked = on.on_suggested(SimpleNamespace(_data={"number": 0}), limited, refused, {}, me)
+    assert chat.text_of(asked[on.page.chat][-1]).startswith("Does this slide contain carcinoma?")
+
+
+def test_where_is_the_tumour_is_answered_by_pointing(on, limited, me):
+    page = on.page
+    asked = on.on_question("Where is the carcinoma?", "", limited, "", [], {}, me)
+    assert asked[page.questions][0].put == "Does this slide contain carcinoma?"
+    assert chat.text_of(asked[page.chat][0]) == "Where is the carcinoma?"
+    *_, last = on.on_asked(limited, asked[page.chat], asked[page.questions], {}, me)
+    answer, said = last[page.answers][1], chat.text_of(last[page.chat][-1])
+    if answer.probs[0] > 0.5:
+        assert said.startswith("Here:")
+        assert last[page.view].props["focus"]
+    else:
+        assert said.startswith("The model does not find carcinoma")
+
+
+def test_an_organ_is_never_told_for_certain_below_the_models_own_threshold(on, limited, me):
+    changes = on.on_question("Which organ is this?", "skin\ncolon", limited, "", [], {}, me)
+    *_, last = on.on_asked(limited, changes[on.page.chat], changes[on.page.questions], {}, me)
+    assert re.fullmatch(r"Not sure: (skin or colon|colon or skin)", chat.text_of(last[on.page.chat][-1]))
+
+
+def test_a_what_if_is_a_state_that_one_button_leaves(on, opened, me):
+    page, picks = on.page, {"pinned": [0], "dropped": []}
+    changes = on.on_question("Which?", "fat\nliver", opened, "", [], {}, me)
+    *_, last = on.on_asked(opened, changes[page.chat], changes[page.questions], {}, me)
+    before = (opened, last[page.chat], changes[page.questions], last[page.answers])
+    first, *_, done = on.on_ask_again(*before, None, 8, "random", picks, me)
+    mine, aside = first[page.opened], first[page.aside]
+    assert first[page.view].props["whatif"] == "8 random patches, 1 pinned"
+    assert len(mine.case.selection.indices) == 8
+    assert len(done[page.answers][1].effects) == 8
+    # an ordinary question is answered from what the boxes show
+    asked = on.on_question("How?", "", mine, "", done[page.chat], first[page.questions], me)
+    *_, told = on.on_asked(mine, asked[page.chat], asked[page.questions], done[page.answers], me)
+    assert len(told[page.answers][3].effects) == 8
+    left = on.on_leave(mine, told[page.chat], told[page.answers], aside, me)
+    assert tuple(left[part] for part in (page.opened, page.chat, page.questions, page.answers)) == before
+    assert left[page.view].props["whatif"] == ""
+    assert left[page.view].props["kept"] == bag_props(opened.case.bag, opened.case.selection)["kept"]
+    assert left[page.view].props["evidence"]["effects"]
+    assert (left[page.picks], left[page.compare]) == ({"pinned": [], "dropped": []}, "")
+
+
+def test_the_path_of_the_slide_before_does_not_stay_in_its_box(on, me, tmp_path):
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "a.png")
+    assert on.on_slide(str(tmp_path / "a.png"), "0.5", me)[on.page.typed_path] == ""
+
+
+def test_picks_can_be_cleared(on):
+    assert on.on_unpick()[on.page.picks] == {"pinned": [], "dropped": []}
+
+
+def test_the_likes_of_a_patch_are_those_that_look_most_like_it(on, opened):
+    members = on.on_likes(SimpleNamespace(_data={"index": 3}), opened)[on.page.view].props["members"]
+    features = opened.case.bag.features.float()
+    directions = torch.nn.functional.normalize(features - features.mean(0), dim=1)
+    near = directions @ directions[3]
+    assert 3 not in members["indices"]
+    assert near[members["indices"][0]] == near[torch.arange(30) != 3].max()
+
+
 # ---- whose caller has gone
 
 
@@ -353,12 +478,12 @@ def test_an_answer_ends_when_its_caller_has_gone(on, opened, asked, me, desk):
 def test_evidence_ends_when_its_caller_has_gone_and_not_when_another_has(opened, me, visitor, desk, monkeypatch):
     weigh, leaving = desk.model.leave_one_out, visitor()
 
-    def leave_at_the_first_pass(selection, messages, answer, options, progress):
+    def leave_at_the_first_pass(selection, messages, answer, options, progress, groups):
         def look(*count):
             desk.leave(leaving.session_hash)
             progress(*count)
 
-        return weigh(selection, messages, answer, options, look)
+        return weigh(selection, messages, answer, options, look, groups)
 
     monkeypatch.setattr(desk.model, "leave_one_out", leave_at_the_first_pass)
     asked = (opened.case, [{"role": "user", "content": "Which?"}], "fat", [])
@@ -406,7 +531,7 @@ def test_what_is_encoded_so_far_can_be_seen(on, desk, me, tmp_path, monkeypatch)
         return encoder(pixels)
 
     monkeypatch.setattr(desk, "_loaded", (desk.model, Encoder(encoder, look)))
-    *working, last = on.on_slide_shown(token, path, "", me)
+    *working, last = on.on_slide_shown(token, path, "", "phantom 3", me)
     assert working[0][on.page.view].props["work"]["phase"] in ("waiting", "loading the model", "finding tissue")
     assert last[on.page.view].props["work"] is None
     total = len(last[on.page.opened].case.bag.coords)
@@ -459,7 +584,7 @@ def test_the_slide_that_was_asked_for_last_is_opened(on, me, visitor, monkeypatc
 def test_a_slide_that_was_replaced_while_it_was_analysed_is_not_shown(on, opened, desk, me, monkeypatch):
     monkeypatch.setattr(desk, "analyse", lambda *_given, **_named: Opened("a token of before", opened.case))
     with pytest.raises(gr.Error) as unseen:
-        list(on.on_slide_shown("a token of before", "a.svs", "", me))
+        list(on.on_slide_shown("a token of before", "a.svs", "", "a", me))
     assert not unseen.value.visible
 
 

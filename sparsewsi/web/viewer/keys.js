@@ -93,7 +93,10 @@ $(".opacity input").addEventListener("input", (event) => {
   layers.opacity = event.target.value / 100;
   draw();
 });
-$(".film select").addEventListener("change", fillStrip);
+$(".film select").addEventListener("change", (event) => {
+  event.target.dataset.chosen = "yes";
+  fillStrip();
+});
 $(".features select").addEventListener("change", drawMap);
 document.addEventListener("fullscreenchange", () =>
   act("full").setAttribute("aria-pressed", !!document.fullscreenElement),

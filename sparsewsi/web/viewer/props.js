@@ -51,6 +51,8 @@ function openSelection() {
 
 function openFoci() {
   foci = (props.foci || []).filter((focus) => focus.indices.every((index) => kept.includes(index)));
+  const choice = $(".film select");
+  if (foci.length && choice.dataset.chosen !== "yes") choice.value = "focus";
   focusOf = new Map(foci.flatMap((focus, place) => focus.indices.map((index) => [index, place])));
   showAll();
 }
@@ -58,6 +60,7 @@ function openFoci() {
 function openEvidence() {
   const given = props.evidence;
   effects = new Map(given ? given.indices.map((index, i) => [index, given.effects[i]]) : []);
+  for (const focus of foci) focus.effect = given && given.foci ? given.foci[focus.name] : undefined;
   showAll();
 }
 
@@ -126,20 +129,19 @@ function openWork() {
       bar.value = work.done;
     } else bar.removeAttribute("value");
   }
-  if (work && work.coords)
-    tissue = {
-      xy: new Int32Array(bytes(work.coords)),
-      side: work.side,
-      kept: new Int32Array(bytes(work.kept || "")),
-    };
-  else if (!going) tissue = null;
+  if (work && work.coords) tissue = { xy: new Int32Array(bytes(work.coords)), side: work.side, kept: [] };
+  if (tissue && work && work.kept) tissue.kept = new Int32Array(bytes(work.kept));
+  if (!going) tissue = null;
   draw();
 }
 
 const tellTime = (seconds) =>
   seconds < 90 ? `${Math.max(1, Math.round(seconds))} s` : `${Math.round(seconds / 60)} min`;
 
-// Another part of the page asks for a patch: {rank, nonce}.
+// Another part of the page asks for a patch or a focus: {rank or name, nonce}.
 function ask() {
-  if (props.focus) go(indexOfRank(props.focus.rank));
+  const to = props.focus;
+  if (!to || !bag) return;
+  if (to.name) goFocus(to.name);
+  else go(indexOfRank(to.rank));
 }

@@ -32,8 +32,11 @@ function showAll() {
 // A citation of a patch is shown as its picture, wherever on the page it stands: a style, as the chat may redraw itself.
 const pictures = document.createElement("style");
 document.head.append(pictures);
+const pictured = new Set();
 function linkPictures() {
-  const lines = kept.map((index) => {
+  if (!bag) pictured.clear();
+  for (const index of kept) pictured.add(index); // also those of the model's own beside a what-if
+  const lines = [...pictured].map((index) => {
     const rank = bag.rank[index];
     return `a[href$="#patch-${rank}"] { background-image: url("${patchAddress(index, 168)}"); }`;
   });
