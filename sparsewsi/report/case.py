@@ -229,9 +229,11 @@ class Case:
         answers: Sequence[Answer] = (),
         names: Collection[str] = FILES,
         slide: Slide | None = None,
+        marks: Mapping[int, str] | None = None,
     ) -> tuple[str, ...]:
         """Write the files of these names, of FILES or ANNOTATIONS, into a folder, which is made; each whole or none.
 
+        marks: what the reader said of patches, by index: "agree" or "disagree"
         slide: the slide, open; None: it is opened by its path. Without either the report holds no patches, and boxes
         are drawn on a plain canvas
         What costs nothing to make is saved first. Returns the names of the files that were written: a map that cannot
@@ -242,7 +244,7 @@ class Case:
             raise ValueError(f"the files of a case are {', '.join(FILES)}; got {', '.join(names)}.")
         folder, bag, selection = Path(folder), self.bag, self.selection
         made = {"model": self.model, "weights_sha256": self.weights_sha256, "selector": self.selector}
-        chosen = {"max_patches": self.max_patches, "answers": answers, **made}
+        chosen = {"max_patches": self.max_patches, "answers": answers, "marks": marks, **made}
         drawn: list[tuple[Image.Image, list]] = []
 
         def draw() -> tuple[Image.Image, list]:
@@ -252,10 +254,8 @@ class Case:
 
         def write_report(path: Path) -> None:
             overview, patches = draw()
-            pictures = {"overview": overview, "patches": patches}
-            html.write_report(
-                path, bag, selection, self.config, answers=answers, doubts=self.doubts, **pictures, **made
-            )
+            shown = {"overview": overview, "patches": patches, "answers": answers, "doubts": self.doubts}
+            html.write_report(path, bag, selection, self.config, limits=self.limits, marks=marks, **shown, **made)
 
         def write_map(path: Path) -> None:
             try:
@@ -273,8 +273,8 @@ class Case:
 
         writers: dict[str, Callable[[Path], None]] = {  # what costs least comes first
             "selection.json": lambda path: record.write_selection(path, bag, selection, self.config, **chosen),
-            "patches.csv": lambda path: table.write_csv(path, bag, selection),
-            "patches.geojson": lambda path: qupath.write_geojson(path, bag, selection),
+            "patches.csv": lambda path: table.write_csv(path, bag, selection, marks),
+            "patches.geojson": lambda path: qupath.write_geojson(path, bag, selection, marks),
             ANNOTATIONS: write_annotations,
             "report.html": write_report,
             "overlay.png": lambda path: write_bytes(path, _encode_png(draw()[0])),

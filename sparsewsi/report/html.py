@@ -5,7 +5,7 @@ K kept patches. Positions are in the level-0 frame, px.
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -16,10 +16,13 @@ from PIL import Image
 from sparsewsi.bags.bag import Bag
 from sparsewsi.files import write_text
 from sparsewsi.model.config import SparseWSIConfig
+from sparsewsi.model.limits import Limits
 from sparsewsi.model.selection import Selection
 from sparsewsi.report.answer import Answer, format_effect, name_llm, word_notice
 from sparsewsi.report.record import digest_patches, list_versions
+from sparsewsi.report.scope import word_answer
 
+MOST = 3  # pictures beside an answer
 _STYLE = """
 :root { color-scheme: light dark; --line: #8886; --soft: #8882; }
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 0 auto; padding: 16px; }
@@ -32,6 +35,9 @@ figure { margin: 0; } figcaption { font-size: 12.5px; } .patches img { width: 10
 figure:target { outline: 3px solid #e69f00; outline-offset: 3px; }
 .answer { border: 1px solid var(--line); border-radius: 6px; padding: 4px 14px; margin: 12px 0; break-inside: avoid; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; }
+.said { font-size: 20px; font-weight: 650; margin: 4px 0; } .most { grid-template-columns: repeat(3, 150px); }
+summary { cursor: pointer; font-weight: 600; margin: 1em 0 .4em; }
+@media print { details > * { display: revert; } }
 table { border-collapse: collapse; } th, td { text-align: left; padding: 2px 14px 2px 0; vertical-align: top; }
 td { overflow-wrap: anywhere; } th { font-weight: 600; } .number { font-variant-numeric: tabular-nums; }
 """
@@ -50,12 +56,15 @@ def write_report(
     doubts: Sequence[str] = (),
     weights_sha256: str | None = None,
     selector: str = "learned",
+    limits: Limits | None = None,
+    marks: Mapping[int, str] | None = None,
 ) -> None:
     """One HTML file to read, print and file away: no script, nothing fetched, every picture inside.
 
     overview: the slide with its boxes (plots.draw_overlay). patches: uint8 (p, p, 3), best first (plots.cut_patches);
-    none where the slide is not at hand. doubts: sentences that stand under the notice. Words of users and of the
-    model are escaped. The slide is named by Bag.slide and digests only.
+    none where the slide is not at hand. doubts: sentences that stand under the notice. marks: what the reader said of
+    patches, by index. The answers and the pictures that they rest on come first, the rest is folded. Words of users and
+    of the model are escaped. The slide is named by Bag.slide and digests only.
     """
     assert len(patches) in (0, len(selection.indices)), "one picture per kept patch, or none"
     facts = {
@@ -75,14 +84,16 @@ def write_report(
     parts = [
         f'<p class="notice">{escape(word_notice(config))}</p>',
         f'<div class="warnings"><ul>{below}</ul></div>' if below else "",
+        *(
+            _answer_html(number, answer, selection, patches, limits or Limits())
+            for number, answer in enumerate(answers, 1)
+        ),
         f'<img class="overview" alt="The slide with the kept patches" src="{_picture(overview)}">',
-        "<h2>Questions and answers</h2>" if answers else "",
-        *(_answer_html(number, answer, selection) for number, answer in enumerate(answers, 1)),
         "<h2>Kept patches, best score first</h2>",
-        f'<div class="patches">{"".join(_figures(bag, selection, patches, answers))}</div>',
-        "<h2>How this was made</h2><table>",
+        f'<div class="patches">{"".join(_figures(bag, selection, patches, answers, marks or {}))}</div>',
+        "<details><summary>How this was made</summary><table>",
         *(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts.items()),
-        f'</table><p class="notice">{escape(word_notice(config))}</p>',
+        f'</table></details><p class="notice">{escape(word_notice(config))}</p>',
     ]
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -103,15 +114,20 @@ def _size(bag: Bag) -> str:
     return f"{width:,} x {height:,} px{in_mm}"
 
 
-def _answer_html(number: int, answer: Answer, selection: Selection) -> str:
-    """A question, its answer, its options, and the patches in the order of their evidence."""
+def _answer_html(
+    number: int, answer: Answer, selection: Selection, patches: Sequence[np.ndarray], limits: Limits
+) -> str:
+    """A question, its answer with the pictures it rests on, its options; folded, all patches by their evidence."""
     rows = "".join(
         f'<tr><td>{escape(option)}</td><td class="number">{prob:.1%}</td></tr>'
         for option, prob in zip(answer.options, answer.probs)
     )
     out = [
         f'<section class="answer"><p class="text"><b>Q{number}. {escape(answer.question)}</b></p>',
-        f'<p class="text">{escape(answer.text) or "(no answer)"}</p>',
+        f'<p class="text said">{escape(word_answer(answer, limits)) or "(no answer)"}</p>',
+        f"<p>Rests on the slide: {answer.rests}.</p>" if answer.rests else "",
+        _most_html(answer, selection, patches),
+        f"<p>The reader's impression, before: {escape(answer.impression)}</p>" if answer.impression else "",
         f"<table><tr><th>Option</th><th>Probability</th></tr>{rows}</table>" if rows else "",
         f"<p>{escape(answer.limit)}</p>" if answer.limit else "",
         f"<p>{escape(answer.evidence)}</p>" if answer.evidence else "",
@@ -128,24 +144,47 @@ def _answer_html(number: int, answer: Answer, selection: Selection) -> str:
             f"{format_effect(answer.effects[place])}"
             for place in most_first
         )
+        foci = " · ".join(f"{focus.name} {format_effect(focus.effect)}" for focus in answer.foci)
         out.append(
-            "<p>Patches by evidence (how many times less likely the answer gets without the patch; below 1: likelier): "
-            f'<span class="number">{links}</span></p>'
+            "<details><summary>All patches by evidence</summary><p>How many times less likely the answer gets without "
+            f'the patch; below 1: likelier. <span class="number">{links}</span>'
+            f"{f'<br>Without a whole focus: {foci}' if foci else ''}</p></details>"
         )
     return "".join([*out, "</section>"])
+
+
+def _most_html(answer: Answer, selection: Selection, patches: Sequence[np.ndarray]) -> str:
+    """The pictures of the patches that the answer rests on most."""
+    if not answer.effects or not len(patches):
+        return ""
+    best_first = selection.best_first.tolist()
+    most = sorted(range(len(best_first)), key=lambda number: -answer.effects[best_first[number]])[:MOST]
+    figures = (
+        f'<figure><a href="#patch-{rank}"><img alt="Patch {rank}" src="{_picture(Image.fromarray(patches[number]))}">'
+        f"</a><figcaption>#{rank}: {format_effect(answer.effects[best_first[number]])}×</figcaption></figure>"
+        for number in most
+        for rank in [int(selection.ranks[best_first[number]])]
+    )
+    return f'<div class="patches most">{"".join(figures)}</div>'
 
 
 def _link(ranks: Sequence[int]) -> str:
     return " · ".join(f'<a href="#patch-{rank}">#{rank}</a>' for rank in ranks)
 
 
-def _figures(bag: Bag, selection: Selection, patches: Sequence[np.ndarray], answers: Sequence[Answer]) -> Iterator[str]:
+def _figures(
+    bag: Bag,
+    selection: Selection,
+    patches: Sequence[np.ndarray],
+    answers: Sequence[Answer],
+    marks: Mapping[int, str],
+) -> Iterator[str]:
     """A figure per kept patch, best first: picture, rank, score, place and its evidence for every answer."""
     for number, place in enumerate(selection.best_first.tolist()):
         rank, index = int(selection.ranks[place]), int(selection.indices[place])
         x, y = (int(v) + bag.patch_size / 2 for v in bag.coords[index])
         at = f"x {x * bag.slide_mpp:,.0f}, y {y * bag.slide_mpp:,.0f} µm" if bag.slide_mpp else f"x {x:g}, y {y:g} px"
-        shares = []
+        shares = [f"the reader says: {escape(marks[index])}"] if index in marks else []
         for i, answer in enumerate(answers, 1):
             if answer.effects:
                 above = sum(effect > answer.effects[place] for effect in answer.effects)

@@ -5,7 +5,7 @@ that of the slide. N patches, V corners of a region. Positions are level-0 px.
 """
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,17 @@ MOST_BYTES = 16 << 20  # of a GeoJSON; parsed, it takes ten times as many
 MOST_CORNERS, MOST_REGIONS = 200_000, 5000
 
 
-def write_geojson(path: str | Path, bag: Bag, selection: Selection) -> None:
+def write_geojson(path: str | Path, bag: Bag, selection: Selection, marks: Mapping[int, str] | None = None) -> None:
     """The kept patches as annotations QuPath reads (File > Import objects from file): squares in its own frame.
 
-    Each has the classification CLASS_NAME, its rank as its name, and the measurements "Rank" and "Score".
+    Each has the classification CLASS_NAME, its rank as its name, and the measurements "Rank" and "Score"; one that the
+    reader marked (marks: by index) has the metadata "Reader".
     """
-    features = [_square(bag, selection, place) for place in selection.best_first.tolist()]
+    features = [_square(bag, selection, place, marks or {}) for place in selection.best_first.tolist()]
     write_json(path, {"type": "FeatureCollection", "features": features})
 
 
-def _square(bag: Bag, selection: Selection, place: int) -> dict[str, Any]:
+def _square(bag: Bag, selection: Selection, place: int, marks: Mapping[int, str]) -> dict[str, Any]:
     rank, index = int(selection.ranks[place]), int(selection.indices[place])
     x, y = (place - corner for place, corner in zip(bag.coords[index].tolist(), _origin(bag)))
     right, bottom = x + bag.patch_size, y + bag.patch_size
@@ -48,6 +49,7 @@ def _square(bag: Bag, selection: Selection, place: int) -> dict[str, Any]:
             "classification": {"name": CLASS_NAME, "color": list(CLASS_COLOUR)},
             "isLocked": True,
             "measurements": {"Rank": rank, "Score": float(selection.scores[index])},
+            **({"metadata": {"Reader": marks[index]}} if index in marks else {}),
         },
     }
 

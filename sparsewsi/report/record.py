@@ -5,7 +5,7 @@ N patches, K kept.
 
 import hashlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -34,11 +34,13 @@ def write_selection(
     selector: str = "learned",
     max_patches: int | None = None,
     answers: Sequence[Answer] = (),
+    marks: Mapping[int, str] | None = None,
 ) -> None:
     """What was run and what came out, enough to run it again: model, slide, patches, scores, versions, answers.
 
     model:          name of the model's folder or repository, not a path
     weights_sha256: see model/artefact.py
+    marks:          what the reader said of patches, by index: "agree" or "disagree"
     The slide is named by a digest of its content (Bag.slide), never by a path.
     """
     record = {
@@ -72,6 +74,7 @@ def write_selection(
             "scores": [float(f"{score:.9g}") for score in selection.scores.tolist()],
         },
         "answers": [asdict(answer) for answer in answers],
+        "marks": {str(index): mark for index, mark in (marks or {}).items()},
         "versions": {"python": platform.python_version(), **list_versions()},
     }
     write_json(path, record)

@@ -65,6 +65,7 @@ class Opened:
         self.token, self.bytes = token, case.bag.features.nbytes
         self._case: Case | None = case
         self._beside: list[Opened] = []
+        self.marks: dict[int, str] = {}  # by index of a patch: what the reader says of it
 
     @property
     def case(self) -> Case:
@@ -76,7 +77,13 @@ class Opened:
     def beside(self, case: Case) -> "Opened":
         """The same slide with other patches; it goes when this one does."""
         self._beside = [Opened(self.token, case)]
+        self._beside[0].marks = self.marks
         return self._beside[0]
+
+    @property
+    def patches(self) -> int:
+        """How many the slide has."""
+        return 0 if self._case is None else len(self._case.bag.coords)
 
     def close(self) -> None:
         self._case = None

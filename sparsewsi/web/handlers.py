@@ -56,6 +56,7 @@ WEIGHING = "_Weighing the evidence: the answer is scored again without each of t
 OPENING = {"phantom": "Opening the phantom (generated on first use)", "cmu-1": "Fetching CMU-1 (CC0)"}
 NOTHING = ("unpicked", "bag", "kept", "foci", "map", "evidence", "whatif", "work")  # of a slide just opened
 MOST_LIKES = 24
+MARKS = ("agree", "disagree")
 MOST_VIEWS, MOST_PICKS = 200, 4096  # taken from one event of the viewer
 
 UNPICKED = "Pinned: 0 · dropped: 0"
@@ -237,10 +238,12 @@ class Handlers:
     def on_analysed(self, opened: Opened | None, answers: Answers, request: gr.Request) -> None:
         """From now on the downloads hold these answers."""
         if opened is not None:
-            make = functools.partial(self._write_download, opened.case, answers, request.session_hash)
+            make = functools.partial(self._write_download, opened.case, answers, opened.marks, request.session_hash)
             self.desk.slides.offer(opened.token, make)
 
-    def _write_download(self, case: Case, answers: Answers, session: str | None, name: str) -> Path:
+    def _write_download(
+        self, case: Case, answers: Answers, marks: dict[int, str], session: str | None, name: str
+    ) -> Path:
         """Write one of DOWNLOADS to the session's folder, now that somebody asks for it. Raises as Jobs.run does."""
         desk, folder = self.desk, self.desk.files_of(session)
         if name == "log.jsonl":
@@ -249,7 +252,7 @@ class Handlers:
         with desk.jobs.run(str(session), "files") as job:
             drawn = name == "report.html"
             with desk.open_slide(case.path, case.slide_mpp, job) if drawn else nullcontext() as slide:
-                written = case.write(folder, list(answers.values()), [name], slide)
+                written = case.write(folder, list(answers.values()), [name], slide, marks)
         if not written:
             raise ValueError(f"{name} could not be drawn on this server.")
         return folder / name
@@ -299,6 +302,7 @@ class Handlers:
         self,
         question: str,
         given: str,
+        impression: str,
         opened: Opened | None,
         token: str,
         chat: list,
@@ -313,19 +317,23 @@ class Handlers:
             raise refuse("Open a slide first; the question stays in the box.")
         if not question.strip():
             raise refuse("Write a question first.")
+        put = Question(question.strip(), read_options(given), impression=impression.strip())
         if opened is None:
-            return self._let_wait(Question(question.strip(), read_options(given)))
+            return self._let_wait(put)
         self._refuse_while_busy(chat, request)
         kept = chat[:-1] if chat and chat[-1]["role"] == "user" else chat  # a question that was not answered goes
-        changes = self._ask(opened, kept, Question(question.strip(), read_options(given)), questions, request)
-        return changes | {self.page.question: wait_for_answer(value=""), self.page.given_options: ""}
+        changes = self._ask(opened, kept, put, questions, request)
+        box = wait_for_answer if self.desk.turns.busy(str(request.session_hash)) else ask_for_question
+        return changes | {self.page.question: box(value=""), self.page.given_options: "", self.page.impression: ""}
 
     def _let_wait(self, question: Question) -> Changes:
         page = self.page
         with explain_errors():
             check_question(question.text, question.options)
         chat = [show_question(question), show_answer(AT_READY)]
-        return {page.chat: chat, page.waiting: question, page.question: "", page.given_options: ""}
+        return {page.chat: chat, page.waiting: question} | dict.fromkeys(
+            (page.question, page.given_options, page.impression), ""
+        )
 
     def on_suggested(
         self, event: gr.EventData, opened: Opened | None, chat: list, questions: Questions, request: gr.Request
@@ -433,9 +441,10 @@ class Handlers:
                 yield {page.chat: so_far(WEIGHING)}
                 shown = text_of(so_far()[-1]) if text else ""
                 answer = desk.measure(case, turns, shown, given, job.name)
+                answer = dataclasses.replace(answer, impression=question.impression)
                 answers[len(chat)] = answer
                 text, pointed = self._put_first(answer, question, case)
-                lines = show_evidence(answer, case.selection)
+                lines = show_evidence(answer, case.selection, question.impression)
         except gr.Error as error:  # no half answer may stand as a whole one
             failure, lines = error, [if_it_fails]
         turn.done = True
@@ -526,6 +535,16 @@ class Handlers:
                 raise ValueError(f"At most {MOST} patches can be pinned and {MOST_PICKS:,} dropped; take some back.")
         said = f"Pinned: {len(picks['pinned'])} · dropped: {len(picks['dropped'])}"
         return {self.page.picks: picks, self.page.picked: said}
+
+    def on_marks(self, event: gr.EventData, opened: Opened | None) -> None:
+        """Keep what the reader says of patches: it goes into every file."""
+        with explain_errors():
+            told = read_told(event._data, "marks")
+        if opened is None:
+            return
+        known = [pair for pair in told if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], int)]
+        opened.marks.clear()
+        opened.marks |= {index: mark for index, mark in known if mark in MARKS and 0 <= index < opened.patches}
 
     def on_unpick(self) -> Changes:
         """Nothing is pinned or dropped any more, in the viewer too."""
@@ -719,9 +738,9 @@ def wait_for_answer(**changes: Any) -> gr.Textbox:
     return gr.Textbox(submit_btn=False, stop_btn="Stop", **changes)
 
 
-def ask_for_question() -> gr.Textbox:
+def ask_for_question(**changes: Any) -> gr.Textbox:
     """The question box, ready for the next question."""
-    return gr.Textbox(submit_btn=True, stop_btn=False)
+    return gr.Textbox(submit_btn=True, stop_btn=False, **changes)
 
 
 def evidence_props(selection: Selection, answer: Answer) -> dict[str, Any] | None:

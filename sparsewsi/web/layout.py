@@ -42,6 +42,7 @@ class Page:
     alone: gr.Markdown
     examples: gr.Dataset
     given_options: gr.Textbox
+    impression: gr.Textbox
     k: gr.Slider
     selector: gr.Dropdown
     picked: gr.Markdown
@@ -160,6 +161,15 @@ def _lay_out_chat(desk: Desk) -> dict:
             max_lines=6,
             elem_id="options",
         )
+        impression = gr.Textbox(
+            show_label=False,
+            label="Your own impression first",
+            placeholder="Your own impression first, if you like: it goes into the report",
+            lines=1,
+            max_lines=4,
+            max_length=2000,
+            elem_id="impression",
+        )
         alone = gr.Markdown("Each question is answered on its own.", visible=False, elem_id="alone")
         gr.HTML(tell_notice(desk), elem_id="notice")
         with gr.Accordion("What the generator planted", open=False, visible=False, elem_id="secret") as secret:
@@ -171,6 +181,7 @@ def _lay_out_chat(desk: Desk) -> dict:
         "alone": alone,
         "examples": examples,
         "given_options": given_options,
+        "impression": impression,
         "secret": secret,
         "planted": planted,
     }
@@ -214,7 +225,7 @@ def state_facts(desk: Desk, case: Case | None, doing: str = "", wrong: bool = Fa
     doing: of a slide that is not analysed: its name and what happens to it
     """
     if doing:
-        return f"<div class='facts'><b{' class=wrong' if wrong else ''}>{html.escape(doing)}</b></div>"
+        return f"<div class='facts'><h1{' class=wrong' if wrong else ''}>{html.escape(doing)}</h1></div>"
     if case is None:
         told = f"model {desk.title}"
         if Path(desk.model_name).is_dir():  # else its configuration is on the hub: the page does not wait for that
@@ -224,7 +235,7 @@ def state_facts(desk: Desk, case: Case | None, doing: str = "", wrong: bool = Fa
     parts = [f"{kept:,} of {total:,} patches", f"{case.bag.mpp:.3g} µm/px" if case.bag.mpp else "scale unknown"]
     told = "".join(f"<span>{html.escape(part)}</span>" for part in [*parts, f"model {desk.title}"])
     return (
-        f"<div class='facts' title='{html.escape(case.summary, quote=True)}'><b>{html.escape(case.bag.slide)}</b>"
+        f"<div class='facts' title='{html.escape(case.summary, quote=True)}'><h1>{html.escape(case.bag.slide)}</h1>"
         f"{told}</div>"
     )
 

@@ -65,10 +65,11 @@ def _wire_slides(demo: gr.Blocks, page: Page, on: Handlers, allow_paths: bool) -
 def _wire_questions(page: Page, on: Handlers, analysed: list) -> None:
     ended = [page.opened, page.chat, page.answers]
     talk = [page.chat, page.questions, page.question]
-    typed = [page.question, page.given_options, page.opened, page.token, page.chat, page.questions]
+    typed = [page.question, page.given_options, page.impression, page.opened, page.token, page.chat, page.questions]
     page.examples.click(on.on_starter, [page.examples, page.starters], [page.question, page.given_options], **QUIET)
+    boxes = [page.given_options, page.waiting, page.impression]
     asked = [
-        page.question.submit(on.on_question, typed, [*talk, page.given_options, page.waiting], **QUIET),
+        page.question.submit(on.on_question, typed, [*talk, *boxes], **QUIET),
         page.view.ask(on.on_suggested, [page.opened, page.chat, page.questions], talk, **QUIET),
         page.chat.retry(on.on_retry, [page.opened, page.chat], talk, **QUIET),
         page.chat.edit(on.on_edit, [page.opened, page.chat, page.questions], talk, **QUIET),
@@ -103,6 +104,7 @@ def _wire_questions(page: Page, on: Handlers, analysed: list) -> None:
 def _wire_what_if(page: Page, on: Handlers) -> None:
     page.view.picks(on.on_picks, page.opened, [page.picks, page.picked], **QUIET)
     page.unpick.click(on.on_unpick, None, [page.picks, page.picked, page.view], **QUIET)
+    page.view.marks(on.on_marks, page.opened, None, **QUIET)
     page.view.likes(on.on_likes, page.opened, page.view, **QUIET)
     page.view.journal(on.on_journal, None, None, **QUIET)
     told = [page.opened, page.chat, page.questions, page.answers, page.aside]

@@ -84,7 +84,7 @@ def test_what_a_model_writes_is_shown_and_never_run(text):
 @pytest.mark.parametrize("given", [(), ("Yes", "No"), ("a. b", "C. fat", "-"), ("A. fat\\", "B. A. mucin")])
 def test_a_question_is_put_as_it_was_written_whatever_its_options_look_like(given, on, opened, me):
     question = "Which tissue?\nA. Look closely.\nB. Say so."
-    changes = on.on_question(question, "\n".join(given), opened, "", [], {}, me)
+    changes = on.on_question(question, "\n".join(given), "", opened, "", [], {}, me)
     asked, questions = changes[on.page.chat], changes[on.page.questions]
     assert chat.turns_of(asked, questions) == ([{"role": "user", "content": question}], given)
     on.on_clear(me)
@@ -99,7 +99,7 @@ def test_a_question_is_put_as_it_was_written_whatever_its_options_look_like(give
 
 def ask(on: Handlers, question: str, opened: Opened | None, chat_now: list, me: gr.Request, given: str = "") -> list:
     """The chat after the question."""
-    return on.on_question(question, given, opened, "", chat_now, {}, me)[on.page.chat]
+    return on.on_question(question, given, "", opened, "", chat_now, {}, me)[on.page.chat]
 
 
 def test_a_question_without_a_slide_stays_in_the_box(on, me):
@@ -156,7 +156,7 @@ def test_an_edited_question_takes_the_place_of_what_came_after_it(place, value, 
 @pytest.fixture
 def asked(on, opened, me):
     """The chat with a question just asked, whose answer comes in many pieces."""
-    changes = on.on_question("Where is it?", "", opened, "", [], {}, me)
+    changes = on.on_question("Where is it?", "", "", opened, "", [], {}, me)
     assert changes[on.page.question].stop_btn == "Stop"
     return changes[on.page.chat]
 
@@ -290,7 +290,7 @@ def test_a_question_that_failed_goes_with_the_next_one(on, opened, me):
 
 
 def test_an_answer_streams_and_is_then_weighed(on, opened, me):
-    changes = on.on_question("Which?", "fat\nliver", opened, "", [], {}, me)
+    changes = on.on_question("Which?", "fat\nliver", "", opened, "", [], {}, me)
     *steps, last = on.on_asked(opened, changes[on.page.chat], changes[on.page.questions], {}, me)
     assert all(WEIGHING in str(step[on.page.chat][-1]) for step in steps)
     answer = last[on.page.answers][1]
@@ -323,7 +323,7 @@ def test_earlier_turns_go_to_the_model_only_if_it_was_trained_on_that(multi_turn
     monkeypatch.setattr(desk.model, "config", dataclasses.replace(desk.config, multi_turn=multi_turn))
     why = Question("Why?", ("fat", "mucin"))
     before = [chat.show_question(why), chat.show_answer("Because.")]
-    changes = on.on_question("Which?", "fat\nliver", opened, "", before, {0: why}, me)
+    changes = on.on_question("Which?", "fat\nliver", "", opened, "", before, {0: why}, me)
     put, answer = [], desk.answer
 
     def note_and_answer(case, messages, options, session):
@@ -345,7 +345,7 @@ def test_earlier_turns_go_to_the_model_only_if_it_was_trained_on_that(multi_turn
 
 def test_a_question_typed_while_the_slide_is_analysed_waits_and_is_asked(on, opened, me):
     page = on.page
-    waits = on.on_question("Which?", "fat\nliver", None, "token", [], {}, me)
+    waits = on.on_question("Which?", "fat\nliver", "", None, "token", [], {}, me)
     assert AT_READY in str(waits[page.chat])
     assert (waits[page.question], waits[page.given_options]) == ("", "")
     ready = on.on_ready(opened, waits[page.waiting], me)
@@ -396,7 +396,7 @@ def limited(opened):
 
 
 def test_what_the_model_was_not_trained_for_is_refused_with_what_it_can_answer(on, limited, me, desk):
-    refused = on.on_question("What grade is it?", "", limited, "", [], {}, me)[on.page.chat]
+    refused = on.on_question("What grade is it?", "", "", limited, "", [], {}, me)[on.page.chat]
     assert "cannot answer that" in chat.text_of(refused[-1])
     assert "Does this slide contain carcinoma?" in str(refused[-1])
     assert not desk.turns.busy(str(me.session_hash))
@@ -406,7 +406,7 @@ def test_what_the_model_was_not_trained_for_is_refused_with_what_it_can_answer(o
 
 def test_where_is_the_tumour_is_answered_by_pointing(on, limited, me):
     page = on.page
-    asked = on.on_question("Where is the carcinoma?", "", limited, "", [], {}, me)
+    asked = on.on_question("Where is the carcinoma?", "", "", limited, "", [], {}, me)
     assert asked[page.questions][0].put == "Does this slide contain carcinoma?"
     assert chat.text_of(asked[page.chat][0]) == "Where is the carcinoma?"
     *_, last = on.on_asked(limited, asked[page.chat], asked[page.questions], {}, me)
@@ -419,14 +419,14 @@ def test_where_is_the_tumour_is_answered_by_pointing(on, limited, me):
 
 
 def test_an_organ_is_never_told_for_certain_below_the_models_own_threshold(on, limited, me):
-    changes = on.on_question("Which organ is this?", "skin\ncolon", limited, "", [], {}, me)
+    changes = on.on_question("Which organ is this?", "skin\ncolon", "", limited, "", [], {}, me)
     *_, last = on.on_asked(limited, changes[on.page.chat], changes[on.page.questions], {}, me)
     assert re.fullmatch(r"Not sure: (skin or colon|colon or skin)", chat.text_of(last[on.page.chat][-1]))
 
 
 def test_a_what_if_is_a_state_that_one_button_leaves(on, opened, me):
     page, picks = on.page, {"pinned": [0], "dropped": []}
-    changes = on.on_question("Which?", "fat\nliver", opened, "", [], {}, me)
+    changes = on.on_question("Which?", "fat\nliver", "", opened, "", [], {}, me)
     *_, last = on.on_asked(opened, changes[page.chat], changes[page.questions], {}, me)
     before = (opened, last[page.chat], changes[page.questions], last[page.answers])
     first, *_, done = on.on_ask_again(*before, None, 8, "random", picks, me)
@@ -435,7 +435,7 @@ def test_a_what_if_is_a_state_that_one_button_leaves(on, opened, me):
     assert len(mine.case.selection.indices) == 8
     assert len(done[page.answers][1].effects) == 8
     # an ordinary question is answered from what the boxes show
-    asked = on.on_question("How?", "", mine, "", done[page.chat], first[page.questions], me)
+    asked = on.on_question("How?", "", "", mine, "", done[page.chat], first[page.questions], me)
     *_, told = on.on_asked(mine, asked[page.chat], asked[page.questions], done[page.answers], me)
     assert len(told[page.answers][3].effects) == 8
     left = on.on_leave(mine, told[page.chat], told[page.answers], aside, me)

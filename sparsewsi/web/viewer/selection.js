@@ -120,6 +120,7 @@ function mark(word) {
   if (index < 0) return;
   if (shared.marks.get(index) === word) shared.marks.delete(index);
   else shared.marks.set(index, word);
+  trigger("marks", { marks: [...shared.marks] });
   journal.push({ mark: shared.marks.get(index) || "none", rank: bag.rank[index] });
   markStrip();
   showInspect();

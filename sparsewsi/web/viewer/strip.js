@@ -112,13 +112,13 @@ function markStrip(scroll = false) {
     const index = +item.dataset.index;
     const now = index === shared.current;
     item.setAttribute("aria-current", now);
-    item.setAttribute("aria-label", `${describe(index)}${shared.seen.has(index) ? ", seen" : ""}`);
     item.classList.toggle("dropped", shared.dropped.has(index));
     item.querySelector("u").textContent =
       (shared.seen.has(index) ? "✓" : "") +
       ({ agree: " +", disagree: " −" }[shared.marks.get(index)] || "") +
       (shared.pinned.has(index) ? " ◆" : "") +
       (shared.dropped.has(index) ? " ✕" : "");
+    item.setAttribute("aria-label", `${item.textContent.trim().replace(/\s+/g, " ")} · ${describe(index)}`);
     if (now && scroll && item.className.includes("item"))
       strip.scrollTo({ left: item.offsetLeft - strip.offsetLeft - strip.clientWidth / 2 + item.offsetWidth / 2 });
   }
