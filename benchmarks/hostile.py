@@ -214,7 +214,7 @@ def opened(page: Page, path: Path) -> str:
     try:
         page.call("on_typed_path", str(path))
         page.call("on_slide", None, "")
-        return str(page.call("on_slide_shown", None, None, "")[2])
+        return str(page.call("on_slide_shown", None, None, "", None)[2])
     except ValueError as error:
         return str(error)
 
@@ -283,7 +283,7 @@ class Visitor(Page):
 
     def __init__(self, address: str, mpp: str = ""):
         super().__init__(address)
-        self.call("on_phantom")
+        self.call("on_choose", told={"name": "phantom"})
         self.call("on_slide", None, mpp)
         self.mpp = mpp
 
@@ -305,15 +305,17 @@ class Visitor(Page):
 
     def asked(self) -> list:
         """The chat with a question that calls for a long answer."""
-        self.call("on_slide_shown", None, None, self.mpp)
-        return self.call("on_question", "Describe everything that you see in great detail.", "", None, [], None)[0]
+        self.call("on_slide_shown", None, None, self.mpp, None)
+        return self.call(
+            "on_question", "Describe everything that you see in great detail.", "", "", None, None, [], None
+        )[0]
 
 
 def gone(address: str, process: psutil.Process, doing: str) -> str:
     """Who asks for something and leaves in the middle of it; what the app still does three seconds later."""
     visitor = Visitor(address, "0.3" if doing == "analysing" else "")  # at another resolution nothing is cached
     if doing == "analysing":
-        visitor.join("on_slide_shown", None, None, visitor.mpp)
+        visitor.join("on_slide_shown", None, None, visitor.mpp, None)
         visitor.leave_after(4)
     else:
         chat = visitor.asked()
@@ -339,7 +341,7 @@ def told(address: str, event: str, data: dict, times: int = 1) -> str:
     """Events of the viewer."""
     visitor = Visitor(address)
     if event == "on_picks":
-        visitor.call("on_slide_shown", None, None, "")
+        visitor.call("on_slide_shown", None, None, "", None)
     answers: Counter[str] = Counter()
     for _ in range(times):
         try:
@@ -366,7 +368,7 @@ def regions(address: str, folder: Path, kind: str) -> str:
     path = folder / f"{kind}.geojson"
     path.write_text(json.dumps({"type": "Feature", "geometry": geometry}))
     visitor = Visitor(address)
-    visitor.call("on_slide_shown", None, None, "")
+    visitor.call("on_slide_shown", None, None, "", None)
     with path.open("rb") as file:
         sent = visitor.client.post(f"{address}/gradio_api/upload", files={"files": (path.name, file)})
     try:

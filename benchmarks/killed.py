@@ -90,12 +90,12 @@ def brought_to(state: str, address: str, slide: Path) -> Iterator[None]:
     stranger = Stranger(address)
     token = stranger.open(slide)
     if state == "analysing":
-        stranger.begin("on_slide_shown", None, None, "0.5")
+        stranger.begin("on_slide_shown", None, None, "0.5", None)
         time.sleep(3)
     else:
-        stranger.call("on_slide_shown", None, None, "0.5")
+        stranger.call("on_slide_shown", None, None, "0.5", None)
         question = ("Does this slide contain carcinoma?", "Yes\nNo") if state == "evidence" else ("Describe it.", "")
-        chat = stranger.call("on_question", *question, None, [], None)[0]
+        chat = stranger.call("on_question", *question, "", None, None, [], None)[0]
         if state in ("answering", "evidence"):
             stranger.begin("on_asked", None, chat, None, None)
             time.sleep(0.5 if state == "answering" else 2)

@@ -33,12 +33,12 @@ class Page:
         config = self.client.get(f"{address}/config").json()
         self.handlers = {item["api_name"]: item["id"] for item in config["dependencies"]}
 
-    def call(self, name: str, *data: object, first: bool = False) -> list:
-        """Run a handler; returns its outputs, or the first of those that it streams.
+    def call(self, name: str, *data: object, first: bool = False, told: dict | None = None) -> list:
+        """Run a handler; returns its outputs, or the first of those that it streams. told: what the event says.
 
         Raises ValueError with the sentence that the page would show.
         """
-        body = {"data": data, "fn_index": self.handlers[name], "session_hash": self.session}
+        body = {"data": data, "fn_index": self.handlers[name], "session_hash": self.session, "event_data": told}
         self.client.post(f"{self.address}/gradio_api/queue/join", json=body).raise_for_status()
         with self.client.stream(
             "GET", f"{self.address}/gradio_api/queue/data", params={"session_hash": self.session}
@@ -69,12 +69,12 @@ def first_word(address: str, pid: int | None) -> None:
 
     page = Page(address)
     say("page open")
-    page.call("on_phantom")
+    page.call("on_choose", told={"name": "phantom"})
     page.call("on_slide", None, "")
     say("slide on screen")
-    page.call("on_slide_shown", None, None, "")
+    page.call("on_slide_shown", None, None, "", None)
     say("patches selected")
-    chat = page.call("on_question", QUESTION[0], "\n".join(QUESTION[1]), None, [], None)[0]
+    chat = page.call("on_question", QUESTION[0], "\n".join(QUESTION[1]), "", None, None, [], None)[0]
     page.call("on_asked", None, chat, None, None, first=True)
     say("first word")
 

@@ -43,8 +43,9 @@ from sparsewsi.web.chat import (
 from sparsewsi.web.desk import Desk, Opened
 from sparsewsi.web.errors import explain_errors, refuse, stop_unseen
 from sparsewsi.web.examples import EXAMPLES, name_example, open_example
+from sparsewsi.web.gallery import find_sample
 from sparsewsi.web.jobs import Halted, Job
-from sparsewsi.web.layout import FEWEST, MOST, Page, state_facts, tell_doubts
+from sparsewsi.web.layout import FEWEST, MOST, Page, state_facts, tell_about, tell_doubts
 from sparsewsi.web.limits import check_question, check_turns, read_told
 from sparsewsi.web.turns import Turn
 from sparsewsi.web.viewer import bag_props, file_props, foci_props, map_props, packed, slide_props
@@ -88,10 +89,15 @@ class Handlers:
 
     def on_choose(self, event: gr.EventData, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Changes:  # noqa: B008
         """A card of the gallery was chosen."""
-        name = str(event._data.get("name"))
-        if name not in EXAMPLES:
+        name = str(event._data.get("name")) if isinstance(event._data, dict) else ""
+        if name in EXAMPLES:
+            return self._open_example(name, request, progress)
+        sample = find_sample(name)
+        if sample is None:
             raise stop_unseen()
-        return self._open_example(name, request, progress)
+        progress(None, desc="Asking the server of this slide")
+        with self._opening(request):
+            return {self.page.path: sample.address, self.page.mpp: f"{sample.mpp:g}"}
 
     def on_upload(self, file: str, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Changes:  # noqa: B008
         progress(None, desc="Looking at the file")
@@ -232,8 +238,10 @@ class Handlers:
         """What to doubt in this slide's answers, and which patches belong together."""
         if opened is None:
             return {self.page.doubts: ""}
-        foci = foci_props(opened.case.foci, opened.case.selection)
-        return {self.page.doubts: tell_doubts(opened.case), self.page.view: gr.HTML(foci=foci)}
+        case = opened.case
+        sample = find_sample(case.path) if case.path else None
+        told = tell_doubts(case) + (tell_about(sample.caption) if sample else "")
+        return {self.page.doubts: told, self.page.view: gr.HTML(foci=foci_props(case.foci, case.selection))}
 
     def on_analysed(self, opened: Opened | None, answers: Answers, request: gr.Request) -> None:
         """From now on the downloads hold these answers."""

@@ -98,7 +98,7 @@ def _lay_out_sources(desk: Desk) -> dict:
         with gr.Row(elem_id="by-path"):
             typed_path = gr.Textbox(
                 label="Path on this machine",
-                placeholder="/slides/case.svs, then Enter",
+                placeholder="/slides/case.svs or https://….dzi, then Enter",
                 max_lines=1,
                 visible=desk.allow_paths,
                 min_width=220,
@@ -249,6 +249,13 @@ def tell_doubts(case: Case | None) -> str:
     below = "".join(f"<p>{doubt}</p>" for doubt in more)
     count = f" (and {len(more)} more)" if more else ""
     return f"<details><summary>⚠ {first}{count}</summary>{below}</details>"
+
+
+def tell_about(caption: str) -> str:
+    """HTML of what was published about a slide, folded: a reader may want to look first."""
+    return (
+        f"<details class='about'><summary>What was published about this slide</summary>{html.escape(caption)}</details>"
+    )
 
 
 def tell_notice(desk: Desk) -> str:

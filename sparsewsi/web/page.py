@@ -33,7 +33,7 @@ def _wire_slides(demo: gr.Blocks, page: Page, on: Handlers, allow_paths: bool) -
     """Returns the events of which one ends when a slide has been analysed."""
     waiting = {"show_progress_on": page.facts, **PRIVATE}
     opened = [
-        page.gallery.choose(on.on_choose, None, page.path, **waiting, **EVERY),
+        page.gallery.choose(on.on_choose, None, [page.path, page.mpp], **waiting, **EVERY),
         page.upload.upload(on.on_upload, page.upload, page.path, **waiting, **EVERY),
         demo.load(on.on_load, None, page.path, **QUIET),
     ]
