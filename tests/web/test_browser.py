@@ -562,6 +562,101 @@ def test_14_dark_and_narrow(browser, served):
     page.close()
 
 
+SIZES = ((1920, 1080), (1440, 900), (1280, 720), (768, 1024), (390, 844))
+
+
+def test_14_one_screen_without_page_scroll_in_both_themes(reading, served):
+    """From 1280 x 720 up nothing scrolls but the parts; below, nothing is wider than the window."""
+    try:
+        for theme in ("light", "dark"):
+            reading.evaluate("theme => document.body.classList.toggle('dark', theme === 'dark')", theme)
+            for width, height in SIZES:
+                reading.set_viewport_size({"width": width, "height": height})
+                reading.wait_for_timeout(400)
+                reading.screenshot(path=served.looks / f"{width}x{height}-{theme}.png", full_page=width < 900)
+                page = reading.evaluate("[document.documentElement.scrollWidth, document.documentElement.scrollHeight]")
+                assert page[0] <= width
+                assert width < 1280 or page[1] <= height
+    finally:
+        reading.evaluate("document.body.classList.remove('dark')")
+        reading.set_viewport_size({"width": 1440, "height": 900})
+
+
+AXE = ROOT / ".ci" / "node_modules" / "axe-core" / "axe.min.js"  # npm install --prefix .ci
+
+
+def test_14_axe_finds_no_serious_fault_in_any_state(reading, served):
+    if not AXE.is_file():
+        pytest.skip("axe-core is not installed: npm install --prefix .ci")
+    found = []
+
+    def look(state: str) -> None:
+        told = reading.evaluate("axe.run(document).then(found => found.violations)")
+        for one in told:
+            if one["impact"] in ("serious", "critical"):
+                found.append((state, one["id"], [node["html"][:200] for node in one["nodes"]][:3]))
+
+    reading.evaluate(AXE.read_text(encoding="utf-8"))
+    try:
+        for theme in ("light", "dark"):
+            reading.evaluate("theme => document.body.classList.toggle('dark', theme === 'dark')", theme)
+            for tab in ("ask", "patches", "map", "what-if"):
+                show_tab(reading, tab)
+                look(f"{tab}, {theme}")
+            for menu in ("layers", "save", "keys"):
+                reading.click(f'[data-do="{menu}"]')
+                look(f"{menu}, {theme}")
+            reading.click("#open-menu")
+            look(f"open, {theme}")
+            reading.click("#open-menu")
+    finally:
+        reading.evaluate("document.body.classList.remove('dark')")
+        show_tab(reading, "ask")
+    assert not found
+
+
+def test_14_keyboard_alone_asks_walks_the_evidence_and_marks(reading, served):
+    reading.locator(".slide").focus()
+    for key in ("n", "a", "n", "d", "Enter", "Escape", "u", "Escape", "t", "t", "t", "t", "q"):
+        reading.keyboard.press(key)
+    assert reading.evaluate("document.activeElement.closest('#question') !== null"), "q goes to the question"
+    marked = [text for text in reading.locator(".item u").all_inner_texts() if "+" in text or "−" in text]
+    assert len(marked) == 2
+    rows = list(csv.DictReader(io.StringIO(download(reading, "patches.csv"))))
+    assert sorted(filter(None, (row["mark"] for row in rows))) == ["agree", "disagree"]
+    reading.locator(".slide").focus()
+    reading.keyboard.press("d")  # takes the mark back
+    reading.keyboard.press("p")
+    reading.keyboard.press("a")
+    reading.wait_for_function("![...document.querySelectorAll('.item u')].some(u => /[+−]/.test(u.textContent))")
+
+
+def test_work_is_told_waited_for_cancelled_and_replaced(browser, served, tmp_path):
+    """Seen when it was tried: an abandoned analysis went on; a question typed meanwhile was refused."""
+    page, copies = open_page(browser, served), [tmp_path / f"{name}{served.slide.suffix}" for name in "ab"]
+    for copy in copies:
+        copy.write_bytes(served.slide.read_bytes())
+    began = time.time()
+    open_by_path(page, copies[0])
+    page.wait_for_function("document.querySelector('.viewer').dataset.scale")
+    page.locator('[data-do="cancel"]').click(timeout=20_000)
+    page.wait_for_function("document.querySelector('#facts').innerText.includes('cancelled')")
+    waited(served, "open, cancel, free", time.time() - began)
+    assert page.locator(".item").count() == 0
+    open_by_path(page, copies[0])
+    page.wait_for_selector(".work:not([hidden])")
+    open_by_path(page, copies[1])  # while the first is analysed
+    page.fill("#question textarea", served.question)
+    page.press("#question textarea", "Enter")
+    page.wait_for_selector("#chat .user-row")
+    page.wait_for_selector(".item")
+    waited(served, "second slide while the first is analysed, to its patches", time.time() - began)
+    page.wait_for_selector('#chat a[href*="#patch-"]')
+    assert page.locator("#chat .user-row").count() == 1
+    assert not page.problems
+    page.close()
+
+
 def test_15_in_an_iframe_and_for_programs_it_is_the_same(reading, browser, served, tmp_path):
     programs = pytest.importorskip("gradio_client")
     client = programs.Client(served.url, verbose=False)
