@@ -15,7 +15,9 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 from torch import Tensor
 
-ALIKE = 0.5  # mean distance within a focus, 1 - cosine about the slide's mean
+# Mean distance within a focus, 1 - cosine about the kept patches' mean. Chosen on mosaics of the validation split:
+# train/studies/evidence_check.py tells how often two patches of a focus are of one tissue, and the other way round.
+ALIKE = 0.8
 TOUCH = 0.5  # what the distance of two patches that touch is multiplied by
 
 
@@ -27,22 +29,22 @@ class Focus:
     places: tuple[int, ...]
 
 
-def find_foci(coords: Tensor, features: Tensor, patch_size: int, mean: Tensor, ranks: Sequence[int]) -> list[Focus]:
+def find_foci(coords: Tensor, features: Tensor, patch_size: int, ranks: Sequence[int]) -> list[Focus]:
     """The foci of the kept patches, that of the best score first; a patch on its own is in none.
 
-    coords (K, 2) level-0 px; features (K, D) of the kept patches; mean (D,) of all patches of the slide; ranks (K,)
+    coords (K, 2) level-0 px; features (K, D); ranks (K,): all of the kept patches
     """
     if len(coords) < 2:
         return []
-    directions = F.normalize(features.float() - mean.float(), dim=1)
+    directions = F.normalize(features.float() - features.float().mean(0), dim=1)
     apart = (1 - directions @ directions.T).clamp_min(0)  # (K, K)
     touching = (coords[:, None] - coords[None]).abs().amax(-1) <= 1.05 * patch_size
     distances = torch.where(touching, TOUCH * apart, apart).double().numpy()
     np.fill_diagonal(distances, 0)
     groups = fcluster(linkage(squareform(distances, checks=False), "average"), ALIKE, "distance")
-    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    members = [tuple(map(int, np.flatnonzero(groups == group))) for group in np.unique(groups)]
     found = sorted((m for m in members if len(m) > 1), key=lambda places: min(ranks[place] for place in places))
-    return [Focus(name_focus(number), tuple(map(int, places))) for number, places in enumerate(found)]
+    return [Focus(name_focus(number), places) for number, places in enumerate(found)]
 
 
 def name_focus(number: int) -> str:

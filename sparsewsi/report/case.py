@@ -31,14 +31,16 @@ from sparsewsi.model.novelty import Summary
 from sparsewsi.model.selection import Selection
 from sparsewsi.model.selector import LEARNED, SELECTORS, check_selector, select_learned
 from sparsewsi.readers.pictures import PictureReader, Pictures, find_cited
-from sparsewsi.report import annotations, html, plots, qupath, record, table, umap
+from sparsewsi.report import annotations, figure, html, plots, qupath, record, table, umap
 from sparsewsi.report.answer import Answer, FocusEffect, summarise, word_notice
 from sparsewsi.report.doubts import find_doubts
+from sparsewsi.report.scope import word_answer
 from sparsewsi.slides.refusals import SlideError
 from sparsewsi.slides.slide import Slide, open_slide
 
 FILES = ("report.html", "overlay.png", "umap.png", "patches.csv", "patches.geojson", "selection.json")
 ANNOTATIONS = "annotations.dcm"  # of DICOM slides, where highdicom is installed
+FIGURES = ("figure.png", "figure.svg")  # for a talk; written where they are asked for by name
 OVERVIEW = 2000  # px, longer side of the slide's overview in files
 NOT_VALIDATED = "This reader was not validated here: how often it is right on such questions is unknown."
 SHOWN_OVERVIEW = 1024  # px, of the overview that a reader may be shown
@@ -179,8 +181,8 @@ class Case:
     def foci(self) -> tuple[Focus, ...]:
         """The groups that the kept patches form."""
         bag, kept = self.bag, self.selection.indices
-        mean, ranks = bag.features.float().mean(0), self.selection.ranks.tolist()
-        return tuple(find_foci(bag.coords[kept], bag.features[kept], bag.patch_size, mean, ranks))
+        ranks = self.selection.ranks.tolist()
+        return tuple(find_foci(bag.coords[kept], bag.features[kept], bag.patch_size, ranks))
 
     def _weigh(self, effects: Sequence[float]) -> tuple[FocusEffect, ...]:
         """What was measured of each focus; nothing where nothing was."""
@@ -231,7 +233,7 @@ class Case:
         slide: Slide | None = None,
         marks: Mapping[int, str] | None = None,
     ) -> tuple[str, ...]:
-        """Write the files of these names, of FILES or ANNOTATIONS, into a folder, which is made; each whole or none.
+        """Write files of these names, of FILES, FIGURES or ANNOTATIONS, into a folder, which is made; whole or none.
 
         marks: what the reader said of patches, by index: "agree" or "disagree"
         slide: the slide, open; None: it is opened by its path. Without either the report holds no patches, and boxes
@@ -240,8 +242,8 @@ class Case:
         be drawn is left out with a warning. Raises SlideError or OSError, once the others are written, if the slide
         cannot be read any more or the disk is full.
         """
-        if not set(names) <= {*FILES, ANNOTATIONS}:
-            raise ValueError(f"the files of a case are {', '.join(FILES)}; got {', '.join(names)}.")
+        if not set(names) <= {*FILES, *FIGURES, ANNOTATIONS}:
+            raise ValueError(f"the files of a case are {', '.join((*FILES, *FIGURES))}; got {', '.join(names)}.")
         folder, bag, selection = Path(folder), self.bag, self.selection
         made = {"model": self.model, "weights_sha256": self.weights_sha256, "selector": self.selector}
         chosen = {"max_patches": self.max_patches, "answers": answers, "marks": marks, **made}
@@ -271,6 +273,19 @@ class Case:
             except ValueError as error:
                 raise _Undrawn(f"{path.name} was left out. {error}") from error
 
+        def write_figure(path: Path) -> None:
+            overview, patches = draw()
+            try:
+                drawn_map = umap.draw_map(umap.map_features(bag.features, selection), selection)
+            except Exception:  # as above: the rest is worth having
+                drawn_map = None
+            last = answers[-1] if answers else None
+            title = f"{last.question} {word_answer(last, self.limits)}" if last else bag.slide
+            data = figure.draw_figure(
+                path.suffix[1:], overview, patches, selection, drawn_map, title, f"{self.summary}. {self.notice}"
+            )
+            write_bytes(path, data)
+
         writers: dict[str, Callable[[Path], None]] = {  # what costs least comes first
             "selection.json": lambda path: record.write_selection(path, bag, selection, self.config, **chosen),
             "patches.csv": lambda path: table.write_csv(path, bag, selection, marks),
@@ -279,6 +294,7 @@ class Case:
             "report.html": write_report,
             "overlay.png": lambda path: write_bytes(path, _encode_png(draw()[0])),
             "umap.png": write_map,
+            **dict.fromkeys(FIGURES, write_figure),
         }
         written, failed = [], []
         for name, write in writers.items():

@@ -44,11 +44,13 @@ class Suggestion:
 
 def suggest(limits: Limits) -> list[Suggestion]:
     """A question of every kind that the model was validated on."""
-    return [
-        Suggestion(*WORDINGS[limit.kind], f"right in {limit.right:.0%} ({limit.low:.0%} to {limit.high:.0%})")
-        for limit in limits.kinds
-        if limit.kind in WORDINGS
-    ]
+    found = []
+    for limit in limits.kinds:
+        if limit.kind in WORDINGS:
+            text, options = WORDINGS[limit.kind]
+            told = f"right in {limit.right:.0%} ({limit.low:.0%} to {limit.high:.0%})"
+            found.append(Suggestion(text, options, told))
+    return found
 
 
 def within(limits: Limits, question: str, options: Sequence[str] = ()) -> bool:
@@ -62,12 +64,6 @@ def within(limits: Limits, question: str, options: Sequence[str] = ()) -> bool:
     return any(re.search(rf"\b{re.escape(word)}\b", asked) for word in limits.vocabulary)
 
 
-def refuse_kindly(limits: Limits) -> str:
-    """What is said to a question outside."""
-    asked = "; ".join(f"{one.text} ({one.told})" for one in suggest(limits))
-    return f"This model cannot answer that. It can answer: {asked}. It can also describe the slide."
-
-
 def find_target(question: str) -> str:
     """What a "where is ...?" asks for, in lower case; "" for any other question."""
     if not WHERE.search(question) or re.search(r"\b(from|taken|come)\b", question.lower()):
@@ -79,7 +75,7 @@ def put_as_presence(limits: Limits, target: str) -> Suggestion | None:
     """The question whose "Yes" is pointed at for a target; None for one that the model has no word for."""
     found = limits.find(target)
     if found is not None and WORDINGS.get(found.kind, ("", ()))[1] == YES_NO:
-        return Suggestion(*WORDINGS[found.kind])
+        return Suggestion(WORDINGS[found.kind][0], YES_NO)
     if any(word in target for word in limits.vocabulary):
         return Suggestion(f"Does this slide contain {target}?", YES_NO)
     return None

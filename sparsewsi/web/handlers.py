@@ -22,7 +22,7 @@ from sparsewsi.model.prompt import format_question
 from sparsewsi.model.selection import Selection
 from sparsewsi.report import umap
 from sparsewsi.report.answer import Answer
-from sparsewsi.report.case import Case
+from sparsewsi.report.case import FIGURES, Case
 from sparsewsi.report.phantom import choose_questions, describe_truth, find_truth
 from sparsewsi.report.qupath import read_regions
 from sparsewsi.report.scope import find_target, put_as_presence, suggest, within, word_answer
@@ -186,16 +186,16 @@ class Handlers:
         try:
             yield from self._analyse(token, path, resolution, request)
         except gr.Error as error:
-            if self.desk.slides.holds(token):
-                why = str(error.message)
-                told = why or "The analysis was cancelled. Open the slide again to go on."
-                doing = f"{name} · {'not analysed' if why else 'cancelled'}"
-                yield {
-                    self.page.token: "",
-                    self.page.view: gr.HTML(work={"error": told}),
-                    self.page.facts: state_facts(self.desk, None, doing, wrong=True),
-                }
-            raise
+            if not self.desk.slides.holds(token):  # another one was opened meanwhile
+                raise
+            why = str(error.message)
+            told = why or "The analysis was cancelled. Open the slide again to go on."
+            doing = f"{name} · {'not analysed' if why else 'cancelled'}"
+            yield {
+                self.page.token: "",
+                self.page.view: gr.HTML(work={"error": told}),
+                self.page.facts: state_facts(self.desk, None, doing, wrong=True),
+            }
 
     def _analyse(self, token: str, path: str, resolution: str, request: gr.Request) -> Iterator[Changes]:
         """The resolution leaves its field, where it would be taken for the next slide's."""
@@ -258,7 +258,7 @@ class Handlers:
             (folder / name).touch()
             return folder / name
         with desk.jobs.run(str(session), "files") as job:
-            drawn = name == "report.html"
+            drawn = name in ("report.html", *FIGURES)
             with desk.open_slide(case.path, case.slide_mpp, job) if drawn else nullcontext() as slide:
                 written = case.write(folder, list(answers.values()), [name], slide, marks)
         if not written:
@@ -288,18 +288,14 @@ class Handlers:
         self.desk.cancel(str(request.session_hash))
 
     def on_ready(self, opened: Opened | None, waiting: Question | None, request: gr.Request) -> Changes:
-        """The slide is analysed: the question that waited for it is asked."""
-        if opened is None or waiting is None:
-            raise stop_unseen()
-        return self._ask(opened, [], waiting, {}, request) | {self.page.waiting: None}
-
-    def on_not_analysed(self, opened: Opened | None, token: str, waiting: Question | None) -> Changes:
-        """A question that waited for a slide that could not be analysed goes back to its box."""
-        if opened is not None or token or waiting is None:
-            return gr.skip()
+        """The question that waited for the slide is asked or, if there will be no patches, goes back to its box."""
         page = self.page
-        box: Changes = {page.question: waiting.text, page.given_options: "\n".join(waiting.options)}
-        return {page.waiting: None, page.chat: [], **box}
+        if waiting is None:
+            raise stop_unseen()
+        if opened is None:
+            box = {page.question: waiting.text, page.given_options: "\n".join(waiting.options)}
+            return {page.waiting: None, page.chat: [], **box}
+        return self._ask(opened, [], waiting, {}, request) | {self.page.waiting: None}
 
     def on_starter(self, index: int, starters: list) -> Changes:
         """A question to start with was chosen: into the boxes with it."""
@@ -508,7 +504,7 @@ class Handlers:
     ) -> Changes:
         answer = answers.get(len(chat) - 1)
         evidence = evidence_props(opened.case.selection, answer) if opened and answer else None
-        props = {"evidence": evidence} if pointed is None else {"evidence": evidence, "focus": pointed}
+        props: dict[str, Any] = {"evidence": evidence} if pointed is None else {"evidence": evidence, "focus": pointed}
         return {self.page.view: gr.HTML(**props)}
 
     def on_undo(self, chat: list, questions: Questions, answers: Answers, request: gr.Request) -> Changes:

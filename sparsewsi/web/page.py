@@ -44,7 +44,6 @@ def _wire_slides(demo: gr.Blocks, page: Page, on: Handlers, allow_paths: bool) -
     cleared += [page.typed_path]
     filled = [page.opened, page.view, page.facts, page.secret, page.planted, page.examples, page.starters, page.mpp]
     filled += [page.k, page.alone, page.token]
-    asked = [page.waiting, page.chat, page.question, page.given_options]
     analysed = []
     for trigger in [*[event.success for event in opened], page.mpp.submit]:
         shown = trigger(on.on_slide, [page.path, page.mpp], cleared, **QUIET, **EVERY)
@@ -56,7 +55,6 @@ def _wire_slides(demo: gr.Blocks, page: Page, on: Handlers, allow_paths: bool) -
         analysed[-1].success(on.on_analysed, [page.opened, page.answers], None, **QUIET, **EVERY)
         analysed[-1].success(on.on_case, page.opened, [page.doubts, page.view], **QUIET, **EVERY)
         analysed[-1].success(on.on_map_wanted, page.opened, page.view, **QUIET, **EVERY)
-        analysed[-1].then(on.on_not_analysed, [page.opened, page.token, page.waiting], asked, **QUIET, **EVERY)
     page.view.cancel(on.on_cancel, None, None, queue=False, **QUIET)  # never behind others
     demo.unload(on.on_unload)
     return analysed
@@ -73,7 +71,7 @@ def _wire_questions(page: Page, on: Handlers, analysed: list) -> None:
         page.view.ask(on.on_suggested, [page.opened, page.chat, page.questions], talk, **QUIET),
         page.chat.retry(on.on_retry, [page.opened, page.chat], talk, **QUIET),
         page.chat.edit(on.on_edit, [page.opened, page.chat, page.questions], talk, **QUIET),
-        *(one.success(on.on_ready, [page.opened, page.waiting], [*talk, page.waiting], **QUIET) for one in analysed),
+        *(one.success(on.on_ready, [page.opened, page.waiting], [*talk, *boxes], **QUIET) for one in analysed),
     ]
     for event in asked:
         event.success(on.on_answer_shown, ended, page.view, **QUIET)

@@ -11,7 +11,7 @@ def make(kinds: list[int], coords: list[tuple[int, int]]) -> list:
     directions = torch.eye(64)[torch.tensor(kinds)]
     features = directions + 0.05 * torch.randn(len(kinds), 64, generator=generator)
     places = torch.tensor(coords)
-    return find_foci(places, features, 224, torch.zeros(64), list(range(1, len(kinds) + 1)))
+    return find_foci(places, features, 224, list(range(1, len(kinds) + 1)))
 
 
 def test_what_looks_alike_is_one_focus_and_what_does_not_is_none():
@@ -20,11 +20,11 @@ def test_what_looks_alike_is_one_focus_and_what_does_not_is_none():
 
 
 def test_patches_that_touch_are_one_focus_sooner():
-    apart, touching = [(0, 0), (5000, 0)], [(0, 0), (224, 224)]
-    features = torch.tensor([[1.0, 0.0], [0.35, 0.94]])  # their cosine is 0.35
+    apart, touching = [(0, 0), (5000, 0), (9000, 9000)], [(0, 0), (224, 224), (9000, 9000)]
+    features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])  # their mean is 0; cosine of the first two, too
 
     def count(coords: list[tuple[int, int]]) -> int:
-        return len(find_foci(torch.tensor(coords), features, 224, torch.zeros(2), [1, 2]))
+        return len(find_foci(torch.tensor(coords), features, 224, [1, 2, 3]))
 
     assert (count(apart), count(touching)) == (0, 1)
 

@@ -622,8 +622,11 @@ def test_14_keyboard_alone_asks_walks_the_evidence_and_marks(reading, served):
     assert reading.evaluate("document.activeElement.closest('#question') !== null"), "q goes to the question"
     marked = [text for text in reading.locator(".item u").all_inner_texts() if "+" in text or "−" in text]
     assert len(marked) == 2
-    rows = list(csv.DictReader(io.StringIO(download(reading, "patches.csv"))))
-    assert sorted(filter(None, (row["mark"] for row in rows))) == ["agree", "disagree"]
+    deadline, told = time.time() + 20, []
+    while time.time() < deadline and len(told) < 2:  # the marks are on their way
+        rows = list(csv.DictReader(io.StringIO(download(reading, "patches.csv"))))
+        told = sorted(filter(None, (row["mark"] for row in rows)))
+    assert told == ["agree", "disagree"]
     reading.locator(".slide").focus()
     reading.keyboard.press("d")  # takes the mark back
     reading.keyboard.press("p")

@@ -357,7 +357,7 @@ def test_a_question_typed_while_the_slide_is_analysed_waits_and_is_asked(on, ope
 
 def test_a_question_that_waited_for_a_slide_that_failed_is_back_in_its_box(on):
     page = on.page
-    back = on.on_not_analysed(None, "", Question("Which?", ("fat", "liver")))
+    back = on.on_ready(None, Question("Which?", ("fat", "liver")), gr.Request())
     assert (back[page.question], back[page.given_options]) == ("Which?", "fat\nliver")
     assert back[page.chat] == []
 
@@ -370,10 +370,7 @@ def test_after_a_failed_analysis_the_header_says_so(on, me, desk, monkeypatch, t
         raise ValueError("there is no tissue on it.")
 
     monkeypatch.setattr(desk, "analyse", fail)
-    steps, told = on.on_slide_shown(shown[on.page.token], str(tmp_path / "a.png"), "0.5", "slide 1", me), {}
-    with pytest.raises(gr.Error, match="no tissue"):
-        for told in steps:  # noqa: B007
-            pass
+    *_, told = on.on_slide_shown(shown[on.page.token], str(tmp_path / "a.png"), "0.5", "slide 1", me)
     assert "slide 1 · not analysed" in told[on.page.facts]
     assert "no tissue" in told[on.page.view].props["work"]["error"]
     assert told[on.page.token] == "", "questions do not wait for it"
@@ -609,7 +606,7 @@ def test_downloads_are_written_when_they_are_asked_for(on, opened, desk, me, tmp
     token = shown[on.page.token]
     mine = Opened(token, dataclasses.replace(opened.case, path=path, slide_mpp=0.5))
     on.on_analysed(mine, {1: Answer("Which <b>?", "fat", ("fat", "liver"), (0.5, 0.5))}, me)
-    texts = {name: desk.slides.download(token, name).read_text() for name, _ in file_props()}
+    texts = {name: desk.slides.download(token, name).read_bytes().decode(errors="ignore") for name, _ in file_props()}
     assert all("Mustermann" not in text for text in texts.values())
     assert "research use only, not for diagnosis" in texts["report.html"]
     assert json.loads(texts["log.jsonl"].splitlines()[0])["event"] == "open"
@@ -715,5 +712,5 @@ def test_a_strangers_slide_has_no_ground_truth_whatever_lies_beside_it(on, desk,
     assert phantom.truth_path(folder / "slide.tiff").is_file()
     shown = on.on_slide(str(folder / "slide.tiff"), "", me)
     assert "phantom" not in shown[on.page.view].props["slide"]["name"]
-    *_, last = on.on_slide_shown(shown[on.page.token], str(folder / "slide.tiff"), "", me)
+    *_, last = on.on_slide_shown(shown[on.page.token], str(folder / "slide.tiff"), "", "slide 1", me)
     assert last[on.page.secret].visible is False

@@ -66,6 +66,8 @@ MOST_WAITING = 256  # pictures of one slide that are asked for at a time
 MOST_KNOWN = 1024  # tokens; the one not looked at for longest is forgotten first
 DOWNLOADS = {  # what may be asked for beside tiles, nothing else: what it is called on the page, and its type
     "report.html": ("report", "text/html"),
+    "figure.png": ("figure for a talk, PNG", "image/png"),
+    "figure.svg": ("figure for a talk, SVG", "image/svg+xml"),
     "patches.geojson": ("GeoJSON for QuPath", "application/geo+json"),
     "patches.csv": ("CSV", "text/csv"),
     "selection.json": ("selection.json", "application/json"),
