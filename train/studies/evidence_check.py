@@ -6,7 +6,9 @@ Questions are those of train.evaluate about a tissue that is there: "which of th
 where it does. Two things are counted: how often the patch with the most evidence for the model's answer is a needle of
 the asked kind, beside how often a patch drawn from the same selection would be; and how often the likeliest option
 changes when the three patches with the most evidence are left out, against three drawn at random, on the same slides.
-A killed run goes on where it stopped.
+The same for whole foci (sparsewsi/model/foci.py): is the focus that the answer cites mostly of the asked kind, and does
+the answer change without it, against as many patches drawn at random; and how often two patches of a focus are of one
+kind, and two of one kind in one focus. A killed run goes on where it stopped.
 """
 
 import itertools
@@ -17,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from sparsewsi.files import append_line, write_text
+from sparsewsi.model.foci import find_foci
 from sparsewsi.model.selection import Selection
 from sparsewsi.model.sparse_wsi import SparseWSI
 from train.data.example import Question
@@ -54,17 +57,34 @@ def choose_option(model: SparseWSI, selection: Selection, question: Question) ->
 
 def check(model: SparseWSI, item: Item, kind: str, rng: np.random.Generator) -> dict:
     """One case: is the answer right, is its top patch a needle of the kind, does dropping patches change it."""
-    selection, question = model.select(item.bag), item.question
+    selection, question, bag = model.select(item.bag), item.question, item.bag
     answer = choose_option(model, selection, question)
     chat = [{"role": "user", "content": question.question}]
-    evidence = model.leave_one_out(selection, chat, answer, question.options)
-    is_needle = item.kinds[selection.indices.numpy()] == kind  # (K,)
+    kept, ranks = selection.indices, selection.ranks
+    foci = find_foci(bag.coords[kept], bag.features[kept], bag.patch_size, ranks.tolist())
+    evidence = model.leave_one_out(selection, chat, answer, question.options, groups=[focus.places for focus in foci])
+    kinds = item.kinds[kept.numpy()]  # (K,)
+    is_needle = kinds == kind
     first = evidence.order.tolist()
     random = rng.choice(len(first), min(DROPPED, len(first) - 1), replace=False).tolist()
-    ranks = {"top": evidence.score_ranks[first[: len(random)]], "random": evidence.score_ranks[random]}
+    dropped = {"top": first[: len(random)], "random": random}
+    together = np.zeros((len(kinds), len(kinds)), bool)  # in one focus
+    for focus in foci:
+        together[np.ix_(focus.places, focus.places)] = True
+    pairs = np.triu_indices(len(kinds), 1)
+    same, alike = together[pairs], (kinds[:, None] == kinds[None])[pairs]
+    cited = {}
+    if foci:
+        focus = foci[int(evidence.group_effects.argmax())]
+        most = min(len(focus.places), len(kinds) - 1)
+        dropped |= {"focus": list(focus.places)[:most], "group": rng.choice(len(kinds), most, replace=False).tolist()}
+        cited = {
+            "focus is the kind": bool(is_needle[list(focus.places)].mean() > 0.5),
+            "focus matters": float(evidence.group_effects.max()) >= evidence.limit,
+        }
     changed = {
-        name: choose_option(model, selection.without(dropped.tolist()), question) != answer
-        for name, dropped in ranks.items()
+        name: choose_option(model, selection.without(ranks[places].tolist()), question) != answer
+        for name, places in dropped.items()
     }
     return {
         "family": question.family,
@@ -73,6 +93,8 @@ def check(model: SparseWSI, item: Item, kind: str, rng: np.random.Generator) -> 
         "top is needle": bool(is_needle[first[0]]),
         "top matters": float(evidence.effects[first[0]]) >= evidence.limit,
         "share of needles": float(is_needle.mean()),
+        "pairs in a focus": [int((same & alike).sum()), int(same.sum()), int(alike.sum())],
+        **cited,
         **{f"{name} changes": value for name, value in changed.items()},
     }
 
@@ -97,6 +119,40 @@ def write_counts(records: list[dict]) -> str:
         p = f"{sign_test(only_top, only_random):.2g}"
         rows.append([*cells, top, random, f"{only_top} / {only_random}", p])
     return write_table(head, rows)
+
+
+def write_foci(records: list[dict]) -> str:
+    """The counts of foci as Markdown, of all cases with a focus, of those answered right, and where a focus matters."""
+    with_focus = [record for record in records if "focus changes" in record]
+    right = [record for record in with_focus if record["right"]]
+    groups = {
+        "with a focus": with_focus,
+        "answered right": right,
+        "answered right, a focus matters": [record for record in right if record["focus matters"]],
+    }
+    head = [
+        "cases",
+        "n",
+        "cited focus is the asked tissue, %",
+        "changed without it, %",
+        "without a random group, %",
+        "p",
+    ]
+    rows = []
+    for name, group in groups.items():
+        counts = (
+            sum(record[key] for record in group) for key in ("focus is the kind", "focus changes", "group changes")
+        )
+        only = sum(record["focus changes"] and not record["group changes"] for record in group)
+        other = sum(record["group changes"] and not record["focus changes"] for record in group)
+        shares = [write_points(estimate_share(count, len(group))) for count in counts] if group else ["–"] * 3
+        rows.append([name, len(group), *shares, f"{sign_test(only, other):.2g}"])
+    both, same, alike = (sum(record["pairs in a focus"][i] for record in records) for i in range(3))
+    pairs = (
+        f"Two patches of a focus are of one kind in {both / max(same, 1):.1%} of {same:,} pairs; two of one kind are "
+        f"in one focus in {both / max(alike, 1):.1%} of {alike:,}."
+    )
+    return f"{write_table(head, rows)}\n\n{pairs}"
 
 
 def main() -> None:
@@ -124,7 +180,8 @@ def main() -> None:
             if number not in records:
                 records[number] = check(model, item, kind, np.random.default_rng((given.seed, number)))
                 append_line(log, {"number": number, **records[number]})
-    text = write_counts([records[number] for number in sorted(records)])
+    found = [records[number] for number in sorted(records)]
+    text = f"{write_counts(found)}\n\n{write_foci(found)}"
     write_text(given.out / "table.md", text + "\n")
     print(text)
 
