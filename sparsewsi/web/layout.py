@@ -6,10 +6,13 @@ from pathlib import Path
 
 import gradio as gr
 
+from sparsewsi.model import limits
 from sparsewsi.model.selector import SELECTORS
 from sparsewsi.report.case import Case
 from sparsewsi.report.phantom import QUESTIONS
+from sparsewsi.report.scope import suggest
 from sparsewsi.web.cards import choose_slide
+from sparsewsi.web.chat import inert
 from sparsewsi.web.desk import Desk
 from sparsewsi.web.viewer import slide_viewer
 
@@ -132,7 +135,7 @@ def _lay_out_chat(desk: Desk) -> dict:
             buttons=["copy"],
             feedback_options=None,
             editable="user",
-            placeholder="Open a slide, then ask about it.",
+            placeholder=tell_scope(desk),
             elem_id="chat",
         )
         examples = gr.Dataset(
@@ -164,7 +167,7 @@ def _lay_out_chat(desk: Desk) -> dict:
         impression = gr.Textbox(
             show_label=False,
             label="Your own impression first",
-            placeholder="Your own impression first, if you like: it goes into the report",
+            placeholder="Your own impression first, if you like",
             lines=1,
             max_lines=4,
             max_length=2000,
@@ -249,6 +252,14 @@ def tell_doubts(case: Case | None) -> str:
     below = "".join(f"<p>{doubt}</p>" for doubt in more)
     count = f" (and {len(more)} more)" if more else ""
     return f"<details><summary>⚠ {first}{count}</summary>{below}</details>"
+
+
+def tell_scope(desk: Desk) -> str:
+    """Markdown of what the model can be asked, for a chat that is empty; only where its files are at hand."""
+    offered = suggest(limits.load(desk.model_name)) if Path(desk.model_name).is_dir() else []
+    lines = "".join(f"- {inert(one.text)} <small>{inert(one.told)}</small>\n" for one in offered)
+    asked = f"\n\nOf slides that it had not seen, this model answered:\n\n{lines}" if lines else ""
+    return f"**Open a slide, then ask about it.**{asked}"
 
 
 def tell_about(caption: str) -> str:

@@ -122,7 +122,9 @@ function openWork() {
     const count = work.total
       ? ` ${work.done.toLocaleString("en")} of ${work.total.toLocaleString("en")} patches${left}`
       : "";
-    $(".work b").textContent = work.place ? `Waiting: ${work.place} before this one` : `${work.phase}${count}`;
+    $(".work b").textContent = work.place
+      ? `Waiting: ${work.place} before this one`
+      : `${work.phase[0].toUpperCase()}${work.phase.slice(1)}${count}`;
     const bar = $(".work progress");
     if (work.total) {
       bar.max = work.total;
