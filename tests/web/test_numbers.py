@@ -42,7 +42,7 @@ def test_a_patch_has_one_number_on_the_page_for_programs_and_in_files(selector, 
     props = bag_props(case.bag, case.selection)
     kept = unpack(props["kept"])
     assert dict(zip(kept.tolist(), unpack(props["bag"]["ranks"])[kept].tolist())) == numbers
-    assert unpack(selection_props(case.selection)["kept"]).tolist() == kept.tolist()
+    assert unpack(selection_props(case)["kept"]).tolist() == kept.tolist()
 
     weighed = Api(desk).evidence(visitor(), found["case"], "Which?", "fat")
     assert dict(zip(weighed["indices"], weighed["ranks"])) == numbers
