@@ -42,7 +42,7 @@ def visitor(desk: Desk) -> Iterator[Callable[[], gr.Request]]:
     visitors = []
 
     def come() -> gr.Request:
-        visitors.append(gr.Request(session_hash=uuid.uuid4().hex))
+        visitors.append(gr.Request(session_hash=uuid.uuid4().hex, headers={}))
         return visitors[-1]
 
     yield come
