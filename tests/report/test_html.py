@@ -31,7 +31,7 @@ def test_the_report_holds_all_that_it_shows_and_says_what_it_is(tmp_path, bag, s
     answer = Answer("Which?", "fat", ("fat", "mucin"), (0.75, 0.25), (0.0, 2.0, -1.0), "Without patch #2 less.")
     text = report(tmp_path, bag, selection, answers=[answer], doubts=["Rank 4 is as good as rank 3."])
     pictures = re.findall(r'src="(.{30})', text)
-    assert len(pictures) == 4
+    assert len(pictures) == 7, "the overview, the kept patches, and those that the answer rests on"
     assert all(source.startswith("data:image/jpeg;base64,") for source in pictures)
     assert "default-src 'none'" in text
     for part in (
@@ -49,7 +49,9 @@ def test_the_report_holds_all_that_it_shows_and_says_what_it_is(tmp_path, bag, s
         assert part in text, part
     assert text.count("not for diagnosis") == 2
     assert re.findall(r'<figure id="patch-(\d)">', text) == ["1", "2", "3"], "by score"
-    assert re.findall(r'<a href="#patch-(\d)">', text) == ["2", "1", "3"], "by evidence"
+    assert re.findall(r'<a href="#patch-(\d)"><img', text) == ["2", "1", "3"], "pictures beside the answer"
+    assert re.findall(r'<a href="#patch-(\d)">#', text) == ["2", "1", "3"], "by evidence"
+    assert text.index("fat</p>") < text.index('class="overview"'), "the answer comes first"
     assert "Q1: 7.39, evidence rank 1" in text
 
 
