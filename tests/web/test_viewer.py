@@ -363,8 +363,10 @@ def test_07_what_was_left_out_is_dimmed_and_what_is_near_the_cut_is_outlined(ope
       const middle = [canvas.width / 2 + at[0], canvas.height / 2 + at[1]].map(Math.round);
       return canvas.getContext("2d").getImageData(...middle, 1, 1).data.join();
     })()"""
-    before = page.evaluate(colour)
     page.focus(".slide")
+    page.keyboard.press("b")  # a box may lie over the place
+    page.wait_for_function(f"{colour} === '128,128,128,255'")
+    before = page.evaluate(colour)
     page.keyboard.press("h")
     page.wait_for_selector(".colours:visible")
     page.wait_for_function(f"{colour} !== '{before}'")
@@ -379,9 +381,12 @@ def test_08_a_region_drawn_on_the_slide_names_its_patches(open_viewer):
     page = open_viewer(made_up().props)
     page.click('[data-do="region"]')
     stage = page.locator(".slide").bounding_box()
-    page.mouse.move(stage["x"] + 450, stage["y"] + 80)
+    seen = state(page)
+    left, upper = ((at - seen[side]) * seen["scale"] for at, side in ((20_000, "x"), (1000, "y")))
+    left, upper = stage["x"] + stage["width"] / 2 + left, stage["y"] + stage["height"] / 2 + upper
+    page.mouse.move(left, upper)
     page.mouse.down()
-    page.mouse.move(stage["x"] + 520, stage["y"] + 140)
+    page.mouse.move(left + 70, upper + 50)
     page.mouse.up()
     assert "in the region" in page.inner_text(".members b")
     page.locator(".list button").first.click()
