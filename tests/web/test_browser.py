@@ -351,7 +351,7 @@ def ask_with(page, patches: int) -> None:
         page.click("#again")
         page.wait_for_selector("#compare .compare > div >> nth=1 >> a")
         shown = {number.input_value(), page.input_value("#k input[type=range]")}
-        if shown == {str(patches)} and f"{patches} patches" in page.inner_text("#compare h4 >> nth=1"):
+        if shown == {str(patches)} and f"{patches} learned patches" in page.inner_text("#compare h4 >> nth=1"):
             return
         page.click("#own")
         page.wait_for_selector("#compare .compare", state="detached")
@@ -370,7 +370,7 @@ def test_08_what_if_shows_both_answers_beside_each_other(reading, served):
         began = time.time()
         ask_with(reading, 16)
         waited(served, "what if, to both answers", time.time() - began)
-        assert "16 patches, learned, 1 dropped" in reading.inner_text("#compare h4 >> nth=1")
+        assert "16 learned patches, 1 dropped" in reading.inner_text("#compare h4 >> nth=1")
         assert reading.inner_text(".count").startswith("16 of ")
         assert "#1" not in reading.locator(".item b").all_inner_texts()
         reading.screenshot(path=served.looks / "what-if.png")
