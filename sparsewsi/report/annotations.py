@@ -6,6 +6,7 @@ top-left corner of its top-left px: our level-0 px. The file names the patient a
 
 import importlib.util
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from sparsewsi.bags.bag import Bag
 from sparsewsi.files import write_bytes
 from sparsewsi.model.selection import Selection
 from sparsewsi.report.qupath import CLASS_NAME
+from sparsewsi.slides.dicomweb import read_headers
+from sparsewsi.slides.remote import find_address, is_remote
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -29,9 +32,11 @@ SCHEME = "99SPARSEWSI"
 
 
 def can_annotate(path: str | Path | None) -> bool:
-    """Is the slide of DICOM files of this machine, and highdicom installed?"""
+    """Is the slide of DICOM files or on a DICOMweb server, and highdicom installed?"""
     if path is None or importlib.util.find_spec("highdicom") is None:
         return False
+    if is_remote(path):
+        return find_address(path, "dicomweb") is not None
     place = Path(path)
     files = [place] if place.is_file() else sorted(place.iterdir()) if place.is_dir() else []
     return any(file.is_file() and _is_dicom(file) for file in files)
@@ -42,7 +47,7 @@ def write_annotations(
 ) -> None:
     """Write the kept patches, best first, as rectangles with their rank and score; whole or not at all.
 
-    slide: the DICOM folder, or one file of it
+    slide: the DICOM folder, or one file of it, or its address on a server
     model, weights_sha256: who selected them, as the algorithm and its version
     The same patches of the same slide keep their UIDs, so that a second import replaces the first. Raises ValueError
     where the slide's files name no finest level, or are not as DICOM wants them.
@@ -109,6 +114,21 @@ def _encode(bag: Bag, selection: Selection, source: "Dataset", model: str, versi
 
 def read_source(slide: str | Path) -> "Dataset":
     """What the file of the finest level of a DICOM slide says, without px. Raises ValueError if there is none."""
+    levels = [one for one in _read_headers(slide) if "VOLUME" in one.get("ImageType", ())]
+    levels = [one for one in levels if "TotalPixelMatrixColumns" in one]
+    if not levels:
+        raise ValueError("The DICOM files state no level of the slide, so that nothing can be annotated on it.")
+    source = max(levels, key=lambda one: one.TotalPixelMatrixColumns * one.TotalPixelMatrixRows)
+    for name in STATED:
+        if name not in source:
+            setattr(source, name, [] if name.endswith("Sequence") else "")
+    return source
+
+
+def _read_headers(slide: str | Path) -> "Sequence[Dataset]":
+    """What the files of one series say, without px."""
+    if is_remote(slide):
+        return read_headers(slide)
     import pydicom
 
     place = Path(slide)
@@ -117,14 +137,7 @@ def read_source(slide: str | Path) -> "Dataset":
     if place.is_file():
         series = pydicom.dcmread(place, stop_before_pixels=True).get("SeriesInstanceUID")
         told = [one for one in told if one.get("SeriesInstanceUID") == series]
-    levels = [one for one in told if "VOLUME" in one.get("ImageType", ()) and "TotalPixelMatrixColumns" in one]
-    if not levels:
-        raise ValueError("The DICOM files state no level of the slide, so that nothing can be annotated on it.")
-    source = max(levels, key=lambda one: one.TotalPixelMatrixColumns * one.TotalPixelMatrixRows)
-    for name in STATED:
-        if name not in source:
-            setattr(source, name, [] if name.endswith("Sequence") else "")
-    return source
+    return told
 
 
 def _is_dicom(file: Path) -> bool:

@@ -15,10 +15,11 @@ from urllib.parse import parse_qs, urlsplit, urlunsplit
 import numpy as np
 
 from sparsewsi.slides.refusals import DAMAGED, SlideError, quote_reason
-from sparsewsi.slides.remote import UNREACHABLE, Hosts, Remote, find_address
+from sparsewsi.slides.remote import ANY, UNREACHABLE, Hosts, Remote, find_address
 from sparsewsi.slides.tile_cache import TileCache
 
 if TYPE_CHECKING:
+    from pydicom import Dataset
     from wsidicom.web import WsiDicomWebClient
 
 CACHE_BYTES = 64 << 20  # of decoded frames
@@ -59,6 +60,21 @@ def parse_address(path: str | Path) -> tuple[str, str, str]:
     if not parts.netloc or more or others or set(asked) != {"study", "series"} or not fine or parts.fragment:
         raise SlideError(NO_ADDRESS)
     return urlunsplit(parts._replace(query="")).rstrip("/"), study, series
+
+
+def read_headers(path: str | Path, hosts: Hosts = ANY) -> list["Dataset"]:
+    """What the server says of the levels of a slide, without px. Raises SlideError as open_dicomweb does."""
+    base, study, series = parse_address(path)
+    remote = Remote(hosts)
+    try:
+        with _sentences():
+            client = _make_client(base, remote)
+            found = client.get_wsi_instances(study, [series])  # type: ignore[arg-type]
+            return [client.get_instance(study, one, instance) for one, instance, _ in found]  # type: ignore[arg-type]
+    except ImportError:
+        raise SlideError(NO_PACKAGES) from None
+    finally:
+        remote.close()
 
 
 class DicomWebSource:

@@ -82,14 +82,15 @@ def test_the_same_patches_keep_their_uids(tmp_path, slide, bag_of_slide):
     assert found[0].StudyInstanceUID == read_source(slide).StudyInstanceUID
 
 
-def test_only_dicom_slides_of_this_machine_are_annotated(tmp_path, slide):
+def test_only_dicom_slides_are_annotated(tmp_path, slide):
     (tmp_path / "slide.svs").write_bytes(b"x" * 200)
     assert can_annotate(slide)
     assert can_annotate(next(slide.iterdir()))
     assert not can_annotate(tmp_path)
     assert not can_annotate(tmp_path / "slide.svs")
     assert not can_annotate(None)
-    assert not can_annotate("dicomweb:https://host/base?study=1.2&series=1.3")
+    assert not can_annotate("https://host/HE.dzi")
+    assert can_annotate("dicomweb:https://host/base?study=1.2&series=1.3")
 
 
 def test_slides_of_other_makers_are_annotated(tmp_path, shared_data, bag_of_slide):

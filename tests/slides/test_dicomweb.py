@@ -16,10 +16,14 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import torch
 
+from sparsewsi.bags.bag import Bag
+from sparsewsi.model.selection import Selection
 from sparsewsi.phantom import write_phantom
+from sparsewsi.report.annotations import write_annotations
 from sparsewsi.slides import remote
-from sparsewsi.slides.dicomweb import NO_ADDRESS, open_dicomweb, parse_address
+from sparsewsi.slides.dicomweb import NO_ADDRESS, open_dicomweb, parse_address, read_headers
 from sparsewsi.slides.refusals import SlideError
 from sparsewsi.slides.remote import ANY
 from sparsewsi.slides.slide import open_slide
@@ -157,6 +161,34 @@ def test_px_of_a_label_are_never_asked_for(archive, gate):
     for path in gate.asked:
         if (found := re.search(r"/instances/([0-9.]+)/frames", path)) is not None:
             assert not labels & set(gate.kinds[found[1]])
+
+
+def test_the_server_says_of_the_levels_what_the_files_say(archive, gate):
+    import pydicom
+
+    read = {one.SOPInstanceUID: one for one in map(pydicom.dcmread, archive.folder.iterdir())}
+    told = read_headers(archive.address(gate.address))
+    assert {one.SOPInstanceUID for one in told} == {uid for uid, one in read.items() if "VOLUME" in one.ImageType}
+    for one in told:
+        file = read[one.SOPInstanceUID]
+        for name in ("FrameOfReferenceUID", "TotalPixelMatrixColumns", "TotalPixelMatrixRows", "ContainerIdentifier"):
+            assert one.get(name) == file.get(name)
+    assert not [path for path in gate.asked if "/frames" in path]
+
+
+def test_annotations_of_a_slide_on_a_server_are_those_of_its_files(archive, tmp_path):
+    hd = pytest.importorskip("highdicom", reason="the extra [dicom] is not installed")
+    coords, scores = torch.tensor([[0, 0], [224, 448], [448, 0]]), torch.tensor([1.0, 3.0, 2.0])
+    bag = Bag(torch.zeros(3, 8), coords, 224, 0.5, "efficientnet-lite0", "slide 0a1b2c3d")
+    kept = Selection(torch.tensor([1, 2]), scores, torch.zeros(2, 4), 3)
+    for name, slide in (("here", archive.folder), ("there", archive.address())):
+        write_annotations(tmp_path / name, bag, kept, slide, "demo")
+    here, there = (hd.ann.annread(tmp_path / name) for name in ("here", "there"))
+    assert there.SOPInstanceUID == here.SOPInstanceUID
+    assert there.ReferencedImageSequence == here.ReferencedImageSequence
+    assert there.StudyInstanceUID == archive.study
+    rectangles = there.get_annotation_group(number=1).get_graphic_data("2D")
+    assert [rectangle[0].tolist() for rectangle in rectangles] == [[224, 448], [448, 0]]
 
 
 def test_what_is_not_there_is_a_sentence(archive):
