@@ -56,6 +56,7 @@ class TrainConfig:
     position: str = "scaled"  # the paper's original positions wherever they fit
     max_position: int | None = None
     num_tokens: int = 32
+    load_in_4bit: bool = False  # the LLM's weights in a quarter of the memory (QLoRA; pip install "sparsewsi[4bit]")
     lora_rank: int = 64
     lora_alpha: int = 128
     lora_dropout: float = 0.0

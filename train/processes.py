@@ -29,7 +29,7 @@ def choose_device(environment: Mapping[str, str], gpus: int) -> tuple[str, torch
     local = int(environment.get("LOCAL_RANK", "0"))
     if local >= gpus:
         raise ValueError(f"process {local} of this machine has no GPU: there are {gpus}. Lower --nproc_per_node.")
-    return "nccl", torch.device("cuda", local)
+    return "nccl", torch.device("cuda", local)  # not yet run on a GPU
 
 
 def sum_over_processes(*values: float) -> list[float]:

@@ -245,7 +245,11 @@ def train(config: TrainConfig, sparselearn_class: type[SparseLearn] = SparseLear
         first = (step * world_size() + rank()) * config.accumulation
         n = config.patches_at(step)
         n = n if config.is_hard(step) else min(n, most)
-        return [stream.example(first + i, n) for i in range(config.accumulation)]
+        examples = [stream.example(first + i, n) for i in range(config.accumulation)]
+        if stage.model.device.type == "cuda":
+            # From pinned memory a copy does not wait for what the GPU does (not yet run on a GPU).
+            examples = [replace(example, features=example.features.pin_memory()) for example in examples]
+        return examples
 
     steps = range(done, config.steps)
     bar = tqdm(steps, initial=done, total=config.steps, desc=f"stage {config.stage}", disable=rank() > 0 or None)

@@ -16,11 +16,18 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def shard(llm: nn.Module, device: torch.device) -> None:
-    """Shard an LLM that lies in the CPU's memory, layer by layer, onto `device`: at most one layer there is whole.
+def share_embedding(llm: nn.Module, device: torch.device) -> None:
+    """Put the LLM's input vectors onto `device` in every process, as the first process has them."""
+    _share(llm, set(llm.get_input_embeddings().parameters()), device)  # type: ignore[operator]
 
-    Gradients are summed over the processes, as train.run.sum_gradients does for all other parts. Every process must
-    run the LLM equally often. Raises ValueError outside torchrun and for an LLM that does not tell its layers.
+
+def shard(llm: nn.Module, device: torch.device) -> None:
+    """Shard an LLM, layer by layer, onto `device`: at most one layer there is whole.
+
+    The first process has the weights in the CPU's memory. All others may have them on the meta device, but for the
+    input vectors (share_embedding): each gets them from the first one, a layer at a time. Gradients are summed over the
+    processes, as train.run.sum_gradients does for all other parts. Every process must run the LLM equally often. Raises
+    ValueError outside torchrun and for an LLM that does not tell its layers.
     """
     if not dist.is_initialized():
         raise ValueError("--fsdp shards the LLM over several processes. Start with torchrun --nproc_per_node=N, N > 1.")
@@ -28,14 +35,28 @@ def shard(llm: nn.Module, device: torch.device) -> None:
     layers = [part for part in llm.modules() if type(part).__name__ in names]
     if not layers:
         raise ValueError(f"{type(llm).__name__} does not tell its layers (_no_split_modules). Train without --fsdp.")
-    embedding = llm.get_input_embeddings()  # type: ignore[operator]  # run by itself, before the LLM
-    embedding.to(device)
+    embedding = set(llm.get_input_embeddings().parameters())  # type: ignore[operator]  # run by itself, before the LLM
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for part in [*layers, llm]:
-        sharded = fully_shard(part, mesh=mesh, ignored_params=set(embedding.parameters()))
+        _share(part, {each for each in part.parameters() if not is_sharded(each)} - embedding, device)
+        sharded = fully_shard(part, mesh=mesh, ignored_params=embedding)
         assert isinstance(sharded, FSDPModule)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # the loss is divided by all processes' answer tokens
+
+
+def _share(module: nn.Module, parameters: set[nn.Parameter], device: torch.device) -> None:
+    """Put these parameters of a module onto `device` in every process, as the first process has them."""
+    moved: dict[nn.Parameter, nn.Parameter] = {}
+    for part in module.modules():
+        for name, old in part._parameters.items():
+            if old is None or old not in parameters:
+                continue
+            if old not in moved:  # tied weights stay one
+                data = torch.empty_like(old, device=device) if old.is_meta else old.detach().to(device)
+                dist.broadcast(data, 0)  # not yet run on a GPU: on two CPU processes it was
+                moved[old] = nn.Parameter(data, requires_grad=old.requires_grad)
+            part._parameters[name] = moved[old]
 
 
 def is_sharded(tensor: Tensor | None) -> bool:

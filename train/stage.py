@@ -22,12 +22,14 @@ from sparsewsi.model.llm import default_device, default_dtype, load_llm
 from sparsewsi.model.selector import hard_topk, mmr
 from sparsewsi.model.sparse_wsi import SparseWSI
 from train.align import Alignment
+from train.attention import take_blocks
 from train.checkpoint import load_state
 from train.config import TrainConfig
 from train.data.example import Example
 from train.data.kinds import NEEDLE_KINDS
 from train.data.packing import Packed, answer_logits, join, pack, passes
 from train.processes import rank, sum_gradients, sum_over_processes, world_size
+from train.sharding import share_embedding
 from train.sparselearn import SparseLearn, hardness, k_at, soft_topk, tau_at, zscore
 
 CHECKPOINT_ABOVE = 2048  # tokens of a pass
@@ -55,9 +57,9 @@ class StageModule(nn.Module):
         model = self.model
         visual = []
         for bag, k, generator in zip(bags, ks, generators):
-            x = model.slide_encoder(bag.features.to(model.device, torch.float32))  # (N, D_v)
+            x = model.slide_encoder(bag.features.to(model.device, non_blocking=True).float())  # (N, D_v)
             if bag.rows is not None:
-                x = x[bag.rows.to(x.device)]  # (K, D_v)
+                x = x[bag.rows.to(x.device, non_blocking=True)]  # (K, D_v)
             if k is not None:
                 x = self.sparselearn(x, model.scorer(x), tau, k=k, generator=generator)
             visual.append(model.project(x))
@@ -67,7 +69,7 @@ class StageModule(nn.Module):
 def answer_loss(model: SparseWSI, visual: Tensor, packed: Packed) -> Tensor:
     """Summed NLL of the answer tokens, given the projected visual tokens; logits only where an answer is."""
     logits = answer_logits(model, visual, packed)
-    return F.cross_entropy(logits, packed.targets.to(logits.device), reduction="sum")
+    return F.cross_entropy(logits, packed.targets.to(logits.device, non_blocking=True), reduction="sum")
 
 
 def build(
@@ -75,14 +77,21 @@ def build(
 ) -> tuple[SparseWSI, SparseLearn]:
     """Model and SparseLearn at the start of a stage, with the stage's parts frozen (table in method.md).
 
-    An LLM that is to be sharded is left in the CPU's memory.
+    An LLM that is to be sharded is left in the CPU's memory of the first process; the others have its input vectors.
     """
+    if config.fsdp and config.load_in_4bit:
+        raise ValueError("--load_in_4bit fits the LLM into one GPU, --fsdp shards it over several. Pass one of them.")
     device = default_device()
     half = default_dtype(device) == torch.float16  # of older GPUs: its gradients would need scaling
     dtype = torch.float32 if half else default_dtype(device)
+    start = None if config.stage == 1 else find_model_folder(config.init)
+    named = SparseWSIConfig(llm=config.llm) if start is None else SparseWSIConfig.load(start)
+    whole = not config.fsdp or rank() == 0
     place = torch.device("cpu") if config.fsdp else device
-    if config.stage == 1:
-        llm, tokenizer = load_llm(config.llm, device=place, dtype=dtype)
+    llm, tokenizer = load_llm(named.llm, named.llm_revision, place, dtype, config.load_in_4bit, weights=whole)
+    if config.fsdp and world_size() > 1:
+        share_embedding(llm, device)
+    if start is None:
         settings = SparseWSIConfig(
             llm=config.llm,
             encoder=encoder,
@@ -100,7 +109,7 @@ def build(
         )
         model = SparseWSI(settings, llm, tokenizer)
     else:
-        model = SparseWSI.from_pretrained(find_model_folder(config.init), device=place, dtype=dtype)
+        model = SparseWSI.from_pretrained(start, llm=(llm, tokenizer))
         model.trained_on = None  # other features are to come
         model.config = replace(model.config, option_scoring=config.targets)
     sparselearn = sparselearn_class(
@@ -110,9 +119,12 @@ def build(
         state = Path(config.init) / "state"
         if state.is_dir():
             load_state(state.parent, sparselearn)
-        if not (find_model_folder(config.init) / "adapter").is_dir():
+        assert start is not None
+        if not (start / "adapter").is_dir():
             add_lora(model, config)
     freeze(model, config)
+    if device.type == "cuda":
+        take_blocks(model.llm)
     return model, sparselearn
 
 
@@ -162,6 +174,7 @@ def parameter_groups(stage: StageModule, config: TrainConfig) -> list[dict]:
 
 def make_optimizer(stage: StageModule, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW: fused on a GPU; one parameter after another where sharded ones lie beside whole ones."""
+    # Not yet run on a GPU.
     fused = True if stage.model.device.type == "cuda" and not config.fsdp else None
     foreach = False if config.fsdp else None
     return torch.optim.AdamW(parameter_groups(stage, config), betas=(0.9, 0.98), fused=fused, foreach=foreach)
@@ -192,7 +205,8 @@ def train_step(
     """Accumulate the gradient of one step; the loss is normalised over all answer tokens of all processes.
 
     examples: this process's bags. keep: what a hard step keeps of them, keep_selected unless given. The noise of a bag
-    is seeded by its number among all bags of the step.
+    is seeded by its number among all bags of the step. Nothing waits for the GPU until its last line, but for the
+    scores of hard steps.
     """
     model = stage.model
     if config.is_hard(step):

@@ -6,7 +6,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from sparsewsi.bags.hub import check_keys, check_pointers
 from sparsewsi.model.config import Unavailable
@@ -19,12 +26,15 @@ def load_llm(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     load_in_4bit: bool = False,
+    weights: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A frozen causal LLM in evaluation mode and its tokenizer.
 
     name:     "smollm2-135m" (fetched once, checked, cached), a folder, or a hub id
     device:   default CUDA if there is one, else the CPU
     dtype:    default bfloat16 where the hardware computes in it, else float32 (float16 on older GPUs)
+    load_in_4bit: weights in NF4, a quarter of the memory, by bitsandbytes (pip install "sparsewsi[4bit]")
+    weights:  False for an LLM whose parameters are on the meta device: another process has them
     Raises ValueError for a folder that is not there, for weights that are not all of this model's and no others, and
     for 4-bit loading without CUDA or bitsandbytes; Unavailable with what to do for an LLM that is neither cached nor
     downloadable.
@@ -38,9 +48,12 @@ def load_llm(
     try:
         with hide_progress_bars():
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-            pair: Any = AutoModelForCausalLM.from_pretrained(
-                source, revision=revision, use_safetensors=True, output_loading_info=True, **options
-            )
+            if weights:
+                pair: Any = AutoModelForCausalLM.from_pretrained(
+                    source, revision=revision, use_safetensors=True, output_loading_info=True, **options
+                )
+            else:
+                pair = _shape(source, revision, dtype), {}
             llm, loaded = pair
     except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
         raise ValueError(
@@ -54,8 +67,9 @@ def load_llm(
             f"the LLM {name} is neither on this machine nor could it be downloaded ({_first_line(error)}). With "
             f"a network, run: hf download {name} (a gated model needs hf auth login first). Or pass a folder with it."
         ) from error
-    check_keys(f"the LLM {name}", loaded, quantised=load_in_4bit)
-    if not load_in_4bit:
+    if weights:
+        check_keys(f"the LLM {name}", loaded, quantised=load_in_4bit)
+    if weights and not load_in_4bit:
         llm.to(device)  # type: ignore[arg-type]
     # Greedy decoding is to mean the arg max: the vendor's sampling defaults and penalties go, its stop tokens stay.
     given = llm.generation_config
@@ -95,14 +109,27 @@ def _check_name(name: str) -> str:
     return name
 
 
+def _shape(source: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
+    """An LLM without weights; its buffers (rotary frequencies) are computed."""
+    from accelerate import init_empty_weights
+
+    config = AutoConfig.from_pretrained(source, revision=revision)
+    with init_empty_weights(include_buffers=False):
+        llm = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    llm.tie_weights()  # of the two names of one parameter each got a parameter of its own
+    return llm
+
+
 def _quantise(device: torch.device, dtype: torch.dtype) -> dict:
     if device.type != "cuda" or importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
             f"4-bit loading needs an NVIDIA GPU and the package bitsandbytes (here: device {device}, bitsandbytes "
-            f"{'found' if importlib.util.find_spec('bitsandbytes') else 'missing'}). Load without it."
+            f"{'found' if importlib.util.find_spec('bitsandbytes') else 'missing'}). On a machine with such a GPU run "
+            'pip install "sparsewsi[4bit]"; elsewhere load without it.'
         )
     from transformers import BitsAndBytesConfig
 
+    # Not yet run on a GPU.
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     return {"quantization_config": config, "device_map": {"": device}}
 

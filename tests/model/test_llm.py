@@ -53,6 +53,15 @@ def test_offline_a_hub_model_is_one_clear_sentence(monkeypatch: pytest.MonkeyPat
         load_llm("sparsewsi/no-such-llm")
 
 
+def test_an_llm_without_weights_has_its_buffers(tiny_llm: Path) -> None:
+    shape, _ = load_llm(str(tiny_llm), weights=False)
+    whole, _ = load_llm(str(tiny_llm))
+    assert all(parameter.is_meta for parameter in shape.parameters())
+    assert [*dict(shape.named_parameters())] == [*dict(whole.named_parameters())]
+    buffers = dict(whole.named_buffers())
+    assert all(torch.equal(value, buffers[name]) for name, value in shape.named_buffers())
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_four_bit_loading_says_what_it_needs(tiny_llm: Path) -> None:
     with pytest.raises(ValueError, match="needs an NVIDIA GPU and the package bitsandbytes"):

@@ -131,6 +131,11 @@ def test_two_processes_equal_one_with_twice_the_accumulation(settings: TrainConf
 def test_sharding_says_what_it_needs(settings: TrainConfig) -> None:
     with pytest.raises(ValueError, match="torchrun"):
         train(replace(settings, fsdp=True))
+    with pytest.raises(ValueError, match="Pass one of them"):
+        train(replace(settings, fsdp=True, load_in_4bit=True))
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"NVIDIA GPU and the package bitsandbytes .*sparsewsi\[4bit\]"):
+            train(replace(settings, load_in_4bit=True))
 
 
 def test_a_run_killed_at_a_random_moment_goes_on_as_if_nothing_had_happened(
@@ -177,6 +182,18 @@ def test_training_runs_on_a_gpu(settings: TrainConfig) -> None:
     last = train(replace(one_question, stage=2, init=str(train(settings)), out=settings.out + "-2"))
     assert SparseWSI.from_pretrained(last / "model").device.type == "cuda"
     assert all(np.isfinite(losses(settings.out + "-2")))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_gpus_equal_one_with_twice_the_accumulation(settings: TrainConfig, tmp_path: Path, fsdp: bool) -> None:
+    one = replace(settings, out=str(tmp_path / "one"), accumulation=4, tokens_per_pass=1)
+    train(one)
+    two = replace(one, out=str(tmp_path / "two"), accumulation=2, fsdp=fsdp)
+    done = subprocess.run(command(two, *TORCHRUN), capture_output=True, text=True, **SHELL)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(two.out) == pytest.approx(losses(one.out), rel=2e-2)
 
 
 FAKE_TRACKIO = """

@@ -12,6 +12,7 @@ import train.stage as stages
 from sparsewsi.bags.bag import Bag
 from sparsewsi.model.prompt import text_ids
 from train.align import align, word_of
+from train.attention import block_mask, set_attention, takes_blocks
 from train.config import TrainConfig
 from train.data.bank import load_bank
 from train.data.example import Example, Question
@@ -78,6 +79,7 @@ def test_a_single_question_needs_no_dense_mask(settings: TrainConfig, monkeypatc
     assert attention_mask(one, cpu, plain=True).shape == (1, len(one.order))
     assert attention_mask(two, cpu, plain=True).shape == (1, 1, len(two.order), len(two.order))
     dense = answer_logits(model, visual, one)
+    assert set_attention(model.llm)  # as for several questions, whose blocks SDPA does not take
     asked, real = [], torch.nn.functional.scaled_dot_product_attention
 
     def watched(*arguments, **keywords):
@@ -86,11 +88,51 @@ def test_a_single_question_needs_no_dense_mask(settings: TrainConfig, monkeypatc
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     monkeypatch.setattr(
-        "train.data.packing.attention_mask", lambda packed, device, plain: attention_mask(packed, device, True)
+        "train.data.packing.attention_mask", lambda packed, device, *_: attention_mask(packed, device, True)
     )
     torch.testing.assert_close(answer_logits(model, visual, one), dense, rtol=1e-4, atol=1e-4)
     assert asked
     assert all(mask is None and causal for mask, causal in asked)
+
+
+def test_blocks_give_the_logits_of_the_dense_mask(settings: TrainConfig) -> None:
+    """What a GPU is given for several questions: FlexAttention's BlockMask, here in its uncompiled form."""
+    model, _ = build(settings, 24, "made-up")
+    model.llm.float()
+    parts, visuals = [], []
+    for n in (150, 9):
+        features = torch.randn(n, 24, generator=torch.Generator().manual_seed(n))
+        questions = (Question("Which tissue?", "mucin"), Question("Which organ?", "colon"))
+        parts.append(pack(model.tokenizer, Example(features, torch.arange(n) * 2, 2 * n, questions), "original", None))
+        visuals.append(model.project(model.slide_encoder(features)).detach())
+    packed, visual = join(parts), torch.cat(visuals)
+    assert len(packed.order) > 128  # more than one block
+    mask = block_mask(packed.bag, packed.question)
+    assert mask.sparsity() > 0
+    with torch.no_grad():
+        dense = answer_logits(model, visual, packed)
+        assert set_attention(model.llm)
+        with torch.compiler.set_stance("force_eager"):
+            found = answer_logits(model, visual, packed)
+            one = answer_logits(model, visuals[1], parts[1])
+        torch.testing.assert_close(found, dense, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(one, dense[-len(one) :], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_blocks_give_the_gradient_of_the_dense_mask_on_a_gpu(settings: TrainConfig, bank_file: Path) -> None:
+    stream, gradients = MosaicStream((load_bank(bank_file, "train"),), 0, 2), []
+    for blocks in (True, False):
+        torch.manual_seed(0)
+        model, sparselearn = build(settings, 24, "made-up")
+        assert takes_blocks(model.llm)
+        if not blocks:
+            model.llm.set_attn_implementation("sdpa")
+        sparselearn.to(model.device)
+        train_step(StageModule(model, sparselearn).train(), [stream.example(0, 150)], settings, step=2)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.projector.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*gradients, rtol=0.05, atol=0.02 * float(gradients[1].abs().max()))
 
 
 def test_stages_train_what_the_table_says(settings: TrainConfig) -> None:

@@ -10,10 +10,12 @@ from string import ascii_uppercase
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedTokenizerBase
 
 from sparsewsi.model.prompt import build_prompt, end_of_turn, text_ids, visual_positions
 from sparsewsi.model.sparse_wsi import SparseWSI
+from train.attention import block_mask, takes_blocks
 from train.data.example import Example, Question
 
 
@@ -145,30 +147,34 @@ def passes(packed: Sequence[Packed], most: int) -> list[list[int]]:
     return groups
 
 
-def attention_mask(packed: Packed, device: torch.device, plain: bool) -> Tensor:
-    """The mask as transformers takes it: (1, 1, L, L) bool, or (1, L) of ones.
+def attention_mask(packed: Packed, device: torch.device, plain: bool, blocks: bool = False) -> Tensor | BlockMask:
+    """The mask as transformers takes it: (1, 1, L, L) bool, or (1, L) of ones, or a BlockMask.
 
     plain: use the second form where the sequence is causal. transformers then passes no mask but is_causal to SDPA,
     which alone lets it take the flash kernel and grouped keys; a dense mask forbids both. Not on the CPU, where there
     is nothing to gain and sums would come out in another order. No mask at all would be wrong: position ids that jump
-    are then read as several sequences.
+    are then read as several sequences. blocks: use the third form elsewhere, for an LLM that takes it.
     """
-    if plain and packed.is_causal:
+    if plain and packed.is_causal:  # not yet run on a GPU
         return torch.ones(1, len(packed.order), dtype=torch.long, device=device)
-    return visible(packed.bag.to(device), packed.question.to(device))[None, None]
+    bag, question = packed.bag.to(device, non_blocking=True), packed.question.to(device, non_blocking=True)
+    return block_mask(bag, question) if blocks else visible(bag, question)[None, None]
 
 
 def answer_logits(model: SparseWSI, visual: Tensor, packed: Packed) -> Tensor:
     """Logits (A, V) float32 of the answers' tokens, given the projected visual tokens (N, H) of all bags."""
     device = model.device
-    text = model.llm.get_input_embeddings()(packed.text_ids.to(device))  # (T, H)
-    sequence = torch.cat([text, visual.to(text.dtype)])[packed.order.to(device)][None]
+    ids, order, position_ids, keep = (
+        each.to(device, non_blocking=True) for each in (packed.text_ids, packed.order, packed.position_ids, packed.keep)
+    )
+    text = model.llm.get_input_embeddings()(ids)  # (T, H)
+    sequence = torch.cat([text, visual.to(text.dtype)])[order][None]
     with torch.autocast(sequence.device.type, torch.bfloat16, enabled=text.dtype == torch.bfloat16):
         output = model.llm(
             inputs_embeds=sequence,
-            attention_mask=attention_mask(packed, device, device.type == "cuda"),
-            position_ids=packed.position_ids[None].to(device),
-            logits_to_keep=packed.keep.to(device),
+            attention_mask=attention_mask(packed, device, device.type == "cuda", takes_blocks(model.llm)),
+            position_ids=position_ids[None],
+            logits_to_keep=keep,
             use_cache=False,
         )
     return output.logits[0].float()
