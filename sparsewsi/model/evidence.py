@@ -19,7 +19,9 @@ from torch import Tensor, nn
 MATTERS = math.log(2)
 # Largest error of an effect that a bfloat16 LLM was seen to make against float32, over the root of the answer's tokens.
 NOISE = 0.13
-TOKENS = {"cpu": 768, "cuda": 16_384}  # tokens of one pass: more saves no time, and logits take 200 kB a token
+# Tokens of one pass: more saves no time. The GPU's is a guess (not yet run on a GPU).
+TOKENS = {"cpu": 768, "cuda": 16_384}
+WORDS = 8192  # of the vocabulary, whose logits are held at once
 RESCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # settings of LLMs that change logits further
 
 
@@ -136,29 +138,46 @@ def score_answers(
     sees = layout.sees.expand(n, -1, -1).clone()  # (B, L, L)
     sees[:, :, at : at + k] &= ~left_out[:, None, :].to(sees.device)
     sees.diagonal(dim1=1, dim2=2).fill_(True)  # a token that nobody sees may see itself: an empty row would be NaN
-    logits = _exact_logits(
-        llm,
-        layout.keep,
-        inputs_embeds=layout.embeds.expand(n, -1, -1),
-        position_ids=layout.positions.expand(n, -1),
-        attention_mask=sees[:, None],
-        use_cache=False,
-    )  # (B, A, V)
-    if letters:
-        return logits[:, 0, list(letters)].cpu()
-    targets = torch.tensor([token for row in rows for token in row], device=logits.device)
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.repeat(n), reduction="none").view(n, -1).cpu()
-    return -torch.stack([part.sum(1) for part in losses.split([len(row) for row in rows], 1)], 1)
-
-
-def _exact_logits(llm: Any, keep: Tensor, **given: Any) -> Tensor:
-    """The LLM's logits at the kept places, float32 (B, A, V).
-
-    bfloat16 logits are rounded to steps of 1/16 and more, which is what one patch of many is worth; so the last layer
-    is computed in float32, unless the LLM does more than a linear layer there.
-    """
+    given = {
+        "inputs_embeds": layout.embeds.expand(n, -1, -1),
+        "position_ids": layout.positions.expand(n, -1),
+        "attention_mask": sees[:, None],
+        "use_cache": False,
+    }
     head = llm.get_output_embeddings()
     if type(head) is not nn.Linear or any(getattr(llm.config, name, None) for name in RESCALED):
-        return llm(**given, logits_to_keep=keep).logits.float()
-    hidden = llm.get_decoder()(**given).last_hidden_state[:, keep]  # (B, A, H)
-    return F.linear(hidden.float(), head.weight.float(), None if head.bias is None else head.bias.float())
+        logits = llm(**given, logits_to_keep=layout.keep).logits.float()  # (B, A, V)
+        if letters:
+            return logits[:, 0, list(letters)].cpu()
+        targets = _targets(rows, logits.device).expand(n, -1)[..., None]
+        found = logits.log_softmax(-1).gather(-1, targets)[..., 0]
+    else:
+        hidden = llm.get_decoder()(**given).last_hidden_state[:, layout.keep]  # (B, A, H)
+        if letters:
+            return _linear(hidden[:, 0], head, torch.tensor(list(letters))).cpu()
+        found = log_likelihoods(hidden, head, _targets(rows, hidden.device))
+    return torch.stack([part.sum(1) for part in found.cpu().split([len(row) for row in rows], 1)], 1)
+
+
+def log_likelihoods(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
+    """Log-likelihoods (B, A) of the targets (A,) from hidden (B, A, H), the last layer in float32.
+
+    bfloat16 logits are rounded to steps of 1/16 and more, which is what one patch of many is worth. WORDS rows of the
+    last layer at a time: neither a float32 copy of it nor the logits of a whole vocabulary are ever held.
+    """
+    total = torch.full(hidden.shape[:2], -torch.inf, device=hidden.device)
+    for words in torch.arange(head.out_features).split(WORDS):
+        total = torch.logaddexp(total, _linear(hidden, head, words).logsumexp(-1))
+    own = head.weight[targets].float()  # (A, H)
+    chosen = (hidden.float() * own).sum(-1)
+    return chosen + (0 if head.bias is None else head.bias[targets].float()) - total
+
+
+def _linear(hidden: Tensor, head: nn.Linear, words: Tensor) -> Tensor:
+    """Logits (..., len(words)) float32 of these words of the vocabulary."""
+    words = words.to(hidden.device)
+    return F.linear(hidden.float(), head.weight[words].float(), None if head.bias is None else head.bias[words].float())
+
+
+def _targets(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    return torch.tensor([token for row in rows for token in row], device=device)

@@ -7,6 +7,7 @@ vocabulary.
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -39,6 +40,7 @@ class SparseWSI(nn.Module):
     llm: PreTrainedModel | PeftModel
     limits: Limits = Limits()  # what it was validated on
     trained_on: novelty.Summary | None = None  # what its training features looked like, if the artefact says so
+    merged: bool = False  # whether the adapter's weights were added to the LLM's
     name: str = "unsaved model"  # what people are told: the last part of its folder's path, or its repository
     weights_sha256: str | None = None  # of the files it was loaded from, see artefact.weights_digest
 
@@ -61,14 +63,19 @@ class SparseWSI(nn.Module):
         self.projector = nn.Sequential(
             nn.Linear(config.dim, width), nn.GELU(), nn.Linear(width, width), nn.LayerNorm(width)
         )
-        # Some 4,096 rows are enough for a standard deviation, and save a float32 copy of a 150,000-word vocabulary.
-        self.text_std = float(embeddings[:: max(1, len(embeddings) // 4096)].float().std())
         for part in (self.slide_encoder, self.scorer, self.projector):
             part.to(device=embeddings.device, dtype=torch.float32)
 
     @property
     def device(self) -> torch.device:
         return _embedding(self.llm).weight.device
+
+    @cached_property
+    def text_std(self) -> float:
+        """Standard deviation of the LLM's text embeddings."""
+        embeddings = _embedding(self.llm).weight.detach()  # (V, H)
+        # Some 4,096 rows are enough for it, and save a float32 copy of a 150,000-word vocabulary.
+        return float(embeddings[:: max(1, len(embeddings) // 4096)].float().std())
 
     @property
     def max_position(self) -> int | None:
@@ -198,7 +205,8 @@ class SparseWSI(nn.Module):
 
         messages: the whole chat so far, the user's question last; its options, if any, are listed under it. With two
         options or more the answer is the likeliest of them, as option_probs finds it, and never other words. Each call
-        costs K visual tokens + the text. generate_kwargs go to transformers' generate.
+        costs K visual tokens + the text. generate_kwargs go to transformers' generate: cache_implementation="static"
+        gives the same text and lets a GPU compile the steps, which pays for many answers.
         Closing the iterator stops the generation within about one token. Bad messages raise ValueError here, an error
         while generating is raised by the iterator.
         """
@@ -260,28 +268,16 @@ class SparseWSI(nn.Module):
         return output.logits[0, -1, first].float()
 
     def mean_log_likelihoods(self, selection: Selection, prompt: Prompt, answers: list[str]) -> Tensor:
-        """Mean log-likelihood per token (n,) float32 of each answer after the prompt; one right-padded batch."""
+        """Mean log-likelihood per token (n,) float32 of each answer after the prompt; all in one sequence. CPU."""
         end = end_of_turn(self.tokenizer)
         rows = [[*text_ids(self.tokenizer, answer), end] for answer in answers]
-        longest = max(map(len, rows))
-        targets = torch.tensor([row + [end] * (longest - len(row)) for row in rows], device=self.device)  # (n, A)
-        lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        real = torch.arange(longest, device=self.device) < lengths[:, None]  # (n, A)
-        embeds, positions, mask = self.inputs(
-            selection.tokens, selection.indices, selection.num_patches, prompt, longest
+        lengths = torch.tensor([len(row) for row in rows])
+        embeds, positions, _ = self.inputs(
+            selection.tokens, selection.indices, selection.num_patches, prompt, int(lengths.max())
         )
-        n, given = len(rows), embeds.shape[1]
-        text = _embedding(self.llm)(targets)  # (n, A, H)
-        going_on = positions[:, -1:] + 1 + torch.arange(longest, device=self.device)  # (1, A)
-        logits = self.llm(
-            inputs_embeds=torch.cat([embeds.expand(n, -1, -1), text], dim=1),
-            position_ids=torch.cat([positions, going_on], dim=1).expand(n, -1),
-            attention_mask=torch.cat([mask.expand(n, -1), real.long()], dim=1),
-            use_cache=False,
-            logits_to_keep=torch.arange(given - 1, given + longest - 1, device=self.device),
-        ).logits.float()  # (n, A, V)
-        likelihoods = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-        return (likelihoods * real).sum(-1) / lengths
+        layout = evidence.lay_out(_embedding(self.llm), embeds, positions, rows)
+        all_in_sight = torch.zeros(1, len(selection.indices)).bool()
+        return evidence.score_answers(_base(self.llm), layout, prompt.at, all_in_sight, rows, [])[0] / lengths
 
     # ---- evidence
 
@@ -321,7 +317,6 @@ class SparseWSI(nn.Module):
         longest = max([1, *map(len, rows)])
         embeds, positions, _ = self.inputs(selection.tokens, selection.indices, selection.num_patches, prompt, longest)
         layout = evidence.lay_out(_embedding(self.llm), embeds, positions, rows)
-        llm = self.llm.get_base_model() if isinstance(self.llm, PeftModel) else self.llm
         k = len(selection.indices)
         together = torch.zeros(len(groups), k)
         for row, places in zip(together, groups):
@@ -332,7 +327,7 @@ class SparseWSI(nn.Module):
         for done, part in enumerate(parts):
             if progress is not None:
                 progress(done, len(parts))
-            scores.append(evidence.score_answers(llm, layout, prompt.at, part, rows, letters))
+            scores.append(evidence.score_answers(_base(self.llm), layout, prompt.at, part, rows, letters))
         likelihoods = torch.cat(scores)  # (K + 2 + G, 1 or number of options)
         if chosen is None:
             values = likelihoods[:, 0]
@@ -353,6 +348,17 @@ class SparseWSI(nn.Module):
 
     # ---- files
 
+    def merge(self) -> "SparseWSI":
+        """Add the adapter to the LLM's weights, for inference alone; returns the model.
+
+        Saves the adapter's products at every token. Sums are rounded to the LLM's dtype: in float32 the logits are the
+        same, in bfloat16 an option's probability may differ in the second digit. Does nothing without an adapter.
+        """
+        if isinstance(self.llm, PeftModel):
+            self.llm = self.llm.merge_and_unload()
+            self.merged = True
+        return self
+
     def trained_state(self) -> dict[str, Tensor]:
         """The weights of slide_encoder, scorer and projector by name: what model.safetensors holds, without the LLM."""
         return {name: value for name, value in self.state_dict().items() if name.split(".")[0] in PARTS}
@@ -366,6 +372,8 @@ class SparseWSI(nn.Module):
         writes a minimal one. Raises ValueError if the folder holds anything that is not a model's, so that nothing else
         is ever replaced.
         """
+        if self.merged:
+            raise ValueError("the adapter of this model was merged into its LLM. Load the model again to save it.")
         artefact.save(folder, self.config, self.trained_state(), self.llm, self.trained_on, self.limits, dtype, card)
 
     @classmethod
@@ -412,6 +420,11 @@ class SparseWSI(nn.Module):
             folder = Path(temporary) / "model"
             self.save_pretrained(folder, dtype=torch.float16, card=card)
             return artefact.upload(folder, repo_id, private, token, keep_card=card is None)
+
+
+def _base(llm: PreTrainedModel | PeftModel) -> nn.Module:
+    """The LLM itself, with LoRA in its layers where it has an adapter."""
+    return llm.get_base_model() if isinstance(llm, PeftModel) else llm
 
 
 def _embedding(llm: PreTrainedModel | PeftModel) -> nn.Embedding:

@@ -121,6 +121,24 @@ def test_the_size_of_a_pass_changes_nothing(model, selection, monkeypatch):
     assert seen == [(i, len(selection.indices) + 2) for i in range(len(selection.indices) + 2)]
 
 
+def test_a_group_of_patches_is_left_out_as_a_whole(model, selection):
+    found = model.leave_one_out(selection, CHAT, "fat", groups=[[2], [0, 3], range(len(selection.indices))])
+    assert float(found.group_effects[0]) == pytest.approx(float(found.effects[2]), abs=1e-4)
+    assert float(found.group_effects[2]) == pytest.approx(found.without_any, abs=1e-4)
+    fewer = selection.without(found.score_ranks[[0, 3]].tolist())
+    rest = found.baseline - log_likelihood(model, fewer, "fat")
+    assert float(found.group_effects[1]) == pytest.approx(rest, abs=1e-4)
+    assert len(model.leave_one_out(selection, CHAT, "fat").group_effects) == 0
+
+
+def test_parts_of_the_vocabulary_give_the_likelihoods_of_the_whole(monkeypatch):
+    hidden, head = torch.randn(3, 4, 8), torch.nn.Linear(8, 50)
+    targets = torch.tensor([0, 49, 7, 7])
+    whole = head(hidden).log_softmax(-1).gather(-1, targets.expand(3, -1)[..., None])[..., 0]
+    monkeypatch.setattr(evidence, "WORDS", 7)
+    torch.testing.assert_close(evidence.log_likelihoods(hidden, head, targets), whole)
+
+
 def test_long_answers_of_a_rounding_llm_must_show_more(tiny_llm, selection):
     model = make_model(tiny_llm)
     assert model.leave_one_out(selection, CHAT, "fat " * 40).limit == evidence.MATTERS

@@ -384,6 +384,25 @@ def one_by_one(model: SparseWSI, selection: Selection, question: str, options: l
     return torch.stack(means).softmax(0)
 
 
+def test_a_merged_adapter_answers_as_it_did_beside_the_weights(make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model(lora=True)
+    selection = model.select(make_bag())
+    plain = make_model().option_probs(selection, "Which tissue?", OPTIONS)
+    text, probs = text_of(model, selection), model.option_probs(selection, "Which tissue?", OPTIONS)
+    assert not torch.allclose(probs, plain, atol=1e-3)
+    assert not any("lora_" in name for name, _ in model.merge().named_parameters())
+    torch.testing.assert_close(model.option_probs(selection, "Which tissue?", OPTIONS), probs, rtol=0, atol=1e-5)
+    assert text_of(model, selection) == text
+    with pytest.raises(ValueError, match="was merged into its LLM"):
+        model.save_pretrained(tmp_path / "model")
+    make_model().merge().save_pretrained(tmp_path / "model")  # nothing was merged
+
+
+def test_a_static_cache_gives_the_same_text(model: SparseWSI) -> None:
+    selection = model.select(make_bag())
+    assert text_of(model, selection, cache_implementation="static") == text_of(model, selection)
+
+
 def test_option_probabilities_equal_a_loop_without_padding(model: SparseWSI) -> None:
     selection = model.select(make_bag())
     found = model.option_probs(selection, "Which tissue?", OPTIONS)
