@@ -50,7 +50,8 @@ def parse_ask(words: Sequence[str]) -> dict[str, Any]:
         "patches.geojson (for QuPath), selection.json and two pictures.",
     )
     add = parser.add_argument
-    add("slide", metavar="SLIDE", help="a slide, a file of features, or the word: phantom")
+    several = "a slide, a file of features, or the word: phantom; several are one case, in which patches are chosen"
+    add("slides", metavar="SLIDE", nargs="+", help=several)
     model = os.environ.get("SPARSEWSI_MODEL") or str(DEFAULT_MODEL)
     add("--model", default=model, metavar="DIR", help="folder or repository (owner/name); default: the demo model")
     add("--question", action=_Question, dest="questions", default=[], help="repeat it; default: Describe this slide.")

@@ -193,6 +193,30 @@ def test_the_three_commands_are_named_and_each_says_what_it_takes(capsys):
         assert flag in capsys.readouterr().out
 
 
+def test_several_slides_are_one_case_in_which_each_patch_knows_its_slide(tiny_model, tiny_slide, tmp_path, capsys):
+    other = tmp_path / "other.tiff"
+    write_phantom(other, seed=4, size=1024)
+    out = tmp_path / "out"
+    assert main(["ask", str(tiny_slide), str(other), "--model", str(tiny_model), "--out", str(out), *ASK]) == 0
+    assert "phantom 3 + phantom 4" in capsys.readouterr().out
+    squares = {"patches-1.geojson", "patches-2.geojson"}
+    assert {path.name for path in out.iterdir()} == FILES - {"patches.geojson"} | squares
+    rows = list(csv.DictReader((out / "patches.csv").open()))
+    record = json.loads((out / "selection.json").read_text())
+    n = [part["patches"] for part in record["slide"]["parts"]]
+    assert sum(n) == record["patches"]["count"]
+    assert len(rows) == 6
+    for row in rows:
+        assert row["slide"] == ("phantom 3" if int(row["index"]) < n[0] else "phantom 4")
+        assert 0 <= int(row["y"]) < 1024
+    found = [len(json.loads((out / name).read_text())["features"]) for name in sorted(squares)]
+    assert found == [sum(row["slide"] == name for row in rows) for name in ("phantom 3", "phantom 4")]
+    assert "phantom 4: x" in (out / "report.html").read_text() or not found[1]
+    again = [str(tiny_slide), str(other), "--model", str(tiny_model), "--out", str(tmp_path / "again")]
+    assert main([*again, "--replay", str(out / "selection.json")]) == 0
+    assert (tmp_path / "again" / "patches.csv").read_text() == (out / "patches.csv").read_text()
+
+
 def test_a_command_may_be_left_out_and_is_then_ask(capsys):
     for words in (["missing.svs"], ["ask", "missing.svs"]):
         assert main(words) == 2

@@ -32,6 +32,7 @@ class Part:
     patch_size: int
     slide_mpp: float | None
     slide_size: tuple[int, int] | None
+    bounds: tuple[int, int, int, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +144,8 @@ def join(bags: Sequence[Bag]) -> Bag:
         check_bag(bag, first.encoder, first.features.shape[1])
         shifted = bag.coords + torch.tensor([0, below], dtype=torch.int32)
         coords.append(shifted)
-        parts.append(Part(bag.slide, len(bag.features), below, bag.patch_size, bag.slide_mpp, bag.slide_size))
+        facts = (bag.patch_size, bag.slide_mpp, bag.slide_size, bag.bounds)
+        parts.append(Part(bag.slide, len(bag.features), below, *facts))
         below = int(shifted[:, 1].max()) + bag.patch_size if len(shifted) else below
     return replace(
         first,
@@ -151,20 +153,33 @@ def join(bags: Sequence[Bag]) -> Bag:
         coords=torch.cat(coords),
         slide=" + ".join(bag.slide for bag in bags),
         slide_size=None,
+        bounds=None,
         note=" ".join(dict.fromkeys(bag.note for bag in bags if bag.note)),
         parts=tuple(parts),
     )
 
 
-def locate(bag: Bag, row: int) -> tuple[int, int, int]:
-    """(number of the slide, x, y on that slide in level-0 px) of a patch; a bag of one slide is its number 0."""
+@dataclass(frozen=True)
+class Place:
+    """Where a patch of a bag lies on its own slide: level-0 px of that slide."""
+
+    number: int  # of the slide in its case
+    slide: str
+    x: int
+    y: int
+    patch_size: int
+    slide_mpp: float | None
+
+
+def locate(bag: Bag, row: int) -> Place:
+    """Which slide a patch is of, and where on it; a bag of one slide is its number 0."""
     x, y = bag.coords[row].tolist()
     first = 0
     for number, part in enumerate(bag.parts):
         if row < first + part.patches:
-            return number, x, y - part.top
+            return Place(number, part.slide, x, y - part.top, part.patch_size, part.slide_mpp)
         first += part.patches
-    return 0, x, y
+    return Place(0, bag.slide, x, y, bag.patch_size, bag.slide_mpp)
 
 
 # ---- its file
@@ -197,7 +212,12 @@ def from_facts(features: Tensor, coords: Tensor, text: str, path: Path) -> Bag:
         facts.pop("made_from", None)
         facts |= {"features": features, "coords": coords}
         parts = [Part(**part) for part in facts.get("parts", ())]
-        facts["parts"] = tuple(replace(part, slide_size=part.slide_size and tuple(part.slide_size)) for part in parts)
+        facts["parts"] = tuple(
+            replace(
+                part, slide_size=part.slide_size and tuple(part.slide_size), bounds=part.bounds and tuple(part.bounds)
+            )
+            for part in parts
+        )
         return Bag(**facts)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path.name} holds bag metadata that this version cannot read: {error}.") from error

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sparsewsi.bags.bag import FEATURE_SUFFIXES, Bag
+from sparsewsi.bags.bag import FEATURE_SUFFIXES, Bag, join
 from sparsewsi.bags.extract import extract_bag
 from sparsewsi.bags.foreign import load_bag
 from sparsewsi.files import as_path
@@ -29,7 +29,7 @@ Questions = Sequence[tuple[str, Sequence[str]]]  # text and options
 
 
 def ask(
-    slide: str,
+    slides: Sequence[str],
     *,
     model: str,
     questions: Questions = (),
@@ -44,7 +44,7 @@ def ask(
 ) -> None:
     """Print the answers as they come, write the files of the case.
 
-    slide:     a slide, a feature file, or the word phantom
+    slides:    a slide, a feature file, or the word phantom; several are one case, in which K patches are chosen
     model:     folder or repository
     evidence:  measure which patches each answer rests on
     replay:    a selection.json whose patches are taken, and whose questions are asked where none is given
@@ -60,11 +60,14 @@ def ask(
     questions = questions or [(DEFAULT_QUESTION, ())]
     for text, options in questions:
         format_question(text, options)  # one that cannot be put is refused now, not after an hour of encoding
-    given = as_path(slide)
-    if slide != "phantom":
-        _check_slide(given, slide_mpp, record)
-    if reader is not None and slide != "phantom" and _holds_features(given):
-        raise ReaderError(f"{reader.name} is shown pictures of patches, and features are none. Pass the slide itself.")
+    for slide in slides:
+        given = as_path(slide)
+        if slide != "phantom":
+            _check_slide(given, slide_mpp, record if len(slides) == 1 else None)
+        if reader is not None and slide != "phantom" and _holds_features(given):
+            raise ReaderError(
+                f"{reader.name} is shown pictures of patches, and features are none. Pass the slide itself."
+            )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)  # and a folder that cannot be made
     loaded = _load_model(model)
@@ -73,9 +76,9 @@ def ask(
         record.check_names(encoder=loaded.config.encoder)
         if record.weights_sha256 != loaded.weights_sha256:
             warnings.warn("the model's weights are not the record's: same patches, other answers.", stacklevel=1)
-    path = _make_phantom() if slide == "phantom" else given
-    bag = _read_bag(path, loaded.config, slide_mpp, max_patches)
-    pictured = None if _holds_features(path) else path
+    paths = [_make_phantom() if slide == "phantom" else as_path(slide) for slide in slides]
+    bag = join([_read_bag(path, loaded.config, slide_mpp, max_patches) for path in paths])
+    pictured = None if any(map(_holds_features, paths)) else paths
     if record is not None:
         case = replay_case(loaded, bag, record, pictured, slide_mpp=slide_mpp)
     else:

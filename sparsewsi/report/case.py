@@ -11,12 +11,13 @@ Nothing here loads a model: what needs one takes it as an argument. N patches, K
 import io
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -46,6 +47,7 @@ NOT_VALIDATED = "This reader was not validated here: how often it is right on su
 SHOWN_OVERVIEW = 1024  # px, of the overview that a reader may be shown
 
 Messages = Sequence[Mapping[str, str]]
+Paths = str | Path | Sequence[str | Path] | None
 
 
 class Reader(Protocol):
@@ -94,6 +96,7 @@ class Case:
     """A slide, the patches that were kept of it, and what is known of how that was done. Holds no model, no open slide.
 
     path:           the slide; None where only its features are at hand
+    paths:          of a case of several slides (bag.parts) all of them, in order, where they are at hand
     slide_mpp:      um/px of the scan if it was given by hand, else None
     selector, max_patches: how the selection was made; max_patches: at most so many patches were encoded, None: all
     config, model, weights_sha256, trained_on, limits: of the model that made it; `model` is its name for people
@@ -110,6 +113,7 @@ class Case:
     slide_mpp: float | None = None
     selector: str = "learned"
     max_patches: int | None = None
+    paths: tuple[Path, ...] = ()
 
     @property
     def summary(self) -> str:
@@ -239,8 +243,8 @@ class Case:
         slide: the slide, open; None: it is opened by its path. Without either the report holds no patches, and boxes
         are drawn on a plain canvas
         What costs nothing to make is saved first. Returns the names of the files that were written: a map that cannot
-        be drawn is left out with a warning. Raises SlideError or OSError, once the others are written, if the slide
-        cannot be read any more or the disk is full.
+        be drawn is left out with a warning. Of several slides each has a patches-<number>.geojson. Raises SlideError or
+        OSError, once the others are written, if the slide cannot be read any more or the disk is full.
         """
         if not set(names) <= {*FILES, *FIGURES, ANNOTATIONS}:
             raise ValueError(f"the files of a case are {', '.join((*FILES, *FIGURES))}; got {', '.join(names)}.")
@@ -296,6 +300,16 @@ class Case:
             "umap.png": write_map,
             **dict.fromkeys(FIGURES, write_figure),
         }
+        if bag.parts:
+            place = list(writers).index("patches.geojson")
+            squares = {"bag": bag, "selection": selection, "marks": marks}
+            ours = {
+                f"patches-{number + 1}.geojson": partial(qupath.write_geojson, number=number, **squares)
+                for number in range(len(bag.parts))
+            }
+            others = [(name, write) for name, write in writers.items() if name != "patches.geojson"]
+            writers = dict([*others[:place], *ours.items(), *others[place:]])
+            names = {*names, *ours} if "patches.geojson" in names else names
         written, failed = [], []
         for name, write in writers.items():
             if name in names:
@@ -313,12 +327,12 @@ class Case:
     @cached_property
     def pictures(self) -> Pictures:
         """The kept patches as they were encoded. Raises ValueError without the slide, SlideError if it is damaged."""
-        if self.path is None:
+        if not self._paths:
             raise ValueError(
                 "Only the features of this slide are at hand, and this reader needs its pictures. Pass the slide."
             )
-        with open_slide(self.path, slide_mpp=self.slide_mpp) as slide:
-            best_first = plots.cut_patches(slide, self.bag, self.selection)
+        with self._open() as slides:
+            best_first = plots.cut_patches(slides, self.bag, self.selection)
         patches = [best_first[place] for place in self.selection.best_first.argsort().tolist()]
         return Pictures(tuple(patches), tuple(self.selection.ranks.tolist()), self.bag.mpp)
 
@@ -327,23 +341,39 @@ class Case:
         if not reader.overview:
             return self.pictures
         pictures = self.pictures
-        with open_slide(self.path or "", slide_mpp=self.slide_mpp) as slide:
-            return replace(pictures, overview=slide.thumbnail(SHOWN_OVERVIEW)[0])
+        with self._open() as slides:
+            return replace(pictures, overview=self._overview(slides, SHOWN_OVERVIEW)[0])
+
+    @property
+    def _paths(self) -> tuple[Path, ...]:
+        """The slides that are at hand, in order."""
+        return self.paths or ((self.path,) if self.path is not None else ())
+
+    @contextmanager
+    def _open(self) -> Iterator[list[Slide]]:
+        """All slides of the case."""
+        with ExitStack() as stack:
+            yield [stack.enter_context(open_slide(path, slide_mpp=self.slide_mpp)) for path in self._paths]
+
+    def _overview(self, slides: Sequence[Slide], max_side: int) -> tuple[np.ndarray, float]:
+        """uint8 (h, w, 3) of the slide, or of several one below another, and level-0 px per px."""
+        if self.bag.parts:
+            return plots.draw_together(slides, self.bag, max_side)
+        return slides[0].thumbnail(max_side)
 
     def _draw(self, slide: Slide | None) -> tuple[Image.Image, list]:
         """The overview with boxes, and the kept patches, best first; without the slide a canvas and no patches."""
-        if slide is None and self.path is None:
+        if slide is None and not self._paths:
             return plots.draw_overlay(*plots.draw_canvas(self.bag), self.bag, self.selection), []
-        opened = open_slide(self.path or "", slide_mpp=self.slide_mpp) if slide is None else nullcontext(slide)
-        with opened as slide:
-            overview = plots.draw_overlay(*slide.thumbnail(OVERVIEW), self.bag, self.selection)
-            return overview, plots.cut_patches(slide, self.bag, self.selection)
+        with self._open() if slide is None else nullcontext([slide]) as slides:
+            overview = plots.draw_overlay(*self._overview(slides, OVERVIEW), self.bag, self.selection)
+            return overview, plots.cut_patches(slides, self.bag, self.selection)
 
 
 def open_case(
     model: Model,
     bag: Bag,
-    path: str | Path | None = None,
+    path: Paths = None,
     *,
     k: int | None = None,
     selector: str = "learned",
@@ -352,13 +382,14 @@ def open_case(
 ) -> Case:
     """Let the model select k patches (default: config.num_tokens) of a bag. See Case for the other arguments.
 
+    path: of a bag of several slides (sparsewsi.bags.bag.join) all of theirs, in order
     Raises ValueError as SparseWSI.select does.
     """
     return _make(model, bag, model.select(bag, k, selector), path, slide_mpp, selector, max_patches)
 
 
 def replay_case(
-    model: Model, bag: Bag, made: record.Record, path: str | Path | None = None, *, slide_mpp: float | None = None
+    model: Model, bag: Bag, made: record.Record, path: Paths = None, *, slide_mpp: float | None = None
 ) -> Case:
     """The case of a selection.json, without scoring. Raises ValueError where record, bag and model do not fit."""
     made.check(bag)
@@ -370,11 +401,13 @@ def _make(
     model: Model,
     bag: Bag,
     selection: Selection,
-    path: str | Path | None,
+    path: Paths,
     slide_mpp: float | None,
     selector: str,
     max_patches: int | None,
 ) -> Case:
+    paths = (path,) if isinstance(path, (str, Path)) else tuple(path or ())
+    assert len(paths) in (0, max(1, len(bag.parts))), "one path for each slide, or none"
     return Case(
         bag,
         selection,
@@ -383,7 +416,8 @@ def _make(
         weights_sha256=model.weights_sha256,
         trained_on=model.trained_on,
         limits=model.limits,
-        path=None if path is None else Path(path),
+        path=Path(paths[0]) if paths and not bag.parts else None,
+        paths=tuple(map(Path, paths)) if bag.parts else (),
         slide_mpp=slide_mpp,
         selector=selector,
         max_patches=max_patches,

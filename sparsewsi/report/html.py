@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sparsewsi.bags.bag import Bag
+from sparsewsi.bags.bag import Bag, locate
 from sparsewsi.files import write_text
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.limits import Limits
@@ -182,8 +182,7 @@ def _figures(
     """A figure per kept patch, best first: picture, rank, score, place and its evidence for every answer."""
     for number, place in enumerate(selection.best_first.tolist()):
         rank, index = int(selection.ranks[place]), int(selection.indices[place])
-        x, y = (int(v) + bag.patch_size / 2 for v in bag.coords[index])
-        at = f"x {x * bag.slide_mpp:,.0f}, y {y * bag.slide_mpp:,.0f} µm" if bag.slide_mpp else f"x {x:g}, y {y:g} px"
+        at = _place(bag, index)
         shares = [f"the reader says: {escape(marks[index])}"] if index in marks else []
         for i, answer in enumerate(answers, 1):
             if answer.effects:
@@ -194,6 +193,14 @@ def _figures(
             picture = f'<img alt="Patch {rank}" src="{_picture(Image.fromarray(patches[number]))}">'
         lines = [f"<b>#{rank}</b> score {float(selection.scores[index]):.3g}", at, *shares]
         yield f'<figure id="patch-{rank}">{picture}<figcaption>{"<br>".join(lines)}</figcaption></figure>'
+
+
+def _place(bag: Bag, index: int) -> str:
+    """The middle of a patch on its slide, and which slide that is where the bag is of several."""
+    at = locate(bag, index)
+    x, y = at.x + at.patch_size / 2, at.y + at.patch_size / 2
+    text = f"x {x * at.slide_mpp:,.0f}, y {y * at.slide_mpp:,.0f} µm" if at.slide_mpp else f"x {x:g}, y {y:g} px"
+    return f"{escape(at.slide)}: {text}" if bag.parts else text
 
 
 def _picture(image: Image.Image) -> str:

@@ -6,12 +6,13 @@ enlarged first).
 
 import importlib.util
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from sparsewsi.bags.bag import Bag
+from sparsewsi.bags.bag import Bag, locate
 from sparsewsi.model.selection import Selection
 from sparsewsi.slides.slide import Slide
 
@@ -55,7 +56,7 @@ def draw_overlay(thumbnail: np.ndarray, scale: float, bag: Bag, selection: Selec
             draw.line((*_nearest(box, x, y), x, y), fill=CASING, width=max(1, round(1.5 * unit)))
     for rank, (x, y) in zip(ranks, places):
         draw.text((x, y), f"{rank}", INK, font, "mm", stroke_width=2 * unit, stroke_fill=CASING)
-    if bag.slide_mpp:
+    if bag.slide_mpp and len({part.slide_mpp for part in bag.parts}) < 2:
         _scale_bar(draw, picture.size, bag.slide_mpp * scale, font, unit)
     return picture
 
@@ -78,12 +79,39 @@ def draw_canvas(bag: Bag, max_side: int = 1400) -> tuple[np.ndarray, float]:
     return np.asarray(picture), scale
 
 
-def cut_patches(slide: Slide, bag: Bag, selection: Selection) -> list[np.ndarray]:
-    """The kept patches as they were encoded, best first: K times uint8 (p, p, 3). The slide must be the bag's."""
+def draw_together(slides: Sequence[Slide], bag: Bag, max_side: int) -> tuple[np.ndarray, float]:
+    """The overviews of a case's slides one below another, as the bag's coords have them (sparsewsi.bags.bag.join).
+
+    Returns (uint8 (h, w, 3), level-0 px per px).
+    """
+    sizes = [slide.size for slide in slides]
+    ends = [part.top for part in bag.parts[1:]] + [bag.parts[-1].top + sizes[-1][1]]
+    widest = max(size[0] for size in sizes)
+    scale = max(widest, ends[-1]) / max_side
+    picture = Image.new("RGB", (math.ceil(widest / scale), math.ceil(ends[-1] / scale)), "white")
+    for slide, part, end in zip(slides, bag.parts, ends):
+        thumbnail, own = slide.thumbnail(max_side)
+        whole = Image.fromarray(thumbnail)
+        width, height = (max(1, round(side * own / scale)) for side in whole.size)
+        whole = whole.resize((width, height))
+        rows = min(whole.height, math.ceil((end - part.top) / scale))
+        picture.paste(whole.crop((0, 0, whole.width, rows)), (0, round(part.top / scale)))
+    return np.asarray(picture), scale
+
+
+def cut_patches(slide: Slide | Sequence[Slide], bag: Bag, selection: Selection) -> list[np.ndarray]:
+    """The kept patches as they were encoded, best first: K times uint8 (p, p, 3).
+
+    slide: the bag's; all of them, in order, where it is of several
+    """
     assert bag.mpp is not None, "a bag made from a slide knows its mpp"
-    side = round(bag.patch_size * slide.require_mpp() / bag.mpp)  # px at bag.mpp
-    corners = bag.coords[selection.indices[selection.best_first]].tolist()
-    return [slide.read((x, y), (side, side), bag.mpp) for x, y in corners]
+    slides = [slide] if isinstance(slide, Slide) else slide
+    found = []
+    for index in selection.indices[selection.best_first].tolist():
+        at = locate(bag, index)
+        side = round(at.patch_size * slides[at.number].require_mpp() / bag.mpp)  # px at bag.mpp
+        found.append(slides[at.number].read((at.x, at.y), (side, side), bag.mpp))
+    return found
 
 
 def _at_least(thumbnail: np.ndarray, scale: float) -> tuple[Image.Image, float]:
@@ -97,7 +125,7 @@ def _at_least(thumbnail: np.ndarray, scale: float) -> tuple[Image.Image, float]:
 
 def _box(bag: Bag, index: int, scale: float, least: float) -> tuple[float, float, float, float]:
     """(left, top, right, bottom) of a patch in picture px, at least `least` px wide."""
-    side = bag.patch_size / scale
+    side = locate(bag, index).patch_size / scale
     x, y = (float(v) / scale + side / 2 for v in bag.coords[index])
     half = max(side, least) / 2
     return x - half, y - half, x + half, y + half

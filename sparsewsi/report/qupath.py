@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsewsi.bags.bag import Bag
+from sparsewsi.bags.bag import Bag, locate
 from sparsewsi.files import read_json, write_json
 from sparsewsi.model.selection import Selection
 
@@ -24,24 +24,30 @@ MOST_BYTES = 16 << 20  # of a GeoJSON; parsed, it takes ten times as many
 MOST_CORNERS, MOST_REGIONS = 200_000, 5000
 
 
-def write_geojson(path: str | Path, bag: Bag, selection: Selection, marks: Mapping[int, str] | None = None) -> None:
+def write_geojson(
+    path: str | Path, bag: Bag, selection: Selection, marks: Mapping[int, str] | None = None, number: int = 0
+) -> None:
     """The kept patches as annotations QuPath reads (File > Import objects from file): squares in its own frame.
 
     Each has the classification CLASS_NAME, its rank as its name, and the measurements "Rank" and "Score"; one that the
     reader marked (marks: by index) has the metadata "Reader".
+    number: of the slide whose patches are written, where the bag is of several; QuPath opens one at a time.
     """
-    features = [_square(bag, selection, place, marks or {}) for place in selection.best_first.tolist()]
+    rows = selection.indices.tolist()
+    mine = [place for place in selection.best_first.tolist() if locate(bag, rows[place]).number == number]
+    features = [_square(bag, selection, place, marks or {}) for place in mine]
     write_json(path, {"type": "FeatureCollection", "features": features})
 
 
 def _square(bag: Bag, selection: Selection, place: int, marks: Mapping[int, str]) -> dict[str, Any]:
     rank, index = int(selection.ranks[place]), int(selection.indices[place])
-    x, y = (place - corner for place, corner in zip(bag.coords[index].tolist(), _origin(bag)))
-    right, bottom = x + bag.patch_size, y + bag.patch_size
+    at = locate(bag, index)
+    x, y = (place - corner for place, corner in zip((at.x, at.y), _origin(bag, at.number)))
+    right, bottom = x + at.patch_size, y + at.patch_size
     return {
         "type": "Feature",
         # The same patch of the same slide keeps its id, so that a second import replaces the first.
-        "id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{bag.slide}/{bag.coords[index].tolist()}/{bag.patch_size}")),
+        "id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{at.slide}/{[at.x, at.y]}/{at.patch_size}")),
         "geometry": {"type": "Polygon", "coordinates": [[[x, y], [right, y], [right, bottom], [x, bottom], [x, y]]]},
         "properties": {
             "objectType": "annotation",
@@ -54,9 +60,10 @@ def _square(bag: Bag, selection: Selection, place: int, marks: Mapping[int, str]
     }
 
 
-def _origin(bag: Bag) -> tuple[int, int]:
-    """Where QuPath's (0, 0) lies on the slide, level-0 px."""
-    return (0, 0) if bag.bounds is None else bag.bounds[:2]
+def _origin(bag: Bag, number: int = 0) -> tuple[int, int]:
+    """Where QuPath's (0, 0) lies on the slide, or on this one of several, level-0 px."""
+    bounds = bag.parts[number].bounds if bag.parts else bag.bounds
+    return (0, 0) if bounds is None else bounds[:2]
 
 
 # ---- regions ----

@@ -55,7 +55,8 @@ def write_selection(
             "size": bag.slide_size,
             "mpp": bag.slide_mpp,
             "mpp_source": bag.mpp_source,
-        },
+        }
+        | ({"parts": [asdict(part) for part in bag.parts]} if bag.parts else {}),  # of several slides, joined
         "patches": {
             "encoder": bag.encoder,
             "mpp": bag.mpp,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsewsi.bags.bag import Bag, join, locate, save_bag
+from sparsewsi.bags.bag import Bag, Place, join, locate, save_bag
 from sparsewsi.bags.foreign import load_bag
 from sparsewsi.model.sparse_wsi import SparseWSI
 
@@ -24,12 +24,13 @@ def test_every_patch_knows_its_slide_and_place_there() -> None:
     assert case.slide == "a + empty + b"
     assert [part.slide for part in case.parts] == ["a", "empty", "b"]
     for row in range(12):
-        number, x, y = locate(case, row)
+        at = locate(case, row)
         bag, mine = (a, row) if row < 7 else (b, row - 7)
-        assert (number, [x, y]) == (0 if row < 7 else 2, bag.coords[mine].tolist())
+        assert (at.number, at.slide) == ((0, "a") if row < 7 else (2, "b"))
+        assert ([at.x, at.y], at.patch_size) == (bag.coords[mine].tolist(), bag.patch_size)
     assert int(case.coords[7:, 1].min()) > int(case.coords[:7, 1].max())  # raster order goes on
     assert join([a]) is a
-    assert locate(a, 4) == (0, *a.coords[4].tolist())
+    assert locate(a, 4) == Place(0, "a", *a.coords[4].tolist(), 224, 0.25)
 
 
 def test_a_joined_case_is_written_and_read(tmp_path: Path) -> None:
