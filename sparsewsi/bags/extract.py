@@ -42,7 +42,7 @@ def extract_bag(
     encoder:     name for load_encoder, or a loaded encoder
     mpp:         um/px to read at
     patch_size:  side of a patch in px at that mpp; the encoder resizes it to its own input
-    batch_size:  patches read at a time; a few batches are in memory, and features do not depend on it
+    batch_size:  patches read at a time, at least; a few batches are in memory, and features do not depend on it
     slide_mpp:   um/px of level 0 for slides that do not state it
     max_patches: keep at most so many, evenly spaced over the rows of the raster (as SlideChat does)
     progress:    called with (patches done, patches in all)
@@ -106,10 +106,12 @@ def encode_patches(
 ) -> Generator[tuple[Tensor, np.ndarray]]:
     """Read and encode the patches at coords (N, 2), batch by batch in their order, reading ahead on threads.
 
+    Batches are of whole chunks of the encoder, at least batch_size patches, so that only the last is filled up.
     Yields (features of the patches that could be read, (<= b, D) float32; which could, (b,) bool). A patch that lies in
     a damaged part of the file is skipped, never encoded as something else. Close the generator before the slide.
     """
-    with closing(read_patches(slide, coords, mpp, patch_size, batch_size)) as batches:
+    whole = -(-batch_size // encoder.chunk) * encoder.chunk
+    with closing(read_patches(slide, coords, mpp, patch_size, whole)) as batches:
         for pixels, fine in batches:
             yield encoder(pixels), fine
 

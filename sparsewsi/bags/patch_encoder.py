@@ -20,7 +20,7 @@ class PatchEncoder:
     patch_size: side of the network's input in px; patches of another side are resized to it
     mpp:        um/px the weights were trained at (or are commonly used at), to compare with a Bag's mpp
     licence:    what the weights may be used for, in a few words
-    preprocess: uint8 (b, H, W, 3) -> (b, 3, patch_size, patch_size)
+    preprocess: uint8 (b, H, W, 3) on `device` -> (b, 3, patch_size, patch_size)
     forward:    the output of preprocess on `device` in `dtype`, channels last in memory -> (b, D)
     chunk:      patches per forward pass; the last chunk is filled up, so that a feature does not depend on
                 how many patches came with it (matrix kernels are chosen by batch size and round differently)
@@ -51,7 +51,8 @@ class PatchEncoder:
         with torch.inference_mode():
             for start in range(0, len(pixels), self.chunk):
                 part = pixels[start : start + self.chunk]
-                x = self.preprocess(part)  # (b, 3, patch_size, patch_size)
+                # A byte a value goes to the GPU, and what makes floats of it runs there (not yet run on a GPU).
+                x = self.preprocess(part.to(self.device))  # (b, 3, patch_size, patch_size)
                 if len(part) < self.chunk:
                     x = torch.cat([x, x[:1].expand(self.chunk - len(part), -1, -1, -1)])
                 x = x.to(self.device, self.dtype, memory_format=torch.channels_last)
@@ -83,7 +84,7 @@ def pixels_to_input(
             # Bicubic weights overshoot; an image library would have clipped to 0..255 as well.
             x = nn.functional.interpolate(x, (side, side), mode=mode, antialias=True).clamp_(0, 255)
         x = x[..., margin : margin + size, margin : margin + size]
-        return (x - shift) / scale
+        return (x - shift.to(x.device)) / scale.to(x.device)
 
     return preprocess
 

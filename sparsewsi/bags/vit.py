@@ -333,7 +333,7 @@ def load_transformers_encoder(source: str, device: torch.device) -> PatchEncoder
     model = model.eval().to(device, dtype)
 
     def preprocess(pixels: Tensor) -> Tensor:
-        return processor(images=list(pixels.numpy()), return_tensors="pt")["pixel_values"]
+        return processor(images=list(pixels.cpu().numpy()), return_tensors="pt")["pixel_values"]
 
     def forward(x: Tensor) -> Tensor:
         output = model(pixel_values=x)
