@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -67,7 +67,7 @@ def _write(
             model.save_pretrained(folder / "model")
             weights = {name: value.contiguous() for name, value in sparselearn.state_dict().items()}
             save_file(weights, folder / "state" / "sparselearn.safetensors")
-            torch.save(moments, folder / "state" / "optimizer.pt")
+            _save_moments(moments, folder / "state" / "optimizer.safetensors")
             facts = {"step": step} | ({"ended": asdict(ended)} if ended else {})
             (folder / "state" / "step.json").write_text(json.dumps(facts))
     except (SafetensorError, RuntimeError, OSError) as error:  # three ways to say that the disk is full
@@ -81,6 +81,27 @@ def _write(
         shutil.rmtree(last)
     link.symlink_to(final.name)
     os.replace(link, last)
+
+
+def _save_moments(moments: dict, path: Path) -> None:
+    """Write an optimizer's state_dict but its rates, which flags give. The same moments give the same bytes."""
+    tensors = {
+        f"{number}.{name}": value.contiguous()
+        for number, values in moments["state"].items()
+        for name, value in values.items()
+    }
+    save_file(tensors, path, metadata={"params": json.dumps([group["params"] for group in moments["param_groups"]])})
+
+
+def _load_moments(path: Path) -> dict:
+    """Read what _save_moments wrote."""
+    with safe_open(path, "pt") as file:
+        params = json.loads(file.metadata()["params"])
+    state: dict[int, dict] = {}
+    for key, value in load_file(path).items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = value
+    return {"state": state, "param_groups": [{"params": numbers} for numbers in params]}
 
 
 def _remove_old(checkpoints: Path, keep: int) -> None:
@@ -112,8 +133,7 @@ def load_state(checkpoint: Path, sparselearn: nn.Module, optimizer: torch.optim.
     """
     sparselearn.load_state_dict(load_file(checkpoint / "state" / "sparselearn.safetensors"))
     if optimizer is not None:
-        moments = torch.load(checkpoint / "state" / "optimizer.pt", map_location="cpu", weights_only=True)
-        load_optimizer_state(optimizer, moments)
+        load_optimizer_state(optimizer, _load_moments(checkpoint / "state" / "optimizer.safetensors"))
     return json.loads((checkpoint / "state" / "step.json").read_text())["step"]
 
 
