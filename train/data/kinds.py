@@ -3,6 +3,7 @@
 One vocabulary for real tiles and phantoms. A kind is a needle (planted as a focus and asked about) or background.
 """
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,15 +122,20 @@ def ask(facts: Facts, family: str, rng: np.random.Generator) -> Question | None:
     return Question(text, WORDS[answer], shuffled, family)
 
 
-def plan_facts(origin: str, family: str, rng: np.random.Generator) -> Facts:
-    """Facts of a slide about which a question of this family can be asked, every answer equally likely."""
-    needles = NEEDLES[origin]
+def plan_facts(origin: str, family: str, rng: np.random.Generator, held: Container[str] | None = None) -> Facts:
+    """Facts of a slide about which a question of this family can be asked, every answer equally likely.
+
+    held: the kinds that there are patches of; None: all. Raises ValueError for fewer than 3 needles among them.
+    """
+    needles = [kind for kind in NEEDLES[origin] if held is None or kind in held]
+    if len(needles) < 3:
+        raise ValueError(f"of {', '.join(NEEDLES[origin])} there are patches of {len(needles)} kinds; 3 are needed.")
     count = int(rng.integers(2, 4)) if family == "absent" else int(rng.integers(1, 4))
     if family == "diagnosis":  # carcinoma in half of them, whatever else is there
         others = [kind for kind in needles if kind != "carcinoma"]
         yes = bool(rng.integers(2))
         present = ["carcinoma"] if yes else []
-        present += list(rng.choice(others, count - yes, replace=False))
+        present += list(rng.choice(others, min(count - yes, len(others)), replace=False))
     else:
         present = list(rng.choice(needles, count, replace=False))
     return Facts(origin, str(rng.choice(BACKGROUNDS[origin])), tuple(sorted(str(kind) for kind in present)))

@@ -39,12 +39,16 @@ def make_bag(bank: Bank, kinds: np.ndarray, rng: np.random.Generator, name: str 
 def ask_in_turn(
     bank: Bank, n_questions: int, n: int, seed: int, per_needle: tuple[int, int] = (4, 12)
 ) -> Iterator[tuple[Bag, np.ndarray, Question]]:
-    """Balanced test questions, one mosaic each: families in turn, answers uniform within a family."""
+    """Balanced test questions, one mosaic each: families in turn, answers uniform within a family.
+
+    Only kinds that the bank has patches of are planted; options name any.
+    """
     families = list_families(bank.origin)
+    held = set(map(str, bank.kinds))
     for i in range(n_questions):
         rng = np.random.default_rng((seed, i))
         family = families[i % len(families)]
-        facts = plan_facts(bank.origin, family, rng)
+        facts = plan_facts(bank.origin, family, rng, held)
         kinds = lay_out(facts, n, per_needle, rng)
         question = ask(facts, family, rng)
         assert question is not None
