@@ -4,9 +4,10 @@
     python -m benchmarks.gpu --size tiny        # the same rows with a tiny LLM, on any machine; CI runs it
 
 Rows: a training step (forward, backward, AdamW) of both stages for N patches with one question and with several, its
-peak memory, tokens per second, how near it comes to the card's own matmul, and whether attention ran in the flash
-kernel; encoder images per second; time to the first token and a leave-one-out pass at K and at many tokens; and the
-tests that need a GPU. Sizes that do not fit are reported as such and stop nothing.
+peak memory, tokens per second, how near it comes to the card's own matmul, and the kernel that attention ran in (flash
+for one question, FlexAttention's blocks for several); encoder images per second; time to the first token and a
+leave-one-out pass at K and at many tokens; and the tests that need a GPU, or two of them. Sizes that do not fit are
+reported as such and stop nothing.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen2Config
 from sparsewsi.files import write_json
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.sparse_wsi import SparseWSI
+from train.attention import take_blocks
 from train.config import TrainConfig
 from train.data.example import Example, Question
 from train.data.packing import lay_out
@@ -82,6 +84,8 @@ def build_stage(number: int, llm: nn.Module, device: torch.device) -> tuple[Stag
     if number == 2:
         add_lora(model, config)
     freeze(model, config)
+    if device.type == "cuda":
+        take_blocks(model.llm)
     stage = StageModule(model, SparseLearn(512, settings.num_tokens).to(device)).train()
     return stage, make_optimizer(stage, config)
 
@@ -125,18 +129,19 @@ def measure_step(
         row |= {"seconds": seconds, "tokens_per_second": length / seconds, "of_matmul": flops / seconds / matmul}
         row["activations"] = "computed again" if again else "kept"
         row["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-        row["flash"] = uses_flash(work) if device.type == "cuda" else None
+        row["kernel"] = name_kernel(work) if device.type == "cuda" else None
     except torch.cuda.OutOfMemoryError as error:
         row["error"] = str(error).splitlines()[0]
         optimizer.zero_grad()
     return row
 
 
-def uses_flash(work: Callable[[], object]) -> bool:
-    """Whether attention ran in a flash kernel."""
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
+def name_kernel(work: Callable[[], object]) -> str:
+    """What attention ran in: the flash kernel, FlexAttention's blocks, or another one."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         work()
-    return any("flash_attention" in event.key for event in seen.key_averages())
+    names = " ".join(event.key for event in seen.key_averages())
+    return "flash" if "flash_attention" in names else "flex" if "flex_attention" in names else "other"
 
 
 @torch.inference_mode()
