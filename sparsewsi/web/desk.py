@@ -4,8 +4,6 @@ A Desk is made in main and passed to what needs it; no module keeps anything of 
 """
 
 import hashlib
-import importlib.util
-import os
 import re
 import shutil
 import sys
@@ -13,11 +11,11 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +36,7 @@ from sparsewsi.slides.confined import open_confined
 from sparsewsi.slides.remote import ANY, OPEN, is_remote
 from sparsewsi.slides.slide import Slide, SlideError, open_slide
 from sparsewsi.slides.tissue import patch_side
-from sparsewsi.web import intake
+from sparsewsi.web import intake, zero_gpu
 from sparsewsi.web.examples import name_example
 from sparsewsi.web.folder import UNOPENED, delete_untouched, measure
 from sparsewsi.web.gallery import find_sample
@@ -125,11 +123,6 @@ class Desk:
         self._images: weakref.WeakSet[Slide] = weakref.WeakSet()
         self._loading, self._writing, self._weighing = threading.Lock(), threading.Lock(), threading.Lock()
         self._loaded: tuple[Model, PatchEncoder] | None = None
-        # On a Space what these are given is pickled, so the desk must not be among it.
-        self.analyse = _run_on_gpu(self._analyse)
-        self.choose = _run_on_gpu(self._choose)
-        self.answer = _run_on_gpu(self._answer)
-        self.measure = _run_on_gpu(self._measure)
 
     # ---- the model
 
@@ -139,8 +132,9 @@ class Desk:
             if self._loaded is None:
                 from sparsewsi.model.sparse_wsi import SparseWSI  # seconds, that the page does not wait for
 
-                model = SparseWSI.from_pretrained(self.model_name)
-                self._loaded = model, load_encoder(model.config.encoder)
+                model: Model = SparseWSI.from_pretrained(self.model_name)
+                lent = zero_gpu.borrow(model) if zero_gpu.is_lent() else model
+                self._loaded = lent, load_encoder(model.config.encoder)
             return self._loaded
 
     @property
@@ -265,7 +259,7 @@ class Desk:
 
     # ---- from a slide to an answer
 
-    def _analyse(
+    def analyse(
         self, token: str, path: str, slide_mpp: float | None, selector: str = "learned", job: str = ""
     ) -> Opened:
         """Slide -> bag -> selection, saying what it is doing. job: the name of its job"""
@@ -334,14 +328,14 @@ class Desk:
         bag = Bag(peek.features, there, peek.patch_size, self.config.mpp, self.config.encoder, "so far")
         return coords[self.model.select(bag, k).indices]
 
-    def _choose(
+    def choose(
         self, case: Case, k: int, selector: str, pinned: Collection[int], dropped: Collection[int], job: str = ""
     ) -> Case:
         """The case with other patches. job: the name of its job, here and below"""
         with self.jobs.step(self.jobs.find(job)):
             return case.choose(self.model, k, selector, pinned, dropped)
 
-    def _answer(self, case: Case, messages: Messages, options: Sequence[str], job: str = "") -> Iterator[str]:
+    def answer(self, case: Case, messages: Messages, options: Sequence[str], job: str = "") -> Iterator[str]:
         """The answer to the last of the messages, in pieces, for as long as somebody waits for it."""
         doing = self.jobs.find(job)
         doing.tell("answering")
@@ -350,7 +344,7 @@ class Desk:
                 doing.look()
                 yield piece
 
-    def _measure(
+    def measure(
         self,
         case: Case,
         messages: Messages,
@@ -502,15 +496,3 @@ class Desk:
 
 def _has_room(file: Path, most: int) -> bool:
     return not file.is_file() or file.stat().st_size < most
-
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def _run_on_gpu(function: Function) -> Function:
-    """spaces.GPU on a Hugging Face Space, the function itself elsewhere."""
-    if os.environ.get("SPACE_ID") and importlib.util.find_spec("spaces"):
-        import spaces  # type: ignore[import-not-found]
-
-        return spaces.GPU(function)
-    return function

@@ -15,6 +15,7 @@ from gradio_client import Client
 from starlette.middleware import Middleware
 
 from sparsewsi.model.config import DEFAULT_MODEL
+from sparsewsi.web import zero_gpu
 from sparsewsi.web.desk import Desk
 from sparsewsi.web.door import MOST_OF_ALL, Door, read_logins
 from sparsewsi.web.folder import make_folder, tidy_for_ever
@@ -125,6 +126,8 @@ def serve(desk: Desk, flags: argparse.Namespace) -> None:
     direct = ",".join(filter(None, (os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), *LOOPBACK, flags.host)))
     os.environ["no_proxy"] = direct
     os.environ["NO_PROXY"] = direct
+    if zero_gpu.is_lent():
+        desk.load()  # what is loaded after the launch has to be copied to the GPU in every call
     demo = build_page(desk)
     settings = launch_settings(desk, flags.host, flags.port, flags.auth, flags.mcp, flags.name, flags.embed)
     _, address, _ = demo.launch(**settings, quiet=True, prevent_thread_lock=True)
