@@ -79,6 +79,12 @@ def half_upload(address: str, path: Path) -> socket.socket:
     return line
 
 
+def ask_in_vain(where: str) -> None:
+    """For what is not answered, as the app is killed meanwhile."""
+    with suppress(httpx.HTTPError):
+        httpx.get(where, timeout=60)
+
+
 @contextmanager
 def brought_to(state: str, address: str, slide: Path) -> Iterator[None]:
     """The app in one of STATES."""
@@ -103,7 +109,7 @@ def brought_to(state: str, address: str, slide: Path) -> Iterator[None]:
             stranger.call("on_asked", None, chat, None, None)
             stranger.call("on_analysed", None, None)
             where = f"{address}/gradio_api/slide/{token}/report.html"
-            threading.Thread(target=lambda: httpx.get(where, timeout=60), daemon=True).start()
+            threading.Thread(target=ask_in_vain, args=(where,), daemon=True).start()
             time.sleep(0.3)
     yield
 

@@ -81,8 +81,6 @@ def read_regions(path: str | Path, bag: Bag) -> Tensor:
     polygons, points = _geometries(read_json(path, MOST_BYTES), name)
     if not polygons and not points:
         raise ValueError(f"{name} holds no polygon and no point. Draw a region in QuPath and export it as GeoJSON.")
-    if len(polygons) + len(points) > MOST_REGIONS:
-        raise ValueError(f"{name} holds more than {MOST_REGIONS:,} regions or points. Export fewer objects.")
     if sum(len(ring) for rings in polygons for ring in rings) > MOST_CORNERS:
         raise ValueError(f"the regions of {name} have more than {MOST_CORNERS:,} corners. Simplify their shapes.")
     corners = bag.coords.numpy().astype(np.float64) - _origin(bag)  # (N, 2)
@@ -108,6 +106,8 @@ def _geometries(content: Any, name: str) -> tuple[list[list[np.ndarray]], list[n
     points: list[np.ndarray] = []
     waiting = [content]
     while waiting:
+        if len(polygons) + len(points) > MOST_REGIONS:
+            raise ValueError(f"{name} holds more than {MOST_REGIONS:,} regions or points. Export fewer objects.")
         item = waiting.pop()
         if isinstance(item, list):  # QuPath writes a bare list of features if it is asked to
             waiting += item
@@ -117,16 +117,20 @@ def _geometries(content: Any, name: str) -> tuple[list[list[np.ndarray]], list[n
             waiting.append(item.get({"FeatureCollection": "features", "Feature": "geometry"}.get(kind, "geometries")))
         elif kind in ("Polygon", "MultiPolygon"):
             parts = item.get("coordinates")
-            for part in parts if kind == "MultiPolygon" and isinstance(parts, list) else [parts]:
+            parts = parts if kind == "MultiPolygon" and isinstance(parts, list) else [parts]
+            for part in parts[: MOST_REGIONS + 1]:
                 rings = [_positions(ring, name) for ring in part] if isinstance(part, list) else []
                 if not rings or min(map(len, rings)) < 3:
                     raise ValueError(f"a {kind} of {name} has a ring of fewer than three corners. Export it again.")
                 polygons.append(rings)
         elif kind in ("Point", "MultiPoint"):
             given = item.get("coordinates")
-            points += list(_positions([given] if kind == "Point" else given, name))
+            given = given[: MOST_REGIONS + 1] if kind == "MultiPoint" and isinstance(given, list) else [given]
+            points += list(_positions(given, name))
         elif item is not None and kind not in ("LineString", "MultiLineString"):
             raise ValueError(f"{name} is JSON, but no GeoJSON. In QuPath: File > Export objects as GeoJSON.")
+    if len(polygons) + len(points) > MOST_REGIONS:
+        raise ValueError(f"{name} holds more than {MOST_REGIONS:,} regions or points. Export fewer objects.")
     return polygons, points
 
 

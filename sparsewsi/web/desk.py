@@ -45,7 +45,7 @@ from sparsewsi.web.turns import Turns
 from sparsewsi.web.viewer import Slides
 
 Messages = Sequence[Mapping[str, str]]
-MOST_OPENED, MOST_FEATURES = 512, 1 << 30  # analysed slides that are kept, and bytes of their features
+MOST_OPENED, MOST_FEATURES = 512, 512 << 20  # analysed slides that are kept, and bytes of their features
 MOST_PATCHES = 200_000  # of a slide; their features take half a GB
 BATCH = 16  # patches that are encoded in one turn: who waits for theirs waits so long
 MOST_DECODED = 192 << 20  # bytes of px of all PNG and JPEG slides that are open: one of 8,192 x 8,192 px
@@ -60,7 +60,7 @@ class Opened:
     """
 
     def __init__(self, token: str, case: Case):
-        self.token, self.bytes = token, case.bag.features.nbytes
+        self.token, self.bytes, self.features = token, case.bag.features.nbytes, case.bag.features.data_ptr()
         self._case: Case | None = case
         self._beside: list[Opened] = []
         self.marks: dict[int, str] = {}  # by index of a patch: what the reader says of it
@@ -116,6 +116,7 @@ class Desk:
         self.folder, self.uploads, self.quota = folder, uploads or folder / "gradio", quota
         self.slides, self.turns, self.jobs = Slides(self.open_slide), Turns(), Jobs()
         self._opened: OrderedDict[str, Opened] = OrderedDict()  # by token; first what was not asked about for longest
+        self._examples: dict[Path, Bag] = {}  # by file: one copy for all sessions
         self._gone: OrderedDict[str, None] = OrderedDict()  # sessions that were forgotten
         self._here: set[str] = set()  # sessions with an open page
         self._asked: dict[str, float] = {}  # by session: when it last asked for something (time.monotonic)
@@ -284,7 +285,9 @@ class Desk:
         name = f"{sample.name if sample else Path(path).stem}-{config.encoder}-{config.mpp:g}-{config.patch_size}"
         kept = cache_folder() / f"{name}.safetensors" if public else None
         if kept is not None and kept.is_file():
-            return load_bag(kept)
+            if kept not in self._examples:
+                self._examples[kept] = load_bag(kept)
+            return self._examples[kept]
         job.tell("finding tissue")
         with self.open_slide(path, slide_mpp, job) as slide:
             bag = self._encode(token, slide, encoder, job)
@@ -418,12 +421,14 @@ class Desk:
             self._drop(token)
         if opened.token not in self._opened:
             return False
-        while len(self._opened) > 1 and (
-            len(self._opened) > MOST_OPENED or sum(one.bytes for one in list(self._opened.values())) > MOST_FEATURES
-        ):
+        while len(self._opened) > 1 and (len(self._opened) > MOST_OPENED or self._features() > MOST_FEATURES):
             old = list(self._opened)[:-1]
             self._drop(next((token for token in old if self.slides.owner_of(token) not in self._here), old[0]))
         return True
+
+    def _features(self) -> int:
+        """Bytes of the features of all analysed slides; those of an example, which sessions share, count once."""
+        return sum({one.features: one.bytes for one in list(self._opened.values())}.values())
 
     def _drop(self, token: str) -> None:
         opened = self._opened.pop(token, None)

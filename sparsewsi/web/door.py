@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 MOST_ASKED = 2 << 20  # bytes of a request that is no upload; a long chat comes to some 100 kB
 PATIENCE = 30.0  # s until a request has come whole, or an upload's next bytes
 MOST_WAITING, MOST_OF_ADDRESS, MOST_OF_ALL = 12, 48, 96  # events of a session, an address, all; a slide takes six
+MOST_UNHEARD = 16  # events of sessions that hold no connection open: whoever floods the queue listens to nothing
 GONE_AFTER = 1.0  # s without a stream of answers that was broken off; a page opens the next one at once
 STREAMS_OF_ADDRESS, STREAMS_OF_ALL = 256, 1024  # that are open; a page has two
 LISTEN_WITHIN = 10.0  # s until who asked for something wants to hear the answer
@@ -71,6 +72,7 @@ class Door:
         self._listening: Counter[str] = Counter()  # streams of answers, by session
         self._beating: Counter[str] = Counter()  # heartbeats, by session
         self._streams: Counter[str] = Counter()  # that are open, by address
+        self._joined: Counter[str] = Counter()  # things asked for, by session that may yet be found gone
         self._callers: dict[str, str] = {}  # calls of MCP that are under way, and the address of each
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -141,13 +143,19 @@ class Door:
         if waiting >= MOST_WAITING:
             return 429, f"{waiting} things are being done for this page already; wait for them."
         events = list(queue.event_ids_to_events.values())
-        if sum(event.request.client is not None and event.request.client.host == address for event in events) >= (
-            MOST_OF_ADDRESS
-        ):
-            return 429, "Too much is being done for your address already; try again in a few minutes."
         if len(events) >= MOST_OF_ALL:
             return 503, "The server is busy; try again in a few minutes."
+        if self._is_here(_session_named(asked)):
+            mine = [event for event in events if event.request.client and event.request.client.host == address]
+            if waiting and len(mine) >= MOST_OF_ADDRESS:  # who has nothing to wait for yet is let in
+                return 429, "Too much is being done for your address already; try again in a few minutes."
+        elif sum(not self._is_here(event.session_hash) for event in events) >= MOST_UNHEARD:
+            return 429, "Too much is asked for that nobody listens to; try again in a few seconds."
         return None
+
+    def _is_here(self, session: str | None) -> bool:
+        """Whether a session holds a connection open: a heartbeat, or a stream of answers."""
+        return session is not None and bool(self._beating[session] or self._listening[session])
 
     # ---- who is there, who has left
 
@@ -169,9 +177,14 @@ class Door:
         session = session or _event_in(bytes(answer))  # a call through plain HTTP is a session of its own
         if session and caller is None:
             self._sessions.ask(session)
-            asyncio.get_running_loop().call_later(LISTEN_WITHIN, self._check, session)
+            self._joined[session] += 1
+            asyncio.get_running_loop().call_later(LISTEN_WITHIN, self._check, session, self._joined[session])
 
-    def _check(self, session: str) -> None:
+    def _check(self, session: str, joined: int) -> None:
+        """Whether anybody listens for what was asked for last."""
+        if self._joined[session] != joined:
+            return
+        del self._joined[session]
         if not self._listening[session]:
             del self._listening[session]
             _tell(self._sessions.leave, session)
@@ -212,8 +225,9 @@ class Door:
         """
         whole = counted = False
 
-        def check() -> None:
-            if not open_streams[session]:
+        def check(joined: int) -> None:
+            asked_again = open_streams is self._listening and self._joined[session] != joined
+            if not open_streams[session] and not asked_again:  # what was asked for since then has a check of its own
                 del open_streams[session]
                 _tell(left, session)
 
@@ -223,7 +237,7 @@ class Door:
                 counted = False
                 open_streams[session] -= 1
                 if not whole or open_streams is self._beating:  # a heartbeat ends with its page alone
-                    asyncio.get_running_loop().call_later(GONE_AFTER, check)
+                    asyncio.get_running_loop().call_later(GONE_AFTER, check, self._joined[session])
                 elif not open_streams[session]:
                     del open_streams[session]
 

@@ -168,13 +168,16 @@ def test_requests_and_queues_are_bounded(served, monkeypatch):
         answers = list(pool.map(lambda _: join(served.address, [2.0], "many").status_code, range(60)))
     assert answers.count(200) <= door_module.MOST_WAITING + 8  # those that came at once
     assert answers.count(429) == 60 - answers.count(200)
-    assert join(served.address, [0.01], "another").status_code == 200
-    monkeypatch.setattr(door_module, "MOST_OF_ADDRESS", 5)
+    with httpx.stream("GET", f"{served.address}/gradio_api/heartbeat/another", timeout=60) as stream:
+        beats = stream.iter_lines()
+        next(beats)
+        assert join(served.address, [0.01], "another").status_code == 200, "a page that is open"
+    monkeypatch.setattr(door_module, "MOST_UNHEARD", 5)
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda i: join(served.address, [9.0], f"session {i}").status_code, range(40)))
     assert answers.count(200) <= 5 + 8
     assert set(answers) == {200, 429}
-    monkeypatch.setattr(door_module, "MOST_OF_ADDRESS", 1000)
+    monkeypatch.setattr(door_module, "MOST_UNHEARD", 1000)
     monkeypatch.setattr(door_module, "MOST_OF_ALL", 2)
     answer = join(served.address, [0.0], "one more")
     assert (answer.status_code, "busy" in answer.text) == (503, True)
@@ -295,6 +298,23 @@ def test_who_closes_the_page_is_forgotten_within_two_seconds(served):
     assert served.heard("forget", "tab")
 
 
+def test_who_asks_again_before_the_first_look_has_not_left(served, monkeypatch):
+    monkeypatch.setattr(door_module, "LISTEN_WITHIN", 1.0)
+
+    def listen() -> None:
+        where = f"{served.address}/gradio_api/queue/data?session_hash=steady"
+        with httpx.stream("GET", where, timeout=60) as stream:
+            assert list(stream.iter_lines())
+
+    join(served.address, [0.0], "steady")
+    listen()
+    time.sleep(0.8)
+    join(served.address, [1.0], "steady")
+    time.sleep(0.5)  # the first look finds nobody listening just now
+    listen()
+    assert ("leave", "steady") not in served.log
+
+
 @pytest.mark.parametrize("way", ["queue/join", "call/wait", "call/v2/wait"])
 def test_who_asks_and_never_listens_has_left(served, way, monkeypatch):
     monkeypatch.setattr(door_module, "LISTEN_WITHIN", 0.5)
@@ -361,7 +381,8 @@ def test_a_login_that_lets_anybody_in_is_refused(text):
 
 def test_what_is_too_long_is_said():
     check_question("Which tissue?", ["liver", "skin"], "skin")
-    too_much: list[Any] = [("x" * 2001,), ("x", ["y"] * 27), ("x", ["y" * 1001] * 2), ("x", [], "y" * 2001), ("x", [3])]
+    long, many = ["y" * 1001, "z" * 1001], list(map(str, range(27)))
+    too_much: list[Any] = [("x" * 2001,), ("x", many), ("x", long), ("x", [], "y" * 2001), ("x", [3]), ("\udc00",)]
     for asked in too_much:
         with pytest.raises(ValueError, match=r"^The .*\.$|^A question"):
             check_question(*asked)
