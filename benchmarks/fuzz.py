@@ -387,7 +387,17 @@ def run_traced() -> int:
     """This program again, with every open of its processes looked at; the exit status."""
     with tempfile.TemporaryDirectory() as name:
         ours, theirs = os.pipe()
-        command = ["strace", "-f", "--seccomp-bpf", "-y", "-q", "-e", "signal=none", "-o", f"/dev/fd/{theirs}"]
+        command = [
+            "strace",
+            "-f",
+            "--seccomp-bpf",
+            "-y",
+            "-q",
+            "-e",
+            "signal=KILL,XCPU,SEGV,ABRT,BUS,FPE,ILL",
+            "-o",
+            f"/dev/fd/{theirs}",
+        ]
         command += ["-e", "trace=open,openat,openat2,clone,landlock_restrict_self"]
         command += [sys.executable, "-m", "benchmarks.fuzz", *sys.argv[1:]]
         process = subprocess.Popen(command, env={**os.environ, "SPARSEWSI_TRACED": name}, pass_fds=[theirs])
