@@ -142,7 +142,7 @@ def join(bags: Sequence[Bag]) -> Bag:
         if bag.parts:
             raise ValueError(f"{bag.slide} is a case of several slides already. Join its slides.")
         check_bag(bag, first.encoder, first.features.shape[1])
-        shifted = bag.coords + torch.tensor([0, below], dtype=torch.int32)
+        shifted = bag.coords.long() + torch.tensor([0, below])  # 32 bits would wrap around; Bag refuses what is beyond
         coords.append(shifted)
         facts = (bag.patch_size, bag.slide_mpp, bag.slide_size, bag.bounds)
         parts.append(Part(bag.slide, len(bag.features), below, *facts))

@@ -12,6 +12,7 @@ import re
 import warnings
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tokenize import TokenError
@@ -489,11 +490,11 @@ def _read_csv(path: Path) -> _Foreign:
     """SlideChat: CONCH features, a row per patch, 512 columns or more, header or none, a name as last column."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.reader(file)
+            rows = csv.reader(file, strict=True)
             first = next(rows, [])
             second = next(rows, [])
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path.name} is not a text file of comma-separated values.") from error
+        raise ValueError(f"{path.name} is not a text file of comma-separated values ({error}).") from error
     width = len(first)
     if width < _SLIDECHAT_DIM:
         raise ValueError(
@@ -521,16 +522,34 @@ def _read_csv(path: Path) -> _Foreign:
         raise ValueError(f"{path.name}: a row does not hold {_SLIDECHAT_DIM} numbers ({error}).") from error
     sample = second if skip else first
     texts = [index for index in range(width) if index not in columns and not _is_number(sample[index])]
-    coords = None
-    if texts:
-        names = []
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            for row in filter(None, itertools.islice(csv.reader(file), skip, None)):  # a row at a time: they are wide
-                if len(row) != width:
-                    raise ValueError(f"{path.name}: not every row has {width} columns as the first one. Make it again.")
-                names.append(row[texts[-1]])
-        coords = _coords_from_names(names)
-    return _Foreign(features, coords)
+    names = [row[texts[-1]] for row in _read_rows(path, width)][skip:] if texts else []
+    if texts and len(names) != len(features):
+        raise ValueError(f"{path.name}: {len(features)} rows of features but {len(names)} names. Make it again.")
+    return _Foreign(features, _coords_from_names(names) if texts else None)
+
+
+def _read_rows(path: Path, width: int) -> Iterator[list[str]]:
+    """The rows of a CSV one at a time, as they are wide. Raises ValueError where one is not a line of `width` cells.
+
+    A quotation mark that is not closed would take the lines after it into its cell, and their patches with them.
+    """
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows, line = csv.reader(file, strict=True), 0
+        try:
+            for row in rows:
+                line += 1
+                if rows.line_num > line or (row and len(row) != width):
+                    raise ValueError(
+                        f"{path.name}: line {line} is not {width} cells as the first one"
+                        + (", a quotation mark is not closed" if rows.line_num > line else "")
+                        + ". Make it again."
+                    )
+                if row:
+                    yield row
+        except csv.Error as error:
+            raise ValueError(
+                f"{path.name}: a quotation mark in line {line + 1} is not closed as it should be ({error})."
+            ) from error
 
 
 def _is_number(text: str) -> bool:

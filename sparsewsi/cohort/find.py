@@ -3,6 +3,7 @@
 import csv
 import glob
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -79,12 +80,17 @@ def _tell_left_out(found: Found) -> None:
 
 
 def _read_csv(table: Path, slide_mpp: float | None) -> list[Job]:
+    def fold(name: str) -> str:
+        return name.strip().casefold()
+
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True, strict=True)
-            rows = [{key.strip(): (value or "").strip() for key, value in row.items() if key} for row in reader]
-            columns = [name.strip() for name in reader.fieldnames or []]
-    except (UnicodeDecodeError, csv.Error, AttributeError) as error:
+            rows = [{fold(key): (value or "").strip() for key, value in row.items() if key} for row in reader]
+            columns = [fold(name) for name in reader.fieldnames or []]
+    except csv.Error as error:
+        raise ValueError(f"{table.name}: a quotation mark is not closed as it should be ({error}).") from error
+    except (UnicodeDecodeError, AttributeError) as error:
         raise ValueError(f"{table.name} is not a table of comma-separated values: {error}.") from error
     if "slide" not in columns:
         raise ValueError(
@@ -96,7 +102,10 @@ def _read_csv(table: Path, slide_mpp: float | None) -> list[Job]:
             continue
         path, text = table.parent / as_path(row["slide"]), row.get("mpp", "")
         try:
-            jobs.append(make_job(path, float(text) if text else slide_mpp))
+            mpp = float(text) if text else slide_mpp
+            if mpp is not None and not 0 < mpp < math.inf:
+                raise ValueError
+            jobs.append(make_job(path, mpp))
         except ValueError:
             jobs.append(
                 replace(make_job(path, None), problem=f"{table.name} states an mpp of {text!r}; write a number.")

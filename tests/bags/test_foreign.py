@@ -306,6 +306,43 @@ def test_bad_csv(tmp_path: Path):
         load_bag(path)
 
 
+@pytest.mark.parametrize("row", [0, 3, 7, 9])
+@pytest.mark.parametrize("where", ["before the name", "before the numbers", "in the name"])
+def test_a_quotation_mark_that_is_not_closed_costs_no_patch_in_silence(tmp_path: Path, row: int, where: str):
+    rng = np.random.default_rng(0)
+    lines = [",".join(f"{v:.3f}" for v in rng.normal(size=512)) + f",{224 * i}_0.png" for i in range(10)]
+    name = f",{224 * row}_0.png"
+    broken = {
+        "before the name": lines[row].replace(name, f',"{name[1:]}'),
+        "before the numbers": f'"{lines[row]}',
+        "in the name": lines[row].replace(name, f',"{name[1:4]}"{name[4:]}'),
+    }
+    lines[row] = broken[where]
+    (tmp_path / "a.csv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match=r"a\.csv"):
+        load_bag(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("far", [2**31 - 1, 2**31 - 200, -(2**31), 2**33])
+@pytest.mark.parametrize("kind", ["h5", "npz", "csv"])
+def test_coords_at_the_end_of_32_bits_are_refused_when_they_are_read(tmp_path: Path, far: int, kind: str):
+    features, coords = np.ones((3, 512), np.float32), np.array([[0, 0], [224, 0], [far, 224]], np.int64)
+    path = tmp_path / f"a.{kind}"
+    if kind == "h5":
+        with h5py.File(path, "w") as file:
+            file["features"], file["coords"] = features, coords
+            file["coords"].attrs["patch_size_level0"] = 224
+    elif kind == "npz":
+        np.savez(path, features=features, coords=coords)
+    else:
+        rows = [",".join(["1"] * 512) + f",x{x}_y{y}.png" for x, y in coords.tolist()]
+        path.write_text("\n".join(rows) + "\n")
+    if kind == "csv" and far < 0:
+        return  # a name with a sign is no position
+    with pytest.raises(ValueError, match="32 bits"):
+        load_bag(path)
+
+
 def test_npy(tmp_path: Path):
     features, _ = _foreign()
     np.save(tmp_path / "a.npy", features)

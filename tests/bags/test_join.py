@@ -63,3 +63,9 @@ def test_a_case_chooses_among_all_patches_as_one_bag_would(tiny_model: Path) -> 
     assert torch.equal(chosen.indices, whole.indices)
     assert chosen.num_patches == 50
     torch.testing.assert_close(chosen.scores, torch.cat([model.select(a).scores, model.select(b).scores]))
+
+
+def test_a_case_that_reaches_beyond_32_bits_is_refused_and_never_wrapped_around():
+    tall = Bag(torch.zeros(2, 4), torch.tensor([[0, 0], [0, 2**31 - 500]]), 224, 0.5, "x", "slide 1")
+    with pytest.raises(ValueError, match="32 bits"):
+        join([tall, tall])

@@ -156,6 +156,21 @@ def test_slides_are_named_as_they_are_pasted(tmp_path: Path, written: str):
     assert [(job.path, job.problem) for job in find_slides([str(tmp_path / "list.csv")])] == [(path, "")]
 
 
+@pytest.mark.parametrize("text", ['"a.svs,0.5\nb.svs,0.5\n', 'a.svs,"0.5\nb.svs,\n', 'a.svs,0.5\nb.svs,"0.5"5\n'])
+def test_a_quotation_mark_that_is_not_closed_drops_no_slide_of_a_table(tmp_path: Path, text: str):
+    (tmp_path / "list.csv").write_text("slide,mpp\n" + text)
+    with pytest.raises(ValueError, match="quotation mark is not closed"):
+        find_slides([str(tmp_path / "list.csv")])
+
+
+@pytest.mark.parametrize("mpp", ["nan", "-0.5", "0", "inf", "0,5"])
+def test_a_table_in_any_case_states_numbers(tmp_path: Path, mpp: str):
+    (tmp_path / "a.svs").write_bytes(b"1")
+    (tmp_path / "list.csv").write_text(f'Slide , MPP\na.svs,"{mpp}"\n')
+    (job,) = find_slides([str(tmp_path / "list.csv")])
+    assert "write a number" in job.problem
+
+
 def test_two_slides_of_one_name_are_both_told(tmp_path: Path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
