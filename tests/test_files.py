@@ -1,7 +1,9 @@
 """Files are written whole, JSON lines survive a kill, the cache folder is where the user says."""
 
+import io
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,3 +94,15 @@ def test_no_spreadsheet_runs_a_cell():
         assert files.inert_cell(text) == f"'{text}"
     for value in ("slide 1", "", -1.5, None, 3):
         assert files.inert_cell(value) == value
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1", "cp437"])
+@pytest.mark.parametrize("text", ["TGF-\u03b2 \u2265 5", "\u75c5\u7406", "\ud83d\ude00 \u2028", "a\udce9.svs"])
+def test_whatever_the_console_can_show_anything_is_printed(monkeypatch, encoding: str, text: str) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    files.allow_any_text()
+    print(f"before {text} after", flush=True)
+    written = out.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+    assert written.startswith("before ")
+    assert written.rstrip().endswith(" after")

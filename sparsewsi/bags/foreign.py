@@ -182,7 +182,9 @@ def _to_bag(found: _Foreign, path: Path) -> Bag:
                 + ("is the step of its coordinates." if step else "is assumed.")
             )
         order = np.lexsort((coords[:, 0], coords[:, 1]))
-        features, coords = features[order], np.rint(coords[order])
+        if (np.diff(order) != 1).any():  # a copy of many patches is felt
+            features = features[order]
+        coords = np.rint(coords[order])
     note = " ".join(notes)
     try:
         bag = Bag(
@@ -253,7 +255,9 @@ def _read_h5(path: Path, encoder: str | None, slide_mpp: float | None) -> _Forei
                 coords=_to_native(coords[:]) if coords is not None else None,
                 encoder=chosen or _find_encoder(facts, dict(data.attrs), path),
             )
-    except (OSError, RuntimeError) as error:
+    except (ValueError, MemoryError):
+        raise
+    except Exception as error:  # h5py raises many types for what is damaged
         raise ValueError(f"{path.name} {_explain_h5(str(error))}") from error
     if "tile_size_um" in facts or _text(facts.get("unit", "")) == "um":
         return _convert_stamp_units(found, facts, path, slide_mpp)

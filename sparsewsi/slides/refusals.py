@@ -10,6 +10,7 @@ import struct
 CONVERT = "convert it to a pyramidal TIFF, e.g. vips tiffsave IN OUT.tiff --tile --pyramid --compression jpeg"
 DAMAGED = "Reading the slide failed{}; the file is damaged or cut short, copy it again."
 DAMAGED_IMAGE = "The PNG or JPEG is damaged or cut short; copy it again."
+LONGEST_REASON = 200  # characters; what is longer quotes the file's own text
 
 
 class SlideError(ValueError):
@@ -42,8 +43,10 @@ def explain_unsupported(head: bytes, tail: bytes, length: int, suffix: str) -> s
 
 
 def quote_reason(error: str) -> str:
-    """': the reason' in OpenSlide's words, or '' where they may hold a path or a file name."""
-    error = error.strip().rstrip(".")
+    """': the reason' in OpenSlide's words, or '' where they may hold a path or a file name, or are no sentence."""
+    error = " ".join(error.split()).rstrip(".")
+    if len(error) > LONGEST_REASON or not error.isprintable():
+        return ""
     return "" if not error or re.search(r"[\\/]|\w\.[A-Za-z]\w", error) else f": {error}"
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from sparsewsi.bags.bag import Bag
 from sparsewsi.bags.extract import extract_bag
 from sparsewsi.model.sparse_wsi import SparseWSI
 from sparsewsi.phantom import write_phantom
+from sparsewsi.report import umap
 from sparsewsi.report.case import FILES, Case, open_case
 
 ASKED = [{"role": "user", "content": "Which tissue is this?"}]
@@ -111,3 +113,46 @@ def test_a_patch_keeps_its_number_in_a_what_if(model, case):
     other = case.choose(model, 10, "random")
     order = case.selection.scores.argsort(descending=True, stable=True)
     assert order[other.selection.ranks - 1].tolist() == other.selection.indices.tolist()
+
+
+# ---- what is ready is saved, whatever fails after it
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("cannot cache function 'rdist': no locator available for file 'umap/layouts.py'"),
+        ImportError("numba needs NumPy 2.3 or less"),
+        MemoryError(),
+        OSError(30, "Read-only file system"),
+        KeyError("llvm"),
+    ],
+)
+def test_a_map_that_cannot_be_drawn_costs_no_other_file(case, tmp_path, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(umap, "map_features", fail)
+    with pytest.warns(UserWarning, match=r"umap\.png was left out"):
+        written = case.write(tmp_path)
+    assert set(written) == {path.name for path in tmp_path.iterdir()} == set(FILES) - {"umap.png"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of files are POSIX's")
+@pytest.mark.parametrize(("room", "fit"), [(60_000, 3), (9000, 2), (200, 0)])
+def test_where_the_disk_has_room_for_few_bytes_the_small_files_are_written_whole(case, tmp_path, room, fit):
+    """A limit on the size of files stands for a disk that is full: the kernel refuses to write on in both cases."""
+    import resource
+
+    case.write(tmp_path / "whole")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            case.write(tmp_path / "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    left = {path.name: path.read_bytes() for path in (tmp_path / "full").iterdir()}
+    assert len(left) >= fit
+    assert all(content == (tmp_path / "whole" / name).read_bytes() for name, content in left.items())
+    assert set(left) == {name for name in FILES if (tmp_path / "whole" / name).stat().st_size <= room}

@@ -541,7 +541,14 @@ def test_permission_denied_is_told_as_such(tmp_path, monkeypatch):
 
 def test_messages_of_openslide_that_may_name_files_are_left_out():
     assert quote_reason("Unsupported TIFF compression: 52479") == ": Unsupported TIFF compression: 52479"
-    for error in ("Couldn't open /data/P12/x.dat", r"no C:\x", "missing Slidedat.ini", ""):
+    for error in (
+        "Couldn't open /data/P12/x.dat",
+        r"no C:\x",
+        "missing Slidedat.ini",
+        "",
+        f"Bad {'A' * 3000}",
+        "a \x1b[2J",
+    ):
         assert quote_reason(error) == ""
 
 

@@ -352,6 +352,32 @@ def test_check_names_what_would_go_wrong(tmp_path: Path, capsys: pytest.CaptureF
     assert "is not a folder" in output
 
 
+UNREADABLE = {
+    "cut": lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(50)),
+    "empty": lambda path: path.touch(),
+    "a folder": lambda path: path.mkdir(),
+    "a link to nothing": lambda path: path.symlink_to(path.parent / "gone"),
+    "a pointer": lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+    "noise": lambda path: path.write_bytes(bytes(range(256)) * 9),
+    "a pickle": lambda path: np.save(path.open("wb"), np.array({"x": 1}, dtype=object), allow_pickle=True),
+    "of one slide vector": lambda path: np.save(path.open("wb"), np.ones(9, np.float32)),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+@pytest.mark.parametrize("ending", ["h5", "npy", "safetensors", "pt"])
+def test_one_file_that_cannot_be_read_ends_no_check_of_many(tmp_path, capsys, kind, ending) -> None:
+    for name in ("s1", "s3"):
+        save_bag(made_bag(5), tmp_path / f"{name}.safetensors")
+    UNREADABLE[kind](tmp_path / f"s2.{ending}")
+    rows = [{"slide": f"s{i}", "question": "Which?", "answer": "skin"} for i in (1, 2, 3)]
+    code, output = check(capsys, write(tmp_path / "q.json", rows), "--features", tmp_path)
+    assert code == 2
+    assert "3 questions can be asked" in output
+    assert "; 1 problem" in output
+    assert "q.json, row 2: slide s2" in output
+
+
 # ---- training
 
 
