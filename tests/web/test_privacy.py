@@ -251,8 +251,8 @@ def test_the_api_names_nobody(planted, served, tmp_path, capfd, caplog):
                 reply = httpx.get(f"{served.address}/gradio_api/slide/{found['case']}/{place}")
                 said += [reply.headers, reply.content.decode("latin-1")]
         except Exception as error:
-            said.append(error)
-    assert len(said) >= 3 * 9 + 2
+            said.append((type(error), str(error), vars(error)))
+    assert sum(isinstance(answer, dict) for answer in said) > 3, "some were analysed and asked about"
     hide(said, "the API")
     hide("".join(capfd.readouterr()) + caplog.text, "the server's log")
     hide_in_files(served.desk.log.parent)
