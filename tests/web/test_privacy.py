@@ -56,7 +56,7 @@ def plant(folder: Path) -> dict[str, Path]:
     made = {kind: folder / f"{TITLE}.{kind}" for kind in files}
     for kind, path in made.items():
         path.write_bytes(files[kind])
-    with tifffile.TiffFile(made["tif"], mode="r+b") as tiff:
+    with tifffile.TiffFile(made["tif"], mode="r+") as tiff:
         tiff.pages[0].tags["Software"].overwrite(TITLE)  # type: ignore[union-attr]
     facts = f"SLIDE_NAME = {TITLE}\nSLIDE_CREATIONDATETIME = {DATE}\nPROJECT_NAME = {NUMBER}\n"
     for kind, parts in (("mrxs", make_mrxs(facts)), ("vms", make_vms(f"Reference={TITLE}\nCreated={DATE}\n"))):
