@@ -9,14 +9,18 @@ from typing import Any
 _INSTALLED = Path(__file__).resolve().parents[1] / "demo_model"  # where a wheel has it
 DEFAULT_MODEL = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[2] / "assets" / "demo-model"
 
-SLIDE_ENCODERS = ("pointwise", "longnet", "none")
+SLIDE_ENCODERS = ("pointwise", "longnet", "none", "slidechat")
 SCORER_ATTENTIONS = ("local", "global")
+PROJECTORS = ("scaled", "plain")
+SELECTIONS = ("scores", "evenly")
 POSITIONS = ("original", "scaled", "compact")
 OPTION_SCORINGS = ("text", "letter")
 
 _CHOICES = {
     "slide_encoder": SLIDE_ENCODERS,
     "scorer_attention": SCORER_ATTENTIONS,
+    "projector": PROJECTORS,
+    "selection": SELECTIONS,
     "position": POSITIONS,
     "option_scoring": OPTION_SCORINGS,
 }
@@ -46,8 +50,10 @@ class SparseWSIConfig:
     scorer_dim: int | None = None  # None: min(dim, 512)
     scorer_attention: str = "local"
     scorer_relative: bool = False  # ours: the scorer also sees each token against its slide's mean and spread
+    selection: str = "scores"  # "evenly": its own way keeps patches evenly spaced, all if they are num_tokens or fewer
     diversity: float = 0.0  # ours: weight of likeness in maximal marginal relevance; 0: the paper's hard top-K
     heads: int = 8
+    projector: str = "scaled"  # to the spread of the LLM's text embeddings; "plain": two linear layers and a GELU
     position: str = "scaled"  # "scaled" differs from the paper's "original" only where the ids would pass max_position
     max_position: int | None = None  # budget for all position ids; None: the LLM's max_position_embeddings
     option_scoring: str = "text"
@@ -77,6 +83,10 @@ class SparseWSIConfig:
             raise ValueError(f"diversity must be a number of at least 0, got {self.diversity!r}.")
         if self.scorer_attention == "global" and self.scorer_width % self.heads:
             raise ValueError(f"the scorer's width {self.scorer_width} must be a multiple of heads, got {self.heads}.")
+        if self.slide_encoder == "slidechat" and self.feature_dim != self.dim:
+            raise ValueError(
+                f"slidechat takes features as they are: dim is {self.dim}, feature_dim {self.feature_dim}."
+            )
         if self.slide_encoder == "longnet" and self.dim % self.heads:
             raise ValueError(f"dim {self.dim} must be a multiple of heads for longnet, got {self.heads}.")
 
@@ -84,6 +94,11 @@ class SparseWSIConfig:
     def scorer_width(self) -> int:
         """Hidden size of the scorer."""
         return self.scorer_dim or min(self.dim, 512)
+
+    @property
+    def own_selector(self) -> str:
+        """What the selector "learned" stands for."""
+        return "learned" if self.selection == "scores" else self.selection
 
     def save(self, folder: str | Path) -> None:
         """Write folder/config.json; the folder is made if it is missing."""

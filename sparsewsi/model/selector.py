@@ -175,6 +175,11 @@ def uniform(features: Tensor, coords: Tensor, k: int, seed: int = 0) -> Tensor:
     return torch.cat(kept).sort().values
 
 
+def evenly(n: int, k: int) -> Tensor:
+    """k of n patches evenly spaced in their order, first and last among them (as SlideChat)."""
+    return torch.arange(n) if k >= n else torch.linspace(0, n - 1, k, dtype=torch.float64).long()
+
+
 def norm(features: Tensor, coords: Tensor, k: int, seed: int = 0) -> Tensor:
     """The k patches whose features are longest. The seed changes nothing."""
     return hard_topk(torch.cat([part.float().norm(dim=-1) for part in features.split(ROWS)]), k)

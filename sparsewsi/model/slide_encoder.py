@@ -16,18 +16,21 @@ class SlideEncoder(nn.Module):
     """(..., N, feature_dim) float -> (..., N, dim), ending in LayerNorm: the noise gate assumes unit-variance tokens.
 
     kind: "pointwise" residual MLP blocks, each patch alone; "longnet" dilated attention, in which patches see each
-          other at a cost linear in N; "none" a linear layer.
+          other at a cost linear in N; "none" a linear layer; "slidechat" SlideChat's, each patch alone, without a
+          layer in front: feature_dim is dim.
     """
 
     def __init__(self, feature_dim: int, dim: int, layers: int = 2, kind: str = "pointwise", heads: int = 8):
         super().__init__()
-        assert kind in ("pointwise", "longnet", "none"), kind
+        assert kind in ("pointwise", "longnet", "none", "slidechat"), kind
         self.kind = kind
-        self.inlet = nn.Linear(feature_dim, dim)
+        self.inlet = nn.Identity() if kind == "slidechat" else nn.Linear(feature_dim, dim)
         if kind == "pointwise":
             blocks = [ResidualMLP(dim) for _ in range(layers)]
         elif kind == "longnet":
             blocks = [LongNetBlock(dim, heads) for _ in range(layers)]
+        elif kind == "slidechat":
+            blocks = [SubLNBlock(dim) for _ in range(layers)]
         else:
             blocks = []
         self.blocks = nn.Sequential(*blocks)
@@ -74,6 +77,36 @@ class LongNetBlock(nn.Module):
         mixed = mixed.transpose(1, 2).flatten(-2).reshape(x.shape)
         x = x + self.out(mixed)
         return x + self.ffn(self.norm2(x))
+
+
+class SubLNBlock(nn.Module):
+    """A block of SlideChat's LongNet as it was released: pre-LN with a LayerNorm in front of both output layers.
+
+    (Sub-LN: Foundation Transformers, arXiv 2210.06423.) Released code gives it the N patches of a slide as N sequences
+    of one patch. Softmax over one key is 1, so attention is the value alone, its query and key weights have no effect,
+    and no patch sees another. FFN of twice the width.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.value = nn.Linear(dim, dim)
+        self.inner_norm = nn.LayerNorm(dim)
+        self.out = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.up = nn.Linear(dim, 2 * dim)
+        self.ffn_norm = nn.LayerNorm(2 * dim)
+        self.down = nn.Linear(2 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.out(self.inner_norm(self.value(self.norm1(x))))
+        return x + self.down(self.ffn_norm(nn.functional.gelu(self.up(self.norm2(x)))))
+
+
+def build_projector(kind: str, dim: int, width: int) -> nn.Sequential:
+    """From visual tokens (..., dim) to the width of the LLM's embeddings; "scaled" ends in a LayerNorm."""
+    layers = [nn.Linear(dim, width), nn.GELU(), nn.Linear(width, width)]
+    return nn.Sequential(*layers, *([nn.LayerNorm(width)] if kind == "scaled" else []))
 
 
 def dilated_attention(

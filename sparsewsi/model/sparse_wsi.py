@@ -25,8 +25,17 @@ from sparsewsi.model.limits import Limits
 from sparsewsi.model.llm import load_llm
 from sparsewsi.model.prompt import Prompt, build_prompt, end_of_turn, text_ids, visual_positions
 from sparsewsi.model.selection import Selection
-from sparsewsi.model.selector import LEARNED, ROWS, SELECTORS, Scorer, check_selector, describe_slide, select_learned
-from sparsewsi.model.slide_encoder import SlideEncoder
+from sparsewsi.model.selector import (
+    LEARNED,
+    ROWS,
+    SELECTORS,
+    Scorer,
+    check_selector,
+    describe_slide,
+    evenly,
+    select_learned,
+)
+from sparsewsi.model.slide_encoder import SlideEncoder, build_projector
 from sparsewsi.model.stream import stream_text
 from sparsewsi.model.words import Words, find_nearest, place_words
 
@@ -60,9 +69,7 @@ class SparseWSI(nn.Module):
             config.scorer_attention,
             config.scorer_relative,
         )
-        self.projector = nn.Sequential(
-            nn.Linear(config.dim, width), nn.GELU(), nn.Linear(width, width), nn.LayerNorm(width)
-        )
+        self.projector = build_projector(config.projector, config.dim, width)
         for part in (self.slide_encoder, self.scorer, self.projector):
             part.to(device=embeddings.device, dtype=torch.float32)
 
@@ -109,6 +116,7 @@ class SparseWSI(nn.Module):
         if n == 0:
             raise ValueError(f"{bag.slide} has no patch to select from (no tissue was found). Choose another slide.")
         check_selector(selector)
+        selector = self.config.own_selector if selector == "learned" else selector
         k = self.config.num_tokens if k is None else k
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}.")
@@ -122,6 +130,8 @@ class SparseWSI(nn.Module):
             scores = self.score(x).cpu()
         if selector in LEARNED:
             indices = select_learned(selector, scores, bag.features, k, self.config.diversity)
+        elif selector == "evenly":
+            indices = evenly(n, k)
         else:
             indices = SELECTORS[selector](bag.features, bag.coords, k, seed)
         tokens = self.encode(bag.features[indices]) if x is None else x[indices.to(x.device)]
@@ -171,8 +181,9 @@ class SparseWSI(nn.Module):
     # ---- what the LLM sees
 
     def project(self, tokens: Tensor) -> Tensor:
-        """(..., K, D_v) -> (..., K, H) float32 with the spread of the LLM's text embeddings."""
-        return self.projector(tokens.to(self.device, torch.float32)) * self.text_std
+        """(..., K, D_v) -> (..., K, H) float32, unless it is plain with the spread of the LLM's text embeddings."""
+        projected = self.projector(tokens.to(self.device, torch.float32))
+        return projected * self.text_std if self.config.projector == "scaled" else projected
 
     def inputs(
         self, tokens: Tensor, indices: Tensor, num_patches: int, prompt: Prompt, reserve: int = 0

@@ -30,7 +30,7 @@ from sparsewsi.model.foci import Focus, find_foci
 from sparsewsi.model.limits import Limits
 from sparsewsi.model.novelty import Summary
 from sparsewsi.model.selection import Selection
-from sparsewsi.model.selector import LEARNED, SELECTORS, check_selector, select_learned
+from sparsewsi.model.selector import LEARNED, SELECTORS, check_selector, evenly, select_learned
 from sparsewsi.readers.pictures import PictureReader, Pictures, find_cited
 from sparsewsi.report import annotations, figure, html, plots, qupath, record, table, umap
 from sparsewsi.report.answer import Answer, FocusEffect, summarise, word_notice
@@ -128,7 +128,8 @@ class Case:
     @cached_property
     def doubts(self) -> tuple[str, ...]:
         """What a reader should know before believing an answer, gravest first; the bag's own note is not among them."""
-        ranked = not (self.config.diversity and self.selector in ("learned", "mmr"))
+        ranked = self.config.selection == "scores"
+        ranked &= not (self.config.diversity and self.selector in ("learned", "mmr"))
         return tuple(find_doubts(self.bag, self.selection, self.trained_on, self.config.mpp, ranked))
 
     def answer(self, reader: Reader | PictureReader, messages: Messages, options: Sequence[str] = ()) -> Iterator[str]:
@@ -211,6 +212,7 @@ class Case:
         """
         bag, scores = self.bag, self.selection.scores
         check_selector(selector)
+        own = self.config.own_selector if selector == "learned" else selector
         if not all(0 <= index < len(scores) for index in (*pinned, *dropped)):
             raise ValueError(f"{bag.slide} has patches 0 to {len(scores) - 1:,}; another was pinned or dropped.")
         free = torch.ones(len(scores), dtype=torch.bool)
@@ -221,10 +223,12 @@ class Case:
         room = max(0, k - len(stay))
         if not room or not len(rest):
             filled = rest[:0]
-        elif selector in LEARNED:
-            filled = rest[select_learned(selector, scores[rest], bag.features[rest], room, self.config.diversity)]
+        elif own in LEARNED:
+            filled = rest[select_learned(own, scores[rest], bag.features[rest], room, self.config.diversity)]
+        elif own == "evenly":
+            filled = rest[evenly(len(rest), room)]
         else:
-            filled = rest[SELECTORS[selector](bag.features[rest], bag.coords[rest], room, 0)]
+            filled = rest[SELECTORS[own](bag.features[rest], bag.coords[rest], room, 0)]
         indices = torch.cat([stay, filled]).sort().values
         selection = replace(self.selection, indices=indices, tokens=model.tokens_of(bag, indices))
         return replace(self, selection=selection, selector=selector)
