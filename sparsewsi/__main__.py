@@ -57,7 +57,11 @@ def parse_ask(words: Sequence[str]) -> dict[str, Any]:
     add("--question", action=_Question, dest="questions", default=[], help="repeat it; default: Describe this slide.")
     add("--option", action=_Option, default=argparse.SUPPRESS, help="an answer offered to the question before it")
     add("--k", type=int, help="patches to select (default: the model's, 32)")
-    add("--selector", default="learned", help="learned, or a training-free one such as random")
+    add(
+        "--selector",
+        default="learned",
+        help="learned, question (nearest to its words, too), or a training-free one, as random",
+    )
     add("--slide-mpp", type=float, help="um/px of the scan, for slides that do not state it")
     add("--max-patches", type=int, metavar="N", help="encode at most N patches, evenly spaced")
     add("--evidence", action="store_true", help="measure which patches each answer rests on (seconds)")

@@ -17,12 +17,17 @@ set, an optimistic constant. A row "learned@8" keeps 8 patches, whatever --k say
 features count as wrong (but for the text alone and the majority) unless --skip-missing leaves them out. Intervals are
 Wilson's at 95 %; where several questions share a slide, a bootstrap over slides as well.
 
+Other systems answer in rows READER:SHOWN, as in gpt-4o:random@30, gpt-4o:thumbnail or openai:MODEL:learned@32, and in
+the row slidechat (train/eval/systems.py); they see pictures, cut from the slides in --slides, and are read strictly and
+leniently. Servers are named by SPARSEWSI_ENDPOINT and OPENAI_API_KEY. --answers keeps what they said for other runs.
+
 The folder --out gets a line per question as it is answered; a run that is stopped goes on, and asks no question twice.
 """
 
 import argparse
 import itertools
 import json
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -43,6 +48,7 @@ from train.eval.picture import draw_scores
 from train.eval.reading import add_readings
 from train.eval.running import ROWS, Way, check_rows, evaluate
 from train.eval.scoring import add_majority, score_rows, write_scores
+from train.eval.systems import SLIDECHAT, SYSTEMS, Systems, add_votes, describe_counts, open_systems
 from train.flags import add_flag, make_parser, run_command
 from train.run_folder import claim, digest_model, digest_of
 
@@ -101,11 +107,22 @@ def choose_file(given: argparse.Namespace, config: SparseWSIConfig) -> QuestionS
 def run(given: argparse.Namespace) -> str:
     """Evaluate as the flags say, write the tables, and return the one in Markdown with notes under it."""
     check_rows(given.rows)
-    for name in ("questions", "slides", "per_slide"):
+    if given.benchmark == "phantom":
+        given.slides = read_count(given.slides)
+    elif given.slides is not None:
+        given.slides = Path(given.slides)
+    for name in ("questions", "per_slide"):
         if getattr(given, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(given, name)}.")
     if given.seed and given.benchmark != "mosaic":
         raise ValueError("--seed is for mosaics: other questions are always the same ones.")
+    others = [row for row in given.rows if row == SLIDECHAT or ":" in row]
+    if others and given.benchmark in ("mosaic", "phantom"):
+        raise ValueError(f"{others[0]} is a row for questions about slides in files, not for a {given.benchmark}.")
+    given.answers = given.answers or given.out / "answers.jsonl"
+    theirs = (given.slidechat, given.slidechat_features or given.features) if given.slidechat else None
+    readers = dict(given.reader)
+    systems = open_systems(given.rows, readers, given.answers, given.slides, theirs, os.environ, given.device)
     config = SparseWSIConfig.load(given.model)
     if given.benchmark == "mosaic":
         chosen = choose_mosaics(given)
@@ -118,16 +135,48 @@ def run(given: argparse.Namespace) -> str:
     claim(given.out, json.loads(json.dumps(settings, default=_plain)))
     model = SparseWSI.from_pretrained(given.model, device=given.device)
     way = Way(tuple(given.rows), given.k, given.prompt, given.generate)
-    answered = evaluate(model, chosen.items, chosen.total, way, given.out / "records.jsonl")
-    text = write_results(given, answered, chosen, given.k or config.num_tokens)
-    return text
+    try:
+        answered = evaluate(model, chosen.items, chosen.total, way, given.out / "records.jsonl", systems)
+    finally:
+        if systems is not None:
+            systems.close()
+    return write_results(given, answered, chosen, given.k or config.num_tokens, systems)
+
+
+def read_count(text: str | None) -> int:
+    """--slides of phantoms. Raises ValueError for what is no number of at least 1."""
+    if text is None:
+        return 40
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--slides of phantoms is a number of at least 1, got {text}.")
+    return int(text)
+
+
+def read_pair(text: str) -> tuple[str, str]:
+    """NAME=READER of the command line."""
+    name, equals, reader = text.partition("=")
+    if not equals or name not in SYSTEMS:
+        raise argparse.ArgumentTypeError(f"NAME=READER, of {', '.join(SYSTEMS)}; got {text}")
+    return name, reader
+
+
+def read_price(text: str) -> tuple[str, tuple[float, float]]:
+    """NAME=IN/OUT of the command line, USD for a million tokens."""
+    name, _, price = text.rpartition("=")
+    try:
+        first, second = (float(part) for part in price.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"NAME=IN/OUT in USD per million, as gpt-4o=2.5/10; got {text}") from None
+    return name, (first, second)
 
 
 def _plain(value: Any) -> Any:
     return asdict(value) if isinstance(value, SparseWSIConfig) else str(value)
 
 
-def write_results(given: argparse.Namespace, answered: list[dict], chosen: QuestionSet, k: int) -> str:
+def write_results(
+    given: argparse.Namespace, answered: list[dict], chosen: QuestionSet, k: int, systems: Systems | None = None
+) -> str:
     """Write table.json, table.md and table.png; returns the Markdown. Raises ValueError if nothing could be asked."""
     notes = list(chosen.notes)
     missing = [record for record in answered if record.get("missing")]
@@ -139,7 +188,10 @@ def write_results(given: argparse.Namespace, answered: list[dict], chosen: Quest
         notes.append(f"{len(missing)} questions about {slides} slides without usable features are {how}.")
     if given.skip_missing:
         answered = [record for record in answered if not record.get("missing")]
-    rows = (*given.rows, *add_readings(answered, given.rows))
+    ours = [row for row in given.rows if ":" not in row]
+    rows = (*ours, *add_readings(answered, ours), *add_votes(answered, given.rows))
+    counts = systems.counts if systems else {}
+    notes += describe_counts(counts, dict(given.price))
     add_majority(answered, letters=given.benchmark not in ("mosaic", "phantom"))
     if chosen.bad and not given.skip_missing:
         notes.append(f"{len(chosen.bad)} rows of the files cannot be asked and are counted as wrong.")
@@ -147,8 +199,9 @@ def write_results(given: argparse.Namespace, answered: list[dict], chosen: Quest
     scores = score_rows(answered, rows)
     settings = {name: str(value) for name, value in vars(given).items()}
     record = {name: asdict(score) | {"accuracy": score.accuracy} for name, score in scores.items()}
+    asked = {row: asdict(count) for row, count in counts.items()}
     text = "\n".join([write_scores(scores), *(["", *notes] if notes else [])])
-    write_json(given.out / "table.json", {"settings": settings, "rows": record, "notes": notes})
+    write_json(given.out / "table.json", {"settings": settings, "rows": record, "notes": notes, "asked": asked})
     write_text(given.out / "table.md", text + "\n")
     draw_scores(scores, k, given.out / "table.png")
     return text
@@ -179,11 +232,18 @@ def main() -> None:
     add_flag(parser, "--n", nargs="+", default=[1024], help="mosaic: patches a slide; several: each in turn")
     add_flag(parser, "--questions", help="mosaic: number of questions per N, one mosaic each")
     add_flag(parser, "--seed", help="mosaic: of the questions")
-    parser.add_argument("--slides", type=int, default=40, help="phantom: number of slides")
+    parser.add_argument("--slides", help="phantom: number of slides (40); else: folder of slides, for rows of readers")
     parser.add_argument("--per-slide", type=int, default=10, help="phantom: questions a slide")
     parser.add_argument("--size", type=int, default=10_000, help="phantom: side of a slide in px")
     parser.add_argument("--k", type=int, help="patches kept; default: the model's")
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), help="selector, selector@K, all, text-only")
+    add: Any = parser.add_argument
+    add("--rows", nargs="+", default=list(ROWS), help="selector[@K], all, text-only, slidechat, READER:SHOWN")
+    several: dict[str, Any] = {"action": "append", "default": []}
+    add("--reader", type=read_pair, **several, metavar="NAME=READER", help="who answers as a system of Table 1")
+    add("--answers", type=Path, help="what readers said; default: answers.jsonl in --out")
+    add("--price", type=read_price, **several, metavar="NAME=IN/OUT", help="USD for a million tokens")
+    add("--slidechat", type=Path, help="slidechat: the model of python -m train.convert slidechat")
+    add("--slidechat-features", type=Path, help="slidechat: folder of CONCH features; default: --features")
     parser.add_argument("--prompt", choices=["slidechat", "plain"], default="slidechat")
     parser.add_argument(
         "--generate", action="store_true", help="answer in writing as well, read strictly and leniently"

@@ -266,6 +266,18 @@ def _likest(window: Tensor) -> tuple[Tensor, Tensor]:
     return found.values, found.indices
 
 
+def weigh_by_question(scores: Tensor, likeness: Tensor) -> Tensor:
+    """Values (N,) float64 of patches for a question (ours; the idea is HistoSelect's, CVPR 2026): score times likeness.
+
+    scores: (N,) the model's. likeness: (N,) of each patch and the words of the question. Both are z-scored and put into
+    (0, 1) by a sigmoid before they are multiplied, so that a patch has to be high in both. Nothing is trained.
+    """
+    both = torch.stack([scores.double(), likeness.double()])
+    z = (both - both.mean(1, keepdim=True)) / both.std(1, keepdim=True, correction=0).clamp(min=1e-9)
+    return z.sigmoid().prod(0)
+
+
+QUESTION = "question"  # the selector that also takes the question, see SparseWSI.select
 LEARNED = ("learned", "topk", "mmr")  # selectors that take the model's scores, see SparseWSI.select
 # name -> f(features (N, D) or tokens, coords (N, 2), k, seed) -> (min(k, N),) ascending indices
 SELECTORS: dict[str, Callable[[Tensor, Tensor, int, int], Tensor]] = {

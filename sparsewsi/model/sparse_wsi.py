@@ -27,17 +27,20 @@ from sparsewsi.model.prompt import Prompt, build_prompt, end_of_turn, text_ids, 
 from sparsewsi.model.selection import Selection
 from sparsewsi.model.selector import (
     LEARNED,
+    QUESTION,
     ROWS,
     SELECTORS,
     Scorer,
     check_selector,
     describe_slide,
     evenly,
+    hard_topk,
     select_learned,
+    weigh_by_question,
 )
 from sparsewsi.model.slide_encoder import SlideEncoder, build_projector
 from sparsewsi.model.stream import stream_text
-from sparsewsi.model.words import Words, find_nearest, place_words
+from sparsewsi.model.words import Words, find_nearest, pick_words, place_words
 
 PARTS = ("slide_encoder", "scorer", "projector")  # what model.safetensors holds
 MAX_NEW_TOKENS = 128
@@ -103,19 +106,23 @@ class SparseWSI(nn.Module):
         return torch.cat([self.scorer(part, slide) for part in parts])
 
     @torch.no_grad()
-    def select(self, bag: Bag, k: int | None = None, selector: str = "learned", seed: int = 0) -> Selection:
+    def select(
+        self, bag: Bag, k: int | None = None, selector: str = "learned", seed: int = 0, question: str = ""
+    ) -> Selection:
         """The k patches (default: config.num_tokens) that the model's own selection, or another one, keeps.
 
         selector: "learned" the model's own: the highest scores or, if it has a diversity, "mmr"; "topk" the highest
         scores (the paper's); "mmr" high scores but no two alike; or a key of SELECTORS, where the seed matters to those
-        that draw.
+        that draw. "question" (ours): high scores of patches that are near to words of the question, see
+        weigh_by_question; the scores of the selection stay the model's.
         Raises ValueError for a bag without patches, of another encoder or dimension, and for an unknown selector.
         """
         check_bag(bag, self.config.encoder, self.config.feature_dim)
         n = len(bag.features)
         if n == 0:
             raise ValueError(f"{bag.slide} has no patch to select from (no tissue was found). Choose another slide.")
-        check_selector(selector)
+        if selector != QUESTION:
+            check_selector(selector)
         selector = self.config.own_selector if selector == "learned" else selector
         k = self.config.num_tokens if k is None else k
         if k < 1:
@@ -130,6 +137,8 @@ class SparseWSI(nn.Module):
             scores = self.score(x).cpu()
         if selector in LEARNED:
             indices = select_learned(selector, scores, bag.features, k, self.config.diversity)
+        elif selector == QUESTION:
+            indices = hard_topk(weigh_by_question(scores, self.relate(bag, question)), k)
         elif selector == "evenly":
             indices = evenly(n, k)
         else:
@@ -173,6 +182,19 @@ class SparseWSI(nn.Module):
             (torch.cat(parts).cpu() for parts in zip(*found)) if found else (torch.empty(0).long(), torch.empty(0))
         )
         return Words(self.limits.vocabulary, nearest, cosine)
+
+    @torch.no_grad()
+    def relate(self, bag: Bag, question: str) -> Tensor:
+        """Largest cosine (N,) float32 of each patch, as the LLM is given it, to a word of the question. CPU.
+
+        Raises ValueError for a question without a word that names something.
+        """
+        words = pick_words(question)
+        if not words:
+            raise ValueError("the selector question needs a question with words that name something.")
+        table = self.place_words(words)
+        parts = bag.features.split(ROWS) if self.slide_encoder.pointwise else (bag.features,)
+        return torch.cat([find_nearest(self.projector(self.encode(part)), table, 0.0)[1] for part in parts]).cpu()
 
     def place_words(self, words: Sequence[str]) -> Tensor:
         """Directions (C, H) of words among the LLM's input embeddings."""

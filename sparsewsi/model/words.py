@@ -3,6 +3,7 @@
 N patches, C words, H the LLM's width.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 UNKNOWN = "other tissue"
+# Words of a question that name nothing a patch could show.
+_EMPTY = frozenset(
+    re.findall(
+        r"\w+",
+        "about according and answer any are based best can does following for from has have how image kind likely most "
+        "option options patch patches seen show shown shows slide that the their there these this type was what when "
+        "where which whole with would",
+    )
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +45,12 @@ class Words:
     def word(self, number: int) -> str:
         """The word of a number, UNKNOWN for -1."""
         return self.vocabulary[number] if number >= 0 else UNKNOWN
+
+
+def pick_words(text: str) -> tuple[str, ...]:
+    """The words of a question that can name something seen, each once, in lower case."""
+    found = re.findall(r"[^\W\d_]{3,}", text.lower())
+    return tuple(dict.fromkeys(word for word in found if word not in _EMPTY))
 
 
 @torch.no_grad()

@@ -64,8 +64,11 @@ def choose_reader(given: argparse.Namespace, environ: Mapping[str, str]) -> Read
     return ReaderChoice(name, environ.get("SPARSEWSI_ENDPOINT"), environ.get("OPENAI_API_KEY"), images, overview)
 
 
-def open_reader(choice: ReaderChoice) -> PictureReader:
-    """Load the reader; minutes for a local model that must be fetched. Raises ReaderError."""
+def open_reader(choice: ReaderChoice, count: bool = False) -> PictureReader:
+    """Load the reader; minutes for a local model that must be fetched. Raises ReaderError.
+
+    count: ask a server to count tokens
+    """
     kind, _, what = choice.name.partition(":")
     if kind == "hf":
         from sparsewsi.readers.local import load_reader
@@ -74,4 +77,4 @@ def open_reader(choice: ReaderChoice) -> PictureReader:
     from sparsewsi.readers.server import ServerReader
 
     assert choice.endpoint is not None, "ReaderChoice refuses one without"
-    return ServerReader(what, choice.endpoint, choice.key, choice.images_per_call, choice.overview)
+    return ServerReader(what, choice.endpoint, choice.key, choice.images_per_call, choice.overview, count=count)

@@ -32,7 +32,12 @@ class LocalReader(PictureReader):
 
     def stream(self, turns: Turns) -> Iterator[str]:
         settings = {"do_sample": False, "max_new_tokens": ANSWER_TOKENS}
-        return stream_text(self.model, self.processor.tokenizer, {**self._encode(turns), **settings})
+        given, said = self._encode(turns), ""
+        self.tokens = None
+        for piece in stream_text(self.model, self.processor.tokenizer, {**given, **settings}):
+            said += piece
+            yield piece
+        self.tokens = given["input_ids"].shape[1], len(text_ids(self.processor.tokenizer, said))
 
     @torch.no_grad()
     def score(self, turns: Turns, answers: Sequence[str], end: bool) -> tuple[Tensor, Tensor]:

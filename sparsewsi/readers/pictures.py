@@ -64,6 +64,7 @@ class PictureReader:
     overview:        whether it is shown the whole slide, too
     likelihoods:     whether `score` works: without it nothing can be measured, and options have no probabilities
     exact:           its log-likelihoods are float32 throughout
+    tokens:          how many the last answer took and had, once it is whole; None where nobody counts
     """
 
     name: str
@@ -72,6 +73,7 @@ class PictureReader:
     overview: bool = False
     likelihoods: bool = False
     exact: bool = False
+    tokens: tuple[int, int] | None = None
 
     def stream(self, turns: Turns) -> Iterator[str]:
         """The next turn, piece by piece; an empty piece says that it is still waited for."""

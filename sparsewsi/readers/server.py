@@ -16,9 +16,10 @@ from sparsewsi.readers.pictures import ANSWER_TOKENS, Part, PictureReader, Reade
 TRIES = 5  # of one request, until its answer begins
 LONGEST_WAIT = 60.0  # s, between two of them
 TIMEOUT = httpx.Timeout(10, read=300, write=120)  # s; a large model thinks for minutes before its first word
+COUNTED = ("prompt_tokens", "completion_tokens")
 BUSY = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 # Settings that some models take under another name, or not at all: tried again without once the server names one.
-RENAMED = {"max_tokens": "max_completion_tokens", "temperature": None, "stream": None}
+RENAMED = {"max_tokens": "max_completion_tokens", "temperature": None, "stream_options": None, "stream": None}
 
 
 class ServerReader(PictureReader):
@@ -26,6 +27,7 @@ class ServerReader(PictureReader):
 
     endpoint: base URL, mostly ending in /v1
     key:      sent to this host alone; None: none
+    count:    ask for the number of tokens
     """
 
     def __init__(
@@ -36,9 +38,10 @@ class ServerReader(PictureReader):
         images_per_call: int | None = None,
         overview: bool = False,
         first_wait: float = 1.0,
+        count: bool = False,
     ):
         url = check_endpoint(endpoint)
-        self.name, self.model, self.first_wait = f"openai:{model}", model, first_wait
+        self.name, self.model, self.first_wait, self.count = f"openai:{model}", model, first_wait, count
         self.images_per_call, self.overview = images_per_call, overview
         self.host = name_host(url)
         self._url = f"{str(url).rstrip('/')}/chat/completions"
@@ -53,6 +56,9 @@ class ServerReader(PictureReader):
             "max_tokens": ANSWER_TOKENS,
             "stream": True,
         }
+        self.tokens = None
+        if self.count:
+            body["stream_options"] = {"include_usage": True}
         # A proxy named by the environment is for other machines; redirects are not followed, the key would go along.
         with httpx.Client(timeout=TIMEOUT, headers=self._headers, trust_env=not self._local) as client:
             for number in range(TRIES):
@@ -89,6 +95,9 @@ class ServerReader(PictureReader):
         said, whole = False, False
         try:
             for choice in _choices(response):
+                if "usage" in choice:
+                    self.tokens = choice["usage"]
+                    continue
                 part = choice.get("delta") or choice.get("message") or {}
                 if part.get("refusal"):
                     raise Refused(f"{self.name} refused to answer: {_quote(part['refusal'])}")
@@ -210,6 +219,9 @@ def _choices(response: httpx.Response) -> Iterator[dict[str, Any]]:
             continue
         if event.get("error"):
             raise ReaderError(f"The server broke off{_say(event)}.")
+        usage = event.get("usage")
+        if isinstance(usage, dict) and all(isinstance(usage.get(name), int) for name in COUNTED):
+            yield {"usage": tuple(usage[name] for name in COUNTED)}
         choices = event.get("choices")
         if isinstance(choices, list) and choices and isinstance(choices[0], dict):
             yield choices[0]

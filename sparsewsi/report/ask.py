@@ -13,7 +13,7 @@ from sparsewsi.bags.foreign import load_bag
 from sparsewsi.files import as_path
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.prompt import format_question
-from sparsewsi.model.selector import check_selector
+from sparsewsi.model.selector import QUESTION, check_selector
 from sparsewsi.phantom import example_slide
 from sparsewsi.readers.choice import ReaderChoice, open_reader
 from sparsewsi.readers.pictures import PictureReader, ReaderError
@@ -52,7 +52,8 @@ def ask(
     reader:    who answers, from pictures of the patches; None: the model's own LLM
     Raises ValueError or OSError, in words, for input at fault; before anything slow is loaded where that can be known.
     """
-    check_selector(selector)
+    if selector != QUESTION:
+        check_selector(selector)
     record = None if replay is None else read_selection(replay)
     if record is not None:
         selector, max_patches = record.selector, record.max_patches
@@ -82,7 +83,8 @@ def ask(
     if record is not None:
         case = replay_case(loaded, bag, record, pictured, slide_mpp=slide_mpp)
     else:
-        how = {"k": k, "selector": selector, "max_patches": max_patches}
+        asked = " ".join(word for text, options in questions for word in (text, *options))
+        how = {"k": k, "selector": selector, "max_patches": max_patches, "question": asked}
         case = open_case(loaded, bag, pictured, slide_mpp=slide_mpp, **how)
     _answer(
         case, loaded if read is None else read, questions, evidence, out or Path("out") / bag.slide.replace(" ", "-")

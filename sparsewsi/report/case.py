@@ -132,13 +132,20 @@ class Case:
         ranked &= not (self.config.diversity and self.selector in ("learned", "mmr"))
         return tuple(find_doubts(self.bag, self.selection, self.trained_on, self.config.mpp, ranked))
 
-    def answer(self, reader: Reader | PictureReader, messages: Messages, options: Sequence[str] = ()) -> Iterator[str]:
+    def answer(
+        self,
+        reader: Reader | PictureReader,
+        messages: Messages,
+        options: Sequence[str] = (),
+        pictures: Pictures | None = None,
+    ) -> Iterator[str]:
         """The answer to the user's last message, piece by piece. Closing the iterator stops it.
 
+        pictures: what a reader of pictures is shown, from `cut`; None: the slide is opened for it by its path
         Raises ValueError where a reader of pictures has no slide to be shown patches of, SlideError if it is damaged.
         """
         if isinstance(reader, PictureReader):
-            return reader.answer(self._show(reader), messages, list(options) or None)
+            return reader.answer(pictures or self._show(reader), messages, list(options) or None)
         return reader.answer(self.selection, messages, list(options) or None)
 
     def measure(
@@ -150,13 +157,14 @@ class Case:
         *,
         evidence: bool = True,
         progress: Callable[[int, int], None] | None = None,
+        pictures: Pictures | None = None,
     ) -> Answer:
         """What is known of an answer: its options' probabilities and, if wanted, what it loses without each patch.
 
         Of a reader of pictures: who it is, what was sent to it, which patches it cites; and, only where it gives
         likelihoods, the same as of the model's own LLM.
 
-        messages, options: as they were given to `answer`; text: what came back
+        messages, options, pictures: as they were given to `answer`; text: what came back
         progress: called with (passes done, passes in all) of the evidence; what it raises ends the work
         """
         question, text = messages[-1]["content"], text.strip()
@@ -167,7 +175,7 @@ class Case:
             if not reader.likelihoods:
                 unknown = f"{reader.name} gives no likelihoods, so what this answer rests on is not measured."
                 return replace(answer, evidence=unknown if evidence and text else "")
-        seen: Any = self._show(reader) if isinstance(reader, PictureReader) else self.selection
+        seen: Any = pictures or self._show(reader) if isinstance(reader, PictureReader) else self.selection
         if options:
             answer = replace(answer, probs=tuple(reader.option_probs(seen, question, options).tolist()))
         if not answer.reader:
@@ -328,25 +336,32 @@ class Case:
             raise failed[0]
         return tuple(written)
 
+    def cut(self, slides: Sequence[Slide], overview: bool = False) -> Pictures:
+        """The kept patches as they were encoded, of the open slides; with a picture of the whole if it is wanted.
+
+        Raises SlideError if a slide is damaged.
+        """
+        best_first = plots.cut_patches(slides, self.bag, self.selection)
+        patches = tuple(best_first[place] for place in self.selection.best_first.argsort().tolist())
+        whole = self._overview(slides, SHOWN_OVERVIEW)[0] if overview else None
+        return Pictures(patches, tuple(self.selection.ranks.tolist()), self.bag.mpp, whole)
+
     @cached_property
     def pictures(self) -> Pictures:
         """The kept patches as they were encoded. Raises ValueError without the slide, SlideError if it is damaged."""
+        return self._cut(overview=False)
+
+    def _show(self, reader: PictureReader) -> Pictures:
+        """What this reader is shown."""
+        return self._cut(overview=True) if reader.overview else self.pictures
+
+    def _cut(self, overview: bool) -> Pictures:
         if not self._paths:
             raise ValueError(
                 "Only the features of this slide are at hand, and this reader needs its pictures. Pass the slide."
             )
         with self._open() as slides:
-            best_first = plots.cut_patches(slides, self.bag, self.selection)
-        patches = [best_first[place] for place in self.selection.best_first.argsort().tolist()]
-        return Pictures(tuple(patches), tuple(self.selection.ranks.tolist()), self.bag.mpp)
-
-    def _show(self, reader: PictureReader) -> Pictures:
-        """What this reader is shown."""
-        if not reader.overview:
-            return self.pictures
-        pictures = self.pictures
-        with self._open() as slides:
-            return replace(pictures, overview=self._overview(slides, SHOWN_OVERVIEW)[0])
+            return self.cut(slides, overview)
 
     @property
     def _paths(self) -> tuple[Path, ...]:
@@ -383,13 +398,15 @@ def open_case(
     selector: str = "learned",
     slide_mpp: float | None = None,
     max_patches: int | None = None,
+    question: str = "",
 ) -> Case:
     """Let the model select k patches (default: config.num_tokens) of a bag. See Case for the other arguments.
 
     path: of a bag of several slides (sparsewsi.bags.bag.join) all of theirs, in order
     Raises ValueError as SparseWSI.select does.
     """
-    return _make(model, bag, model.select(bag, k, selector), path, slide_mpp, selector, max_patches)
+    selection = model.select(bag, k, selector, question=question)
+    return _make(model, bag, selection, path, slide_mpp, selector, max_patches)
 
 
 def replay_case(

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparsewsi.model.selector import SELECTORS, Block, Scorer, describe_slide, hard_topk, mmr
+from sparsewsi.model.selector import SELECTORS, Block, Scorer, describe_slide, hard_topk, mmr, weigh_by_question
 
 
 def bag_like(n: int, dim: int = 8, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -248,3 +248,13 @@ def test_a_relative_scorer_scores_a_slide_in_parts_as_in_one() -> None:
     parts = torch.cat([scorer(part, slide) for part in x.split(20)])
     assert torch.allclose(whole, parts, atol=1e-5)
     assert not torch.allclose(whole[:20], scorer(x[:20]), atol=1e-3)
+
+
+def test_a_patch_is_kept_for_a_question_only_if_score_and_likeness_are_high():
+    scores = torch.tensor([3.0, 3.0, -3.0, -3.0, 0.0])
+    likeness = torch.tensor([0.9, 0.1, 0.9, 0.1, 0.5])
+    values = weigh_by_question(scores, likeness)
+    assert values.argmax() == 0
+    assert values.argmin() == 3
+    assert torch.equal(weigh_by_question(scores, torch.zeros(5)).argsort(stable=True), scores.argsort(stable=True))
+    assert torch.allclose(weigh_by_question(7 * scores + 2, likeness / 9), values)

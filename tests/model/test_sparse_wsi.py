@@ -22,8 +22,9 @@ from sparsewsi.model.limits import Limits
 from sparsewsi.model.llm import load_llm
 from sparsewsi.model.prompt import build_prompt, end_of_turn, text_ids
 from sparsewsi.model.selection import Selection
-from sparsewsi.model.selector import ROWS, SELECTORS, hard_topk
+from sparsewsi.model.selector import ROWS, SELECTORS, hard_topk, weigh_by_question
 from sparsewsi.model.sparse_wsi import SparseWSI
+from sparsewsi.model.words import pick_words
 
 CONFIG = SparseWSIConfig(feature_dim=24, dim=32, num_tokens=8, heads=4)
 CHAT = [{"role": "user", "content": "Which tissue is this?"}]
@@ -464,3 +465,18 @@ def test_every_patch_gets_its_nearest_word(make_model: MakeModel) -> None:
     assert set(words.nearest.tolist()) <= {0, 1}
     model.limits = Limits(vocabulary=("liver", "fat"), alike=1.1)
     assert set(model.words(make_bag()).nearest.tolist()) == {-1}
+
+
+def test_a_question_chooses_among_patches_of_high_score(make_model: MakeModel) -> None:
+    model, bag = make_model(), make_bag()
+    assert pick_words("Which of the following is likely: Fat, or the fat of a gland?") == ("fat", "gland")
+    likeness = model.relate(bag, "Is this fat or liver?")
+    table = model.place_words(("fat", "liver"))
+    directions = torch.nn.functional.normalize(model.projector(model.encode(bag.features)), dim=1)
+    assert torch.allclose(likeness, (directions @ table.T).max(1).values.detach(), atol=1e-5)
+    selection = model.select(bag, selector="question", question="Is this fat or liver?")
+    values = weigh_by_question(selection.scores, likeness)
+    assert torch.equal(selection.indices, hard_topk(values, 8))
+    assert torch.equal(selection.scores, model.select(bag).scores)
+    with pytest.raises(ValueError, match="needs a question with words"):
+        model.select(bag, selector="question", question="Which of these?")

@@ -31,6 +31,12 @@ def slide_name(file: str) -> str:
     return name
 
 
+def barcode_of(name: str) -> str:
+    """A TCGA slide's name without the UUID behind its barcode; any other name as it is."""
+    barcode = _TCGA.match(name)
+    return barcode[0] if barcode else name
+
+
 class FeatureFolder:
     """The feature files under a folder, found by the names that files of questions give to slides.
 

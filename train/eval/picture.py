@@ -25,14 +25,16 @@ def draw_scores(scores: dict[str, Score], k: int, path: Path) -> None:
     curves: dict[str, list[tuple[int, Score]]] = defaultdict(list)
     colours: dict[str, str] = {}
     for row, score in scores.items():
-        selector, _, tokens = row.partition("@")
-        tokens = tokens.partition(",")[0]
+        selector, _, rest = row.partition("@")
+        tokens = re.match(r"\d*", rest)
+        own = int(tokens[0]) if tokens and tokens[0] else None
         base = re.sub(r"@\d+", "", row)
         colours.setdefault(base, f"C{len(colours) % 10}")
-        if selector.split(",")[0] in ("all", "text-only", "majority"):
+        alone = selector.split(",")[0]
+        if own is None and (alone in ("all", "text-only", "majority", "slidechat") or ":" in alone):
             by_k.axhline(100 * score.accuracy, color=colours[base], linestyle="--", linewidth=1, label=base)
         else:
-            curves[base].append((int(tokens) if tokens else k, score))
+            curves[base].append((own or k, score))
     for base, points in curves.items():
         points.sort(key=lambda point: point[0])
         _draw_curve(by_k, [x for x, _ in points], [(s.right, s.n) for _, s in points], base, colours[base])

@@ -19,12 +19,13 @@ from sparsewsi.bags.bag import Bag
 from sparsewsi.files import append_line
 from sparsewsi.model.prompt import format_question, text_ids
 from sparsewsi.model.selection import Selection
-from sparsewsi.model.selector import SELECTORS
+from sparsewsi.model.selector import QUESTION
 from sparsewsi.model.sparse_wsi import SparseWSI
 from train.data.example import Example, Question
 from train.data.kinds import NEEDLE_KINDS
 from train.data.packing import Packed, answer_logits, pack, visible
 from train.eval.items import Item
+from train.eval.systems import CHOICES, SLIDECHAT, Systems, parse_row
 from train.run_folder import hold, read_records
 
 ROWS = ("learned", "random", "uniform", "all", "text-only")
@@ -34,11 +35,16 @@ WITHOUT_K = ("all", "text-only")
 def check_rows(rows: Sequence[str]) -> None:
     """Raise ValueError for a row that the table cannot have."""
     for row in rows:
+        if row == SLIDECHAT or parse_row(row):
+            continue
         selector, at, own = row.partition("@")
-        known = row in WITHOUT_K or ((selector == "learned" or selector in SELECTORS) and (own.isdecimal() or not at))
+        known = row in WITHOUT_K or (selector in CHOICES and (own.isdecimal() or not at))
         if not known or (at and int(own) < 1):
-            names = ", ".join(("learned", *SELECTORS, *WITHOUT_K))
-            raise ValueError(f"{row!r} is no row. Choose of {names}, the selectors also as NAME@K.")
+            names = ", ".join((*CHOICES, *WITHOUT_K, SLIDECHAT))
+            raise ValueError(
+                f"{row!r} is no row. Choose of {names}, the selectors also as NAME@K, and READER:SHOWN as in "
+                "gpt-4o:random@30 (train/eval/systems.py)."
+            )
 
 
 def word_question(question: Question, preset: str) -> Question:
@@ -157,23 +163,27 @@ def write_answer(model: SparseWSI, selection: Selection, question: Question, pre
 
 
 @torch.inference_mode()
-def select_row(model: SparseWSI, bag: Bag, row: str, k: int | None, seed: int) -> Selection:
+def select_row(
+    model: SparseWSI, bag: Bag, row: str, k: int | None, seed: int, question: Question | None = None
+) -> Selection:
     """The patches a row of the table lets the LLM see; "selector@K" keeps K instead of k.
 
+    question: what the selector "question" also takes
     The text alone stands at the positions it has where there is no slide.
     """
     if row in WITHOUT_K:
         x = model.encode(bag.features).cpu() if row == "all" else torch.empty(0, model.config.dim)
         return Selection(torch.arange(len(x)), torch.zeros(len(bag.features)), x, len(x))
     selector, _, own = row.partition("@")
-    return model.select(bag, int(own) if own else k, selector=selector, seed=seed)
+    words = " ".join((question.question, *question.options)) if question and selector == QUESTION else ""
+    return model.select(bag, int(own) if own else k, selector=selector, seed=seed, question=words)
 
 
 class Asker:
     """Asks items one after another; consecutive items about one bag share its selections and its visual prefix."""
 
-    def __init__(self, model: SparseWSI, way: Way):
-        self.model, self.way = model, way
+    def __init__(self, model: SparseWSI, way: Way, systems: Systems | None = None):
+        self.model, self.way, self.systems = model, way, systems
         self._bag: Bag | None = None
         self._seed = 0  # of the bag: the number of its first item
         self._selections: dict[str, Selection] = {}
@@ -185,9 +195,28 @@ class Asker:
             self._bag, self._seed, self._selections, self._prefix = item.bag, number, {}, Prefix()
         found: dict = {}
         for row in self.way.rows:
-            if row == "text-only" or len(item.bag.features):
+            if row == SLIDECHAT or ":" in row:
+                found |= self._ask_system(item, row, known)
+            elif row == "text-only" or len(item.bag.features):
                 found |= self._ask_row(item, row, known)
         return found
+
+    def _ask_system(self, item: Item, row: str, known: dict) -> dict:
+        """What another system says, if it is not known yet."""
+        assert self.systems is not None, "a row of another system needs who answers it"
+        if row == SLIDECHAT:
+            return {} if row in known else self.systems.ask_slidechat(item, choose_option)
+        if f"{row} texts" in known and known.get(f"{row} reader") == self.systems.reader_of(row):
+            return {}
+
+        return self.systems.ask(item, row, lambda shown: self._select(item, shown))
+
+    def _select(self, item: Item, row: str) -> Selection:
+        """The patches of a row; those that the question decides belong to that question alone."""
+        key = f"{row} {item.question}" if row.partition("@")[0] == QUESTION else row
+        if key not in self._selections:
+            self._selections[key] = select_row(self.model, item.bag, row, self.way.k, self._seed, item.question)
+        return self._selections[key]
 
     def _ask_row(self, item: Item, row: str, known: dict) -> dict:
         needles = np.flatnonzero(np.isin(item.kinds, NEEDLE_KINDS))
@@ -195,9 +224,7 @@ class Asker:
         to_write = self.way.generate and f"{row} text" not in known
         if row in known and not to_write and (not counts or f"{row} kinds" in known):
             return {}
-        if row not in self._selections:
-            self._selections[row] = select_row(self.model, item.bag, row, self.way.k, self._seed)
-        selection = self._selections[row]
+        selection = self._select(item, row)
         placed = item.place(selection)
         found: dict = {}
         if row not in known:
@@ -212,14 +239,17 @@ class Asker:
         return found
 
 
-def evaluate(model: SparseWSI, items: Iterable[Item], total: int, way: Way, log: Path) -> list[dict]:
+def evaluate(
+    model: SparseWSI, items: Iterable[Item], total: int, way: Way, log: Path, systems: Systems | None = None
+) -> list[dict]:
     """Answer every item once per row and return one record per item.
 
     The log gets a JSON line for every item as it is answered; what it holds already is not asked again, so that a
     killed run goes on where it stopped and rows can be added later. Items without features get no line but for the text
-    alone; they are tried again next time. Raises ValueError if the log holds answers about other features.
+    alone; they are tried again next time. systems: who answers rows of others
+    Raises ValueError if the log holds answers about other features.
     """
-    asker = Asker(model, way)
+    asker = Asker(model, way, systems)
     with hold(log.parent):
         records = read_records(log)
         for number, item in enumerate(tqdm(items, total=total, desc=log.stem, disable=None)):
@@ -232,10 +262,12 @@ def evaluate(model: SparseWSI, items: Iterable[Item], total: int, way: Way, log:
                 record |= new
                 append_line(log, {"number": number, **facts, **new})
             if not len(item.bag.features):
-                missing = {row for row in way.rows if row != "text-only"}
+                missing = {row for row in way.rows if row != "text-only" and ":" not in row} - record.keys()
                 record |= dict.fromkeys(missing)
                 if way.generate:
                     record |= dict.fromkeys((f"{row} text" for row in missing), "")
+            if SLIDECHAT in way.rows:
+                record.setdefault(SLIDECHAT)
     return [records[number] for number in sorted(records)]
 
 
