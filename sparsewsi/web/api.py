@@ -85,7 +85,8 @@ class Api:
             question: the question, in words.
             options: answer options of a multiple-choice question.
         Returns:
-            answer, probabilities (one per option), notice.
+            answer, probabilities (one per option), notice; where another reader answers also reader, sent (what left
+            the server, and where to) and cited (numbers of the patches it names: its own words).
         """
         desk = self.desk
         with explain_errors():
@@ -95,7 +96,8 @@ class Api:
             with desk.jobs.run(caller, "question", case) as job:
                 text = "".join(desk.answer(opened, messages, given, job.name))
                 found = desk.measure(opened, messages, text, given, job.name, evidence=False)
-            return {"answer": found.text, "probabilities": list(found.probs), "notice": opened.notice}
+            said = {"answer": found.text, "probabilities": list(found.probs), "notice": opened.notice}
+            return said | ({name: getattr(found, name) for name in ("reader", "sent", "cited")} if found.reader else {})
 
     def evidence(
         self, request: gr.Request, case: str, question: str, answer: str, options: list[str] | None = None

@@ -91,6 +91,8 @@ def show_answer(text: str, blocks: Sequence[str] = ()) -> dict[str, Any]:
 def show_evidence(answer: Answer, selection: Selection, impression: str = "") -> list[str]:
     """HTML of what was measured: a bar per option, how far it rests on the slide, the foci and patches as pictures.
 
+    Of another reader also which patches it cites, marked as its own words.
+
     A link to #patch-5 or #focus-B is shown as a picture by the viewer, which has the address of the slide.
     """
     blocks = []
@@ -117,6 +119,11 @@ def show_evidence(answer: Answer, selection: Selection, impression: str = "") ->
         if foci:
             best = foci[0]
             blocks.append(f"<p class='small'>Without focus {best.name} it would be {tell_effect(best.effect)}.</p>")
+    elif answer.reader and answer.evidence:
+        blocks.append(f"<p class='small'>{inert(answer.evidence)}</p>")
+    if answer.cited:
+        links = ", ".join(f"<a href='#patch-{rank}'>#{rank}</a>" for rank in answer.cited)
+        blocks.append(f"<p class='small'>Cited by the reader, not measured: {links}</p>")
     if answer.limit:
         blocks.append(f"<p class='small'>{inert(answer.limit)}</p>")
     return ["".join(blocks)] if blocks else []

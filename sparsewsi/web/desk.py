@@ -29,6 +29,7 @@ from sparsewsi.bags.patch_encoder import PatchEncoder
 from sparsewsi.files import append_line, cache_folder
 from sparsewsi.model.config import SparseWSIConfig, name_model
 from sparsewsi.model.selection import Selection
+from sparsewsi.readers.pictures import PictureReader, Pictures
 from sparsewsi.report import umap
 from sparsewsi.report.answer import Answer, word_notice
 from sparsewsi.report.case import Case, Model, open_case
@@ -99,6 +100,7 @@ class Desk:
     log:         file that views and questions of all sessions are added to, as JSON lines
     allow_paths: any file of this machine may be opened by its path, and slides of any server: never on a page that
                  others can reach, which opens those of public collections alone (slides.remote.OPEN)
+    reader:      who answers, from pictures of the patches; None: the model's own LLM
     """
 
     def __init__(
@@ -110,7 +112,9 @@ class Desk:
         quota: int = 64 << 30,
         log: Path | None = None,
         allow_paths: bool = False,
+        reader: PictureReader | None = None,
     ) -> None:
+        self.reader = reader
         self.model_name, self.log, self.allow_paths = model, log, allow_paths
         self.hosts = ANY if allow_paths else OPEN
         self.folder, self.uploads, self.quota = folder, uploads or folder / "gradio", quota
@@ -153,6 +157,15 @@ class Desk:
     def title(self) -> str:
         """The model's name for people, never a path."""
         return name_model(self.model_name)
+
+    @property
+    def reading(self) -> str:
+        """Who reads, and what is sent where, to be told before the first question; "" for the model's own LLM."""
+        reader = self.reader
+        if reader is None:
+            return ""
+        measured = "" if reader.likelihoods else "What its answers rest on is not measured; a what-if asks it again. "
+        return f"Read by {reader.name}, from pictures of the patches. {measured}{reader.sends}".strip()
 
     @property
     def notice(self) -> str:
@@ -342,7 +355,8 @@ class Desk:
         """The answer to the last of the messages, in pieces, for as long as somebody waits for it."""
         doing = self.jobs.find(job)
         doing.tell("answering")
-        with closing(case.answer(self.model, messages, options)) as pieces:  # type: ignore[type-var]
+        seen = self._cut(case, doing)
+        with closing(case.answer(self.reader or self.model, messages, options, seen)) as pieces:  # type: ignore[type-var]
             for piece in pieces:
                 doing.look()
                 yield piece
@@ -365,7 +379,16 @@ class Desk:
 
         doing.tell("weighing the evidence")
         with self.jobs.step(doing):
-            return case.measure(self.model, messages, text, options, evidence=evidence, progress=look)
+            seen = self._cut(case, doing) if self.reader and self.reader.likelihoods else None
+            how: dict[str, Any] = {"evidence": evidence, "progress": look, "pictures": seen}
+            return case.measure(self.reader or self.model, messages, text, options, **how)
+
+    def _cut(self, case: Case, job: Job) -> Pictures | None:
+        """What the reader is shown of a case, from the slide's own process; None for the model's own LLM."""
+        if self.reader is None:
+            return None
+        with self.open_slide(case.path, case.slide_mpp, job) as slide:
+            return case.cut([slide], self.reader.overview)
 
     # ---- sessions
 

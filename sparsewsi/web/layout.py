@@ -270,8 +270,9 @@ def tell_about(caption: str) -> str:
 
 
 def tell_notice(desk: Desk) -> str:
-    """HTML of the sentence that holds for every answer: once, not under each."""
+    """HTML of the sentence that holds for every answer: once, not under each; and who reads, and what is sent where."""
+    reading = f"<p class='small'>{html.escape(desk.reading)}</p>" if desk.reading else ""
     if not Path(desk.model_name).is_dir():
-        return "<details><summary>Research use only, not for diagnosis.</summary></details>"
+        return f"<details><summary>Research use only, not for diagnosis.</summary></details>{reading}"
     use, _, note = desk.notice.partition(". ")
-    return f"<details><summary>{html.escape(use)}.</summary>{html.escape(note)}</details>"
+    return f"<details><summary>{html.escape(use)}.</summary>{html.escape(note)}</details>{reading}"

@@ -15,6 +15,7 @@ from gradio_client import Client
 from starlette.middleware import Middleware
 
 from sparsewsi.model.config import DEFAULT_MODEL
+from sparsewsi.readers.choice import add_reader_flags, choose_reader, open_reader
 from sparsewsi.web import zero_gpu
 from sparsewsi.web.desk import Desk
 from sparsewsi.web.door import MOST_OF_ALL, Door, read_logins
@@ -56,7 +57,10 @@ def read_flags(argv: Sequence[str] | None, on_space: bool) -> argparse.Namespace
         "--quota", type=float, help="GB that uploads may take in all, a quarter each; default: half of what is free"
     )
     parser.add_argument("--mcp", action="store_true", help="serve the API as MCP tools too (pip install 'gradio[mcp]')")
-    return parser.parse_args(argv)
+    add_reader_flags(parser)
+    flags = parser.parse_args(argv)
+    flags.reader = choose_reader(flags, os.environ)
+    return flags
 
 
 def launch_settings(
@@ -102,17 +106,18 @@ def launch_settings(
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve the app until it is interrupted; returns the exit status."""
     on_space = bool(os.environ.get("SPACE_ID"))
-    flags = read_flags(argv, on_space)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # a service that is stopped leaves no slide behind
     try:
+        flags = read_flags(argv, on_space)
         read_logins(flags.auth)
+        reader = None if flags.reader is None else open_reader(flags.reader)
         with make_folder() as folder:
             # Gradio takes these from its environment alone.
             os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")
             os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")  # it sums them up after every event
             private = flags.host in LOOPBACK and not on_space and flags.auth is None
             quota = int(flags.quota * 1e9) if flags.quota else shutil.disk_usage(folder).free // 2
-            desk = Desk(flags.model, folder, log=flags.log, allow_paths=private, quota=quota)
+            desk = Desk(flags.model, folder, log=flags.log, allow_paths=private, quota=quota, reader=reader)
             serve(desk, flags)
     except (ValueError, OSError, ImportError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
