@@ -1,6 +1,7 @@
-"""Models of others as artefacts of ours, from the files they were published as.
+"""Models of others from the files they were published as: artefacts of ours, or what --reader hf: takes.
 
     python -m train.convert slidechat FOLDER --llm Qwen/Qwen2.5-7B-Instruct --out slidechat
+    python -m train.convert llava FOLDER --out llava-med
 
 FOLDER holds the published weights, as .safetensors or as a checkpoint of torch; of the latter only tensors are read.
 --llm is the LLM that they were made from, for its configuration and tokenizer. The folder --out gets `llm`, the LLM
@@ -11,6 +12,10 @@ SlideChat (2410.11761): features of CONCH as they are; LongNet with sub-LN, as r
 two linear layers; Qwen2.5-7B, fully fine-tuned. Its own way keeps all patches up to --patches, evenly spaced. Its
 release has no scorer: the artefact's gives every patch the same score until it is trained, so that of the selectors
 "topk" means nothing, and "mmr" keeps patches that are unlike each other.
+
+LLaVA 1.5 (LLaVA-Med v1.5, Quilt-LLaVA): FOLDER is the whole repository, with config.json and tokenizer; --out gets the
+same weights in transformers' layout, for `--reader hf:llava-med`. --vision is the vision tower, for its configuration
+and image transform, and for its weights where the repository has none.
 
 LoC-Path (2512.05391) is not imported. Its latents enter the LLM's layers by cross-attention, while an artefact of ours
 puts visual tokens before the text; the command lists the weights that a folder holds.
@@ -30,7 +35,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from sparsewsi.files import replacing_folder
+from sparsewsi.files import read_json, replacing_folder
 from sparsewsi.model import artefact
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.limits import Limits
@@ -217,6 +222,109 @@ def _card(llm: str) -> str:
     )
 
 
+# LLaVA 1.5's names and transformers', the first that fits; what has neither weight nor effect is named.
+_LLAVA = {
+    "model.mm_projector.0.": "model.multi_modal_projector.linear_1.",
+    "model.mm_projector.2.": "model.multi_modal_projector.linear_2.",
+    "model.vision_tower.vision_tower.vision_model.": "model.vision_tower.",
+    "lm_head.": "lm_head.",
+    "model.": "model.language_model.",
+}
+_BUFFERS = (".rotary_emb.inv_freq", ".embeddings.position_ids")
+_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+_PARTS = (
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}\n"
+    "{% endif %}{% endfor %}"
+)
+# How the models were asked in training: Mistral's way, and the first way of Vicuna.
+TEMPLATES = {
+    "llava_mistral": "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    f" {_PARTS}{{{{ eos_token }}}}{{% else %}}[INST] {_PARTS} [/INST]{{% endif %}}{{% endfor %}}",
+    "llava": f"{{{{ bos_token }}}}{_SYSTEM}{{% for message in messages %}}{{% if message['role'] == 'assistant' %}}"
+    f"ASSISTANT: {_PARTS}{{{{ eos_token }}}}{{% else %}}USER: {_PARTS}{{% endif %}}{{% endfor %}}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}",
+}
+
+
+def convert_llava(folder: Path, vision: str, out: Path) -> str:
+    """LLaVA 1.5 in transformers' layout; returns what was used. Raises ValueError."""
+    from transformers import (
+        AutoImageProcessor,
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        MistralConfig,
+    )
+
+    stated = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    kind = "llava_mistral" if stated.get("model_type") == "llava_mistral" else "llava"
+    if stated.get("model_type") not in ("llava_mistral", "llava_llama", "llava"):
+        raise ValueError(f"{folder} holds no LLaVA 1.5: its config.json states the type {stated.get('model_type')!r}.")
+    weights = read_weights(folder)
+    buffers = [name for name in weights if name.endswith(_BUFFERS)]
+    found = {_name_llava(name): value for name, value in weights.items() if name not in buffers}
+    try:
+        seen: Any = CLIPVisionConfig.from_pretrained(vision)
+        transform = AutoImageProcessor.from_pretrained(vision)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        if not any(name.startswith("model.vision_tower.") for name in found):
+            tower = CLIPVisionModel.from_pretrained(vision, use_safetensors=True).state_dict()
+            found |= {f"model.vision_tower.{name}": value for name, value in tower.items()}
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"the vision tower {vision} or the tokenizer in {folder} cannot be had ({reason}).") from error
+    for name in ("model_type", "architectures", "auto_map", "torch_dtype"):
+        stated.pop(name, None)
+    text = (MistralConfig if kind == "llava_mistral" else LlamaConfig)(**stated)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+        more = image + 1 - len(found.get(name, ()))
+        if name in found and more > 0:  # a row for the place of a picture, which is never read and should not be said
+            mean = found[name].float().mean(0).to(found[name].dtype)
+            found[name] = torch.cat([found[name], mean.expand(more, -1)])
+    text.vocab_size = max(text.vocab_size, image + 1)
+    config = LlavaConfig(
+        vision_config=seen,
+        text_config=text,
+        image_token_id=image,
+        vision_feature_layer=stated.get("mm_vision_select_layer", -2),
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        network: Any = LlavaForConditionalGeneration(config)
+    check_weights("The weights of LLaVA", found, network.state_dict())
+    network.load_state_dict(found, strict=True, assign=True)
+    network.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    processor = LlavaProcessor(
+        image_processor=transform,
+        tokenizer=tokenizer,
+        patch_size=seen.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATES[kind],
+    )
+    with replacing_folder(out) as new:
+        network.save_pretrained(new)
+        processor.save_pretrained(new)
+    dead = f" Without effect: {', '.join(sorted(buffers))}." if buffers else ""
+    return f"Used: {len(weights) - len(buffers)} weights.{dead}\nRead it with --reader hf:{out}"
+
+
+def _name_llava(name: str) -> str:
+    theirs = next((prefix for prefix in _LLAVA if name.startswith(prefix)), "")
+    return _LLAVA.get(theirs, "") + name.removeprefix(theirs)
+
+
 def refuse_loc_path(folder: Path) -> None:
     """Say what a folder of LoC-Path holds and why it is not imported. Raises ValueError."""
     groups = Counter(re.sub(r"\.\d+(\.|$).*", ".*", name) for name in read_weights(folder))
@@ -237,16 +345,19 @@ def convert(given: argparse.Namespace) -> str:
         raise ValueError(f"--patches must be at least 1, got {given.patches}.")
     if given.out.exists():
         raise ValueError(f"{given.out} exists already. Name another --out.")
+    if given.model == "llava":
+        return convert_llava(given.folder, given.vision, given.out)
     return convert_slidechat(given.folder, given.llm, given.out, given.patches)
 
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("model", choices=["slidechat", "loc-path"])
+    parser.add_argument("model", choices=["slidechat", "llava", "loc-path"])
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="the published weights")
     parser.add_argument(
         "--llm", default="Qwen/Qwen2.5-7B-Instruct", help="hub id or folder of the LLM they were made from"
     )
+    parser.add_argument("--vision", default="openai/clip-vit-large-patch14-336", help="llava: its vision tower")
     parser.add_argument("--patches", type=int, default=SLIDECHAT_PATCHES, help="shown of a larger slide, evenly spaced")
     parser.add_argument("--out", type=Path, help="folder that is made")
     print(convert(parser.parse_args()))

@@ -1,5 +1,6 @@
 """Imported weights answer as the published model does, by a forward pass written here from the papers."""
 
+import json
 import math
 import re
 import sys
@@ -221,3 +222,58 @@ def test_loc_path_says_why_it_is_not_imported(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert "cross-attention" in said
     assert "cara.layers.* (2)" in said
+
+
+# ---- LLaVA 1.5
+
+
+def llava_name(name: str) -> str:
+    """The name that LLaVA's own code gives a weight of transformers' LLaVA."""
+    for ours, theirs in {
+        "model.multi_modal_projector.linear_1.": "model.mm_projector.0.",
+        "model.multi_modal_projector.linear_2.": "model.mm_projector.2.",
+        "model.vision_tower.": "model.vision_tower.vision_tower.vision_model.",
+        "model.language_model.": "model.",
+    }.items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name
+
+
+@pytest.mark.parametrize("has_tower", [True, False])
+def test_llava_reads_as_before_in_transformers_layout(has_tower, tiny_llava, tmp_path, monkeypatch, capsys):
+    from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionModel
+
+    model = AutoModelForImageTextToText.from_pretrained(tiny_llava)
+    processor = AutoProcessor.from_pretrained(tiny_llava)
+    tower: CLIPVisionModel = model.model.vision_tower
+    tower.save_pretrained(tmp_path / "clip")
+    processor.image_processor.save_pretrained(tmp_path / "clip")
+    state = {llava_name(name): value.contiguous() for name, value in model.state_dict().items()}
+    state = {name: value.clone() for name, value in state.items() if has_tower or "vision_tower" not in name}
+    folder = tmp_path / "published"
+    folder.mkdir()
+    save_file(state | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}, folder / "model.safetensors")
+    text = model.config.text_config.to_dict() | {"model_type": "llava_llama", "mm_vision_select_layer": -1}
+    (folder / "config.json").write_text(json.dumps(text))
+    processor.tokenizer.save_pretrained(folder)
+    command(monkeypatch, "llava", folder, "--vision", tmp_path / "clip", "--out", tmp_path / "out")
+    assert "Without effect: model.layers.0.self_attn.rotary_emb.inv_freq" in capsys.readouterr().out
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which tissue?"}]}]
+    words = AutoProcessor.from_pretrained(tmp_path / "out").apply_chat_template(chat, add_generation_prompt=True)
+    assert words.endswith("USER: <image>\nWhich tissue?\nASSISTANT:")
+    given = {
+        "input_ids": torch.tensor([[5, *[model.config.image_token_id] * 4, 7, 9]]),
+        "pixel_values": torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0)),
+    }
+    with torch.no_grad():
+        before, after = model(**given).logits, again(**given).logits
+    assert torch.allclose(before, after[..., : before.shape[-1]], atol=1e-5)
+
+
+def test_a_folder_of_something_else_is_no_llava(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "internvl_chat"}')
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "llava", tmp_path, "--out", tmp_path / "out")
+    assert "holds no LLaVA 1.5: its config.json states the type 'internvl_chat'" in capsys.readouterr().err
