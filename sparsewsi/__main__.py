@@ -42,6 +42,12 @@ class _Option(argparse.Action):
         namespace.questions[-1][1].append(values)
 
 
+def _read_ranks(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"#?\d+(\s*,\s*#?\d+)*", text.strip()):
+        raise argparse.ArgumentTypeError(f"numbers of patches with commas between, as 3,5; got {text}")
+    return tuple(int(number) for number in re.findall(r"\d+", text))
+
+
 def parse_ask(words: Sequence[str]) -> dict[str, Any]:
     """The arguments of report.ask.ask, checked. Raises ValueError with one sentence."""
     parser = _Parser(
@@ -65,6 +71,7 @@ def parse_ask(words: Sequence[str]) -> dict[str, Any]:
     add("--slide-mpp", type=float, help="um/px of the scan, for slides that do not state it")
     add("--max-patches", type=int, metavar="N", help="encode at most N patches, evenly spaced")
     add("--evidence", action="store_true", help="measure which patches each answer rests on (seconds)")
+    add("--without", metavar="N,N", type=_read_ranks, default=(), help="ask again without these patches, by number")
     add("--replay", type=Path, metavar="FILE", help="a selection.json: its patches, and its questions if none is given")
     add_reader_flags(parser)
     add("--out", type=Path, metavar="DIR", help="default: out/<name of the slide>")

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,10 @@ class LocalReader(PictureReader):
         settings = {"do_sample": False, "max_new_tokens": ANSWER_TOKENS}
         given, said = self._encode(turns), ""
         self.tokens = None
-        for piece in stream_text(self.model, self.processor.tokenizer, {**given, **settings}):
-            said += piece
-            yield piece
+        with closing(stream_text(self.model, self.processor.tokenizer, {**given, **settings})) as pieces:  # type: ignore[type-var]
+            for piece in pieces:
+                said += piece
+                yield piece
         self.tokens = given["input_ids"].shape[1], len(text_ids(self.processor.tokenizer, said))
 
     @torch.no_grad()

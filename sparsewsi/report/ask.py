@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -14,9 +15,10 @@ from sparsewsi.files import as_path
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.prompt import format_question
 from sparsewsi.model.selector import QUESTION, check_selector
+from sparsewsi.model.words import pick_words
 from sparsewsi.phantom import example_slide
 from sparsewsi.readers.choice import ReaderChoice, open_reader
-from sparsewsi.readers.pictures import PictureReader, ReaderError
+from sparsewsi.readers.pictures import PictureReader, ReaderError, encode_jpeg
 from sparsewsi.report.annotations import can_annotate
 from sparsewsi.report.answer import Answer
 from sparsewsi.report.case import ANNOTATIONS, FILES, Case, Model, Reader, open_case, replay_case
@@ -41,6 +43,7 @@ def ask(
     replay: Path | None = None,
     out: Path | None = None,
     reader: ReaderChoice | None = None,
+    without: Sequence[int] = (),
 ) -> None:
     """Print the answers as they come, write the files of the case.
 
@@ -50,6 +53,7 @@ def ask(
     replay:    a selection.json whose patches are taken, and whose questions are asked where none is given
     out:       folder, default out/<name of the slide>
     reader:    who answers, from pictures of the patches; None: the model's own LLM
+    without:   numbers of patches; each question is put once more without these
     Raises ValueError or OSError, in words, for input at fault; before anything slow is loaded where that can be known.
     """
     if selector != QUESTION:
@@ -61,6 +65,9 @@ def ask(
     questions = questions or [(DEFAULT_QUESTION, ())]
     for text, options in questions:
         format_question(text, options)  # one that cannot be put is refused now, not after an hour of encoding
+    asked = " ".join(word for text, options in questions for word in (text, *options))
+    if selector == QUESTION and record is None and not pick_words(asked):
+        raise ValueError("--selector question needs a --question with words that name something.")
     for slide in slides:
         given = as_path(slide)
         if slide != "phantom":
@@ -83,16 +90,19 @@ def ask(
     if record is not None:
         case = replay_case(loaded, bag, record, pictured, slide_mpp=slide_mpp)
     else:
-        asked = " ".join(word for text, options in questions for word in (text, *options))
         how = {"k": k, "selector": selector, "max_patches": max_patches, "question": asked}
         case = open_case(loaded, bag, pictured, slide_mpp=slide_mpp, **how)
-    _answer(
-        case, loaded if read is None else read, questions, evidence, out or Path("out") / bag.slide.replace(" ", "-")
-    )
+    folder = out or Path("out") / bag.slide.replace(" ", "-")
+    _answer(case, loaded if read is None else read, questions, evidence, folder, without)
 
 
-def _answer(case: Case, reader: Reader | PictureReader, questions: Questions, evidence: bool, out: Path) -> None:
+def _answer(
+    case: Case, reader: Reader | PictureReader, questions: Questions, evidence: bool, out: Path, without: Sequence[int]
+) -> None:
     """Print what was selected, what to doubt and the answers; write the files."""
+    if unknown := sorted(set(without) - set(case.selection.ranks.tolist())):
+        raise ValueError(f"--without names {_word_ranks(unknown)}, which is not among the patches that are kept.")
+    less = replace(case, selection=case.selection.without(without)) if without else None
     print(case.summary)
     for doubt in filter(None, (case.bag.note, *case.doubts)):
         print(doubt)
@@ -103,6 +113,9 @@ def _answer(case: Case, reader: Reader | PictureReader, questions: Questions, ev
     try:
         for text, options in questions:
             answers.append(_put(case, reader, text, options, evidence))
+            if less is not None:
+                again = _put(less, reader, text, options, False, _word_cost(less, reader, without))
+                answers.append(replace(again, question=f"{text} (without {_word_ranks(without)})"))
     except ReaderError as error:  # what was answered before is written
         failure = error
     print(f"\n{case.notice}")
@@ -112,9 +125,34 @@ def _answer(case: Case, reader: Reader | PictureReader, questions: Questions, ev
         raise failure
 
 
-def _put(case: Case, reader: Reader | PictureReader, question: str, options: Sequence[str], evidence: bool) -> Answer:
-    """Put one question; prints the answer as it comes, the options' probabilities and which patches it rests on."""
-    print(f"\nQ: {question}\nA: ", end="", flush=True)
+def _word_ranks(ranks: Sequence[int]) -> str:
+    return ", ".join(f"#{rank}" for rank in ranks)
+
+
+def _word_cost(less: Case, reader: Reader | PictureReader, without: Sequence[int]) -> str:
+    """What asking once more without some patches takes, to be told before."""
+    cost = f"Asked again without {_word_ranks(without)}"
+    if not isinstance(reader, PictureReader):
+        return f"{cost}:"
+    shown = less.pictures.patches
+    places = sorted(range(len(shown)), key=lambda place: less.pictures.ranks[place])[: reader.images_per_call]
+    size = sum(len(encode_jpeg(shown[place])) for place in places) / 1e6
+    return f"{cost} (one more request, {len(places)} pictures, {size:.1f} MB):"
+
+
+def _put(
+    case: Case,
+    reader: Reader | PictureReader,
+    question: str,
+    options: Sequence[str],
+    evidence: bool,
+    again: str = "",
+) -> Answer:
+    """Put one question; prints the answer as it comes, the options' probabilities and which patches it rests on.
+
+    again: what is printed in place of the question
+    """
+    print(f"\n{again or f'Q: {question}'}\nA: ", end="", flush=True)
     pieces, messages = [], [{"role": "user", "content": question}]
     for piece in case.answer(reader, messages, options):
         pieces.append(piece)

@@ -72,6 +72,23 @@ def test_a_server_reads_the_kept_patches_and_the_files_say_so(server, slide, tin
             assert np.abs(np.asarray(sent).astype(int) - wanted).mean() < 6, "the patch of this number"
 
 
+def test_a_server_is_asked_again_without_a_focus_on_request(server, slide, tiny_model, tmp_path, capsys):
+    server.say("Fat.")
+    server.say("Liver.")
+    words = ["--reader", "openai:m", "--question", "Which tissue?", "--without", "2,#5"]
+    assert ask(slide, tiny_model, tmp_path, *words) == 0
+    said = capsys.readouterr().out
+    assert "Asked again without #2, #5 (one more request, 4 pictures, 0." in said
+    assert said.index("A: Fat.") < said.index("Asked again") < said.index("A: Liver.")
+    bodies = [json.loads(body)["messages"][0]["content"] for _, _, body in server.received]
+    numbers = [[part["text"] for part in body if part.get("text", "").startswith("Patch ")] for body in bodies]
+    assert numbers[1] == ["Patch 1:", "Patch 3:", "Patch 4:", "Patch 6:"]
+    asked = [answer["question"] for answer in json.loads((tmp_path / "selection.json").read_text())["answers"]]
+    assert asked == ["Which tissue?", "Which tissue? (without #2, #5)"]
+    assert ask(slide, tiny_model, tmp_path, "--without", "two") == 2
+    assert "numbers of patches with commas between" in capsys.readouterr().err
+
+
 def test_answers_given_before_a_failure_are_written(server, slide, tiny_model, tmp_path, capsys):
     server.say("Fat.")
     server.fail(400, "no")
