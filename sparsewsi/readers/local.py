@@ -32,10 +32,14 @@ class LocalReader(PictureReader):
         self.exact = model.dtype == torch.float32
 
     def stream(self, turns: Turns) -> Iterator[str]:
+        return self._count(self._encode(turns))
+
+    def _count(self, given: dict[str, Tensor]) -> Iterator[str]:
+        """The next turn, piece by piece, and then its tokens."""
         settings = {"do_sample": False, "max_new_tokens": ANSWER_TOKENS}
-        given, said = self._encode(turns), ""
-        self.tokens = None
-        with closing(stream_text(self.model, self.processor.tokenizer, {**given, **settings})) as pieces:  # type: ignore[type-var]
+        said, self.tokens = "", None
+        pieces: Any = stream_text(self.model, self.processor.tokenizer, {**given, **settings})
+        with closing(pieces):
             for piece in pieces:
                 said += piece
                 yield piece
