@@ -290,14 +290,13 @@ def convert_llava(folder: Path, vision: str, out: Path) -> str:
             mean = found[name].float().mean(0).to(found[name].dtype)
             found[name] = torch.cat([found[name], mean.expand(more, -1)])
     text.vocab_size = max(text.vocab_size, image + 1)
-    config = LlavaConfig(
-        vision_config=seen,
-        text_config=text,
-        image_token_id=image,
-        vision_feature_layer=stated.get("mm_vision_select_layer", -2),
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=False,
-    )
+    settings: dict[str, Any] = {
+        "image_token_id": image,
+        "vision_feature_layer": stated.get("mm_vision_select_layer", -2),
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": False,
+    }
+    config = LlavaConfig(vision_config=seen, text_config=text, **settings)
     with torch.device("meta"):
         network: Any = LlavaForConditionalGeneration(config)
     check_weights("The weights of LLaVA", found, network.state_dict())

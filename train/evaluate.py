@@ -122,7 +122,8 @@ def run(given: argparse.Namespace) -> str:
     given.answers = given.answers or given.out / "answers.jsonl"
     theirs = (given.slidechat, given.slidechat_features or given.features) if given.slidechat else None
     readers = dict(given.reader)
-    systems = open_systems(given.rows, readers, given.answers, given.slides, theirs, os.environ, given.device)
+    folder = given.slides if isinstance(given.slides, Path) else None
+    systems = open_systems(given.rows, readers, given.answers, folder, theirs, os.environ, given.device)
     config = SparseWSIConfig.load(given.model)
     if given.benchmark == "mosaic":
         chosen = choose_mosaics(given)

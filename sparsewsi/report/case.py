@@ -82,7 +82,9 @@ class Model(Reader, Protocol):
     trained_on: Summary | None
     limits: Limits
 
-    def select(self, bag: Bag, k: int | None = None, selector: str = "learned", seed: int = 0) -> Selection: ...
+    def select(
+        self, bag: Bag, k: int | None = None, selector: str = "learned", seed: int = 0, question: str = ""
+    ) -> Selection: ...
 
     def tokens_of(self, bag: Bag, indices: Tensor) -> Tensor: ...
 
