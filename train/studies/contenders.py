@@ -83,10 +83,12 @@ class Contender(SparseWSI):
         super().__init__(*arguments, **keywords)
         self.more: dict[str, Callable[[Bag, int | None, int], Selection]] = {}
 
-    def select(self, bag: Bag, k: int | None = None, selector: str = "learned", seed: int = 0) -> Selection:
+    def select(
+        self, bag: Bag, k: int | None = None, selector: str = "learned", seed: int = 0, question: str = ""
+    ) -> Selection:
         if selector in self.more:
             return self.more[selector](bag, k, seed)
-        return super().select(bag, k, selector, seed)
+        return super().select(bag, k, selector, seed, question)
 
     def add_selector(self, name: str, keep: Callable[[Tensor, Tensor, int, int], Tensor]) -> None:
         """Add a function of features, coords, k and seed, as those in SELECTORS."""
