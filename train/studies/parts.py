@@ -243,10 +243,20 @@ def run_seed(plan: Plan, data: Data, seed: int, log: Path) -> None:
 def count_seeds(spread: float, effect: float = EFFECT, power: float = POWER) -> int:
     """How many seeds find a paired difference with this standard deviation between seeds, by a t test at 5 %."""
     for seeds in range(3, 10_000):
-        edge, centre = stats.t.ppf(0.975, seeds - 1), effect / spread * math.sqrt(seeds)
-        if stats.nct.sf(edge, seeds - 1, centre) + stats.nct.cdf(-edge, seeds - 1, centre) >= power:
+        if find_power(spread, seeds, effect) >= power:
             return seeds
     raise ValueError(f"a spread of {spread:.3f} between seeds needs more than 10,000 of them.")
+
+
+def find_power(spread: float, seeds: int, effect: float) -> float:
+    """In which share of such studies the difference is found."""
+    edge, centre = stats.t.ppf(0.975, seeds - 1), effect / spread * math.sqrt(seeds)
+    return float(stats.nct.sf(edge, seeds - 1, centre) + stats.nct.cdf(-edge, seeds - 1, centre))
+
+
+def find_effect(spread: float, seeds: int, power: float = POWER) -> float:
+    """The difference that so many seeds find with this power, to a tenth of a point."""
+    return next(effect / 1000 for effect in range(1, 1000) if find_power(spread, seeds, effect / 1000) >= power)
 
 
 def read_differences(records: Sequence[dict], arm: str, split: str, what: str) -> np.ndarray:
@@ -256,17 +266,18 @@ def read_differences(records: Sequence[dict], arm: str, split: str, what: str) -
     return np.array([found[seed, arm] - found[seed, "all parts"] for seed in seeds])
 
 
-def write_power(records: Sequence[dict]) -> str:
-    """What the pilot says: the spread of each difference, and how many seeds tell EFFECT."""
+def write_power(records: Sequence[dict], seeds: int) -> str:
+    """What the pilot says: the spread of each difference, how many seeds tell EFFECT, and what those trained tell."""
     lines = []
     for arm in PAPER:
         for split in SPLITS:
             differences = read_differences(records, arm, split, "accuracy")
             if len(differences) > 2:
                 spread = float(differences.std(ddof=1))
-                lines.append([arm, split, len(differences), f"{100 * spread:.1f}", count_seeds(spread)])
+                told = f"{100 * find_effect(spread, seeds):.1f}" if seeds > 2 else ""
+                lines.append([arm, split, len(differences), f"{100 * spread:.1f}", count_seeds(spread), told])
     head = ("without", "tiles", "pilot seeds", "sd of the difference, points", f"seeds for {100 * EFFECT:.0f} points")
-    return write_table(head, lines)
+    return write_table((*head, f"points that {seeds} seeds tell"), lines)
 
 
 def write_differences(records: Sequence[dict]) -> str:
@@ -293,7 +304,9 @@ def write_tables(records: Sequence[dict]) -> str:
     """The power that the pilot promises, then the differences of the seeds that count."""
     pilot = [record for record in records if record["seed"] >= PILOT]
     counted = [record for record in records if record["seed"] < PILOT]
-    return "\n\n".join(write(part) for write, part in ((write_power, pilot), (write_differences, counted)) if part)
+    seeds = len({record["seed"] for record in counted})
+    parts = [write_power(pilot, seeds)] if pilot else []
+    return "\n\n".join([*parts, write_differences(counted)] if counted else parts)
 
 
 def main() -> None:
