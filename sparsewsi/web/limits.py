@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any
 
-MOST_CHARS = 2000  # of a question; of its options together; of an answer whose evidence is asked for
+MOST_CHARS = 2000  # of a question; of its options together
+MOST_ANSWERED = 1000  # characters of an answer whose evidence is asked for; the model's own have 128 tokens at most
 MOST_OPTIONS = len(ascii_uppercase)
 MOST_SAID = 8000  # of a chat, earlier turns and all
 MOST_TOLD = 64 << 10  # bytes of what the viewer tells at a time
@@ -21,10 +22,12 @@ def check_question(question: str, options: Sequence[str] = (), answer: str = "")
         raise ValueError(f"A question has at most {MOST_OPTIONS} options, got {len(options)}; leave some out.")
     if options and len({option.strip().casefold() for option in options if option.strip()}) < 2:
         raise ValueError("Give at least two different options, one a line, or none.")
-    for what, size in (("question", len(question)), ("answer", len(answer)), ("options", sum(map(len, options)))):
-        if size > MOST_CHARS:
+    sizes = {"question": len(question), "answer": len(answer), "options": sum(map(len, options))}
+    for what, size in sizes.items():
+        most = MOST_ANSWERED if what == "answer" else MOST_CHARS
+        if size > most:
             verb = "have together" if what == "options" else "has"
-            raise ValueError(f"The {what} {verb} {size:,} characters, more than the {MOST_CHARS:,} allowed; shorten.")
+            raise ValueError(f"The {what} {verb} {size:,} characters, more than the {most:,} allowed; shorten.")
 
 
 def is_broken(text: str) -> bool:
