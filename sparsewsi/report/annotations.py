@@ -1,7 +1,8 @@
 """The kept patches of a DICOM slide as DICOM annotations (Microscopy Bulk Simple Annotations), for other viewers.
 
 Needs the package of the extra [dicom]. Positions are px of the whole matrix of the slide's finest level, from the
-top-left corner of its top-left px: our level-0 px. The file names the patient as the slide's own files do.
+top-left corner of its top-left px: our level-0 px. The file points at the slide by its UIDs and names nobody: patient,
+dates and accession number are empty, for an archive to fill in.
 """
 
 import importlib.util
@@ -22,12 +23,14 @@ from sparsewsi.slides.remote import find_address, is_remote
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-# What every DICOM file states, be it empty, and some converters leave out.
-STATED = (
+# What every DICOM file states, and this one leaves empty.
+EMPTY = (
     *("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate"),
     *("StudyTime", "ContainerIdentifier", "SpecimenDescriptionSequence", "ContainerTypeCodeSequence"),
     "IssuerOfTheContainerIdentifierSequence",
 )
+# Kinds of value that hold no words of people: UIDs, codes and numbers.
+WORDLESS = {"UI", "CS", "US", "SS", "UL", "SL", "FL", "FD", "DS", "IS"}
 SCHEME = "99SPARSEWSI"
 
 
@@ -54,6 +57,7 @@ def write_annotations(
     """
     source = read_source(slide)
     try:
+        _take_words(source)
         data = _encode(bag, selection, source, model, (weights_sha256 or "not known")[:16])
     except Exception as error:  # of many types, whose words may quote the patient
         raise ValueError("The slide's own DICOM files are not as the standard wants them.") from error
@@ -119,10 +123,16 @@ def read_source(slide: str | Path) -> "Dataset":
     if not levels:
         raise ValueError("The DICOM files state no level of the slide, so that nothing can be annotated on it.")
     source = max(levels, key=lambda one: one.TotalPixelMatrixColumns * one.TotalPixelMatrixRows)
-    for name in STATED:
-        if name not in source:
-            setattr(source, name, [] if name.endswith("Sequence") else "")
     return source
+
+
+def _take_words(source: "Dataset") -> None:
+    """Leave UIDs, codes and numbers."""
+    for element in list(source):
+        if element.VR not in WORDLESS:
+            del source[element.tag]
+    for name in EMPTY:
+        setattr(source, name, [] if name.endswith("Sequence") else "")
 
 
 def _read_headers(slide: str | Path) -> "Sequence[Dataset]":

@@ -82,6 +82,29 @@ def test_the_same_patches_keep_their_uids(tmp_path, slide, bag_of_slide):
     assert found[0].StudyInstanceUID == read_source(slide).StudyInstanceUID
 
 
+def test_the_file_names_nobody(tmp_path, slide, bag_of_slide):
+    import pydicom
+
+    planted = {"PatientName": "PLANTED^NAME", "PatientID": "PLANTED-1", "AccessionNumber": "PLANTED-2"}
+    planted |= {"StudyDate": "19010203", "ReferringPhysicianName": "PLANTED^DR", "StudyDescription": "PLANTED-3"}
+    planted |= {"PatientSex": "O", "ContainerIdentifier": "PLANTED-4", "InstitutionName": "PLANTED-5"}
+    folder = tmp_path / "slide"
+    folder.mkdir()
+    for file in slide.iterdir():
+        told = pydicom.dcmread(file)
+        for name, value in planted.items():
+            setattr(told, name, value)
+        told.save_as(folder / file.name)
+    scores = torch.arange(5.0)
+    kept = Selection(hard_topk(scores, 2), scores, torch.zeros(2, 4), 5)
+    write_annotations(tmp_path / "annotations.dcm", bag_of_slide, kept, folder, "demo")
+    assert b"PLANTED" not in (tmp_path / "annotations.dcm").read_bytes()
+    read = hd.ann.annread(tmp_path / "annotations.dcm")
+    assert not read.PatientSex
+    assert not read.StudyDate
+    assert read.StudyInstanceUID == read_source(slide).StudyInstanceUID
+
+
 def test_only_dicom_slides_are_annotated(tmp_path, slide):
     (tmp_path / "slide.svs").write_bytes(b"x" * 200)
     assert can_annotate(slide)
