@@ -600,6 +600,7 @@ def test_14_axe_finds_no_serious_fault_in_any_state(reading, served):
     try:
         for theme in ("light", "dark"):
             reading.evaluate("theme => document.body.classList.toggle('dark', theme === 'dark')", theme)
+            reading.wait_for_timeout(1000)  # colours change little by little
             for tab in ("ask", "patches", "map", "what-if"):
                 show_tab(reading, tab)
                 look(f"{tab}, {theme}")
