@@ -5,6 +5,7 @@ K kept patches.
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from sparsewsi.model.selection import Selection
 
 COLUMNS, GAP = 8, 6  # of patches; px between them
+LINE = 190  # characters that fit at the foot
 INCHES, DPI = (16.0, 9.0), 150
 
 
@@ -52,8 +54,17 @@ def draw_figure(
         figure.add_subplot(right[1]).imshow(feature_map)
     for axes in figure.axes:
         axes.set_axis_off()
-    figure.text(0.02, 0.945, title, fontsize=17, weight="bold", color="#1c2024", parse_math=False)
-    figure.text(0.02, 0.025, notice, fontsize=9, color="#59626d", parse_math=False)
+    figure.text(
+        0.02,
+        0.92,
+        textwrap.shorten(title, 120, placeholder=" …"),
+        fontsize=17,
+        weight="bold",
+        color="#1c2024",
+        parse_math=False,
+    )
+    foot = textwrap.fill(notice, LINE)
+    figure.text(0.02, 0.012, foot, fontsize=9, color="#59626d", va="bottom", parse_math=False)
     data = io.BytesIO()
     figure.savefig(data, format=kind, metadata={"Date": None} if kind == "svg" else None)
     return data.getvalue()
