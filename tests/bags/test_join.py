@@ -30,7 +30,8 @@ def test_every_patch_knows_its_slide_and_place_there() -> None:
         assert ([at.x, at.y], at.patch_size) == (bag.coords[mine].tolist(), bag.patch_size)
     assert int(case.coords[7:, 1].min()) > int(case.coords[:7, 1].max())  # raster order goes on
     assert join([a]) is a
-    assert locate(a, 4) == Place(0, "a", *a.coords[4].tolist(), 224, 0.25)
+    x, y = a.coords[4].tolist()
+    assert locate(a, 4) == Place(0, "a", x, y, 224, 0.25)
 
 
 def test_a_joined_case_is_written_and_read(tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ def allocate(work: Callable[[], object]) -> int:
         event = waiting.pop()
         waiting += event.children
         if event.tag.name == "Allocation":
-            found.append((event.start_time_ns, event.extra_fields.alloc_size))
+            size = event.extra_fields.alloc_size  # type: ignore[union-attr]
+            found.append((event.start_time_ns, size))
     held = most = 0
     for _, size in sorted(found):
         held += size

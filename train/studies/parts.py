@@ -93,6 +93,8 @@ class Readout(nn.Module):
 class Pupil(nn.Module):
     """What is trained: everything of the method but the LLM."""
 
+    optimizer: torch.optim.Optimizer | None = None
+
     def __init__(self, plan: Plan, kinds: int, gate: str = "vp", denoiser: str = "local"):
         super().__init__()
         self.slide_encoder = SlideEncoder(plan.components, plan.dim)
@@ -180,14 +182,16 @@ def examine(pupil: Pupil, asked: Sequence[tuple[Tensor, np.ndarray, Question]], 
     return {"accuracy": np.mean(right), "recall": np.mean(recall), "kinds": np.mean(found)}
 
 
+def make_optimizer(pupil: Pupil, plan: Plan) -> torch.optim.Optimizer:
+    """AdamW over all of the pupil."""
+    return torch.optim.AdamW(pupil.parameters(), lr=plan.lr, weight_decay=0.01)
+
+
 def train_steps(pupil: Pupil, plan: Plan, data: Data, seed: int, steps: range) -> None:
     """Train on these steps of the schedule of own-stage1: dense, annealed, then held."""
     schedule = own_stage1()
     stream = MosaicStream((data.train,), seed, 1)
-    if not hasattr(pupil, "optimizer"):
-        pupil.optimizer = torch.optim.AdamW(pupil.parameters(), lr=plan.lr, weight_decay=0.01)
-    optimizer = pupil.optimizer
-    assert isinstance(optimizer, torch.optim.Optimizer)
+    optimizer = pupil.optimizer = pupil.optimizer or make_optimizer(pupil, plan)
     for step in steps:
         for group in optimizer.param_groups:
             group["lr"] = plan.lr * min(1.0, (step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * step / plan.steps))
@@ -213,13 +217,13 @@ def branch(dense: Pupil, plan: Plan, kinds: int, gate: str, denoiser: str, seed:
     pupil = Pupil(plan, kinds, gate, denoiser)
     own = pupil.sparselearn.state_dict()
     pupil.load_state_dict(dense.state_dict() | {f"sparselearn.{name}": value for name, value in own.items()}, False)
-    optimizer = torch.optim.AdamW(pupil.parameters(), lr=plan.lr, weight_decay=0.01)
-    moments = dense.optimizer.state  # type: ignore[union-attr]
+    optimizer = pupil.optimizer = make_optimizer(pupil, plan)
+    assert dense.optimizer is not None
+    moments = dense.optimizer.state
     old = dict(dense.named_parameters())
     for name, parameter in pupil.named_parameters():
         if name in old and old[name] in moments:
             optimizer.state[parameter] = copy.deepcopy(moments[old[name]])
-    pupil.optimizer = optimizer  # type: ignore[assignment]
     return pupil
 
 

@@ -16,6 +16,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ class Plan:
     llm: str = "smollm2-135m"
 
 
-def schedule(recipe: TrainConfig, patches: int, n: int) -> dict[str, float]:
+def schedule(recipe: TrainConfig, patches: int, n: int) -> dict[str, Any]:
     """The settings of a recipe that make its schedule, bags scaled to `patches` and, where hard, to n."""
     names = ("tau_start", "tau_end", "dense", "anneal", "k_start", "curriculum", "hard")
     start = max(8, patches // 12) if recipe.patches_start else 0

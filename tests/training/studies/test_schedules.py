@@ -33,7 +33,7 @@ def test_a_finished_training_is_not_asked_again(
         run_training(plan, [str(bank_file)], name, 0, ["train"], tmp_path)
     text = write_tables(schedules.read_plan(tmp_path), tmp_path)
     assert "| literal | 0 |" in text
-    assert "Own minus literal, in points, over 1 seeds" in text
+    assert "Own minus literal, in points, 1 seeds" in text
     monkeypatch.setattr(schedules, "train", lambda config: pytest.fail("it was trained"))
     run_training(plan, [str(bank_file)], "own", 0, ["train"], tmp_path)
     assert write_tables(plan, tmp_path) == text
