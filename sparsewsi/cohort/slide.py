@@ -193,7 +193,7 @@ def find_finished(job: Job, out: Path) -> Row | None:
         with safe_open(path, "pt") as file:  # compares the file's length with what its header promises
             facts = json.loads((file.metadata() or {}).get("sparsewsi_bag", "{}"))
             patches = file.get_slice("features").get_shape()[0] if facts else 0
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is there, but is no whole feature file. Delete or move it.") from error
     if "made_from" not in facts:
         raise ValueError(f"{path.name} is there, but not from this program. Move it, or choose another --out.")

@@ -274,7 +274,7 @@ def _phantom_seed(properties: dict[str, str]) -> int | None:
         return None
     try:
         seed = json.loads(text)["sparsewsi_phantom"]["seed"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return seed if isinstance(seed, int) else None
 

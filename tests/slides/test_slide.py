@@ -580,6 +580,16 @@ def test_a_phantom_is_called_one(tmp_path):
             assert slide.name.startswith("slide ")
 
 
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 50_000, '{"sparsewsi_phantom": 7}', '{"sparsewsi_phantom": ']
+)
+def test_a_description_that_only_begins_as_a_phantoms_makes_none(tmp_path, text):
+    description = text if "phantom" in text else f'"sparsewsi_phantom" {text}'
+    path = write_tiff(tmp_path / "a.tiff", [NOISE], description=description)
+    with open_slide(path) as slide:
+        assert slide.phantom_seed is None
+
+
 def test_label_and_macro_images_are_never_opened(tmp_path, monkeypatch):
     def opened(*args):
         raise AssertionError("an associated image was opened")

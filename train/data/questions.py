@@ -105,7 +105,7 @@ def read(paths: Iterable[str | Path]) -> tuple[list[Record], list[BadRow]]:
                         records += _records(row, file, number)
                     except ValueError as error:
                         bad.append(BadRow(file.name, number, str(error)))
-            except (OSError, ValueError, csv.Error) as error:
+            except (OSError, ValueError, csv.Error, RecursionError) as error:
                 number = 1  # a file that cannot be read may hold rows: "no row" would be a second, wrong reason
                 reason = "is no text in UTF-8" if isinstance(error, UnicodeError) else f"cannot be read ({error})"
                 bad.append(BadRow(file.name, 0, f"the file {reason}."))
@@ -142,7 +142,7 @@ def _rows(path: Path) -> Iterator[Any]:
         for line in filter(str.strip, text.split("\n")):  # splitlines would also split at a U+2028 inside a string
             try:
                 yield json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 yield line
 
 
@@ -168,7 +168,7 @@ def _object(text: str) -> dict | None:
     """What the text is if it is one JSON object, not one a line."""
     try:
         whole = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return whole if isinstance(whole, dict) and not {"conversations", "question"} & set(_fold_keys(whole)) else None
 

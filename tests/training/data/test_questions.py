@@ -352,6 +352,17 @@ def test_check_names_what_would_go_wrong(tmp_path: Path, capsys: pytest.CaptureF
     assert "is not a folder" in output
 
 
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 100_000, '[{"slide": ' + "[" * 100_000, '{"slide": 1}\n' + "[" * 9**5]
+)
+def test_a_file_nested_without_end_is_reported(tmp_path, text) -> None:
+    (tmp_path / "q.json").write_text(text)
+    records, bad = read([tmp_path / "q.json"])
+    assert not records
+    assert bad
+    assert all(len(str(row)) < 300 for row in bad)
+
+
 UNREADABLE = {
     "cut": lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(50)),
     "empty": lambda path: path.touch(),
