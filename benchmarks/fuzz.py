@@ -207,7 +207,8 @@ def read_input(kind: str, path: Path) -> None:
     elif kind == "geojson":
         read_regions(path, BAG)
     elif kind in ("csv", "json"):
-        questions.read([path])
+        for row in questions.read([path])[1]:
+            check_sentence(str(row), path)
     else:
         read_slide(path)
 

@@ -37,6 +37,7 @@ from train.data.slides import FeatureFolder, SlideVQADataset, slide_name
 from train.flags import make_parser, run_command
 
 YES_NO = ("Yes", "No")
+LONGEST = 500  # characters of a reason; what is longer quotes the file
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class BadRow:
     slide: str = ""  # where the reason is this slide's features
 
     def __str__(self) -> str:
-        return f"{self.file}{f', row {self.row}' if self.row else ''}: {self.reason}"
+        reason = self.reason if len(self.reason) <= LONGEST else f"{self.reason[:LONGEST]} ..."
+        return f"{self.file}{f', row {self.row}' if self.row else ''}: {reason}"
 
 
 @dataclass(frozen=True)
