@@ -119,7 +119,7 @@ def show_evidence(answer: Answer, selection: Selection, impression: str = "") ->
         if foci:
             best = foci[0]
             blocks.append(f"<p class='small'>Without focus {best.name} it would be {tell_effect(best.effect)}.</p>")
-    elif answer.reader and answer.evidence:
+    elif answer.evidence:
         blocks.append(f"<p class='small'>{inert(answer.evidence)}</p>")
     if answer.cited:
         links = ", ".join(f"<a href='#patch-{rank}'>#{rank}</a>" for rank in answer.cited)

@@ -13,6 +13,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from sparsewsi.web.examples import name_example
 from sparsewsi.web.folder import UNOPENED, delete_untouched, measure
 from sparsewsi.web.gallery import find_sample
 from sparsewsi.web.jobs import Halted, Job, Jobs, Peek
+from sparsewsi.web.limits import MOST_WEIGHED, TOO_LONG
 from sparsewsi.web.turns import Turns
 from sparsewsi.web.viewer import Slides
 
@@ -377,11 +379,13 @@ class Desk:
             doing.tell("weighing the evidence", done, total)
             self.jobs.pause(doing)
 
+        size = len(messages[-1]["content"]) + sum(map(len, options)) + len(text)
         doing.tell("weighing the evidence")
         with self.jobs.step(doing):
             seen = self._cut(case, doing) if self.reader and self.reader.likelihoods else None
-            how: dict[str, Any] = {"evidence": evidence, "progress": look, "pictures": seen}
-            return case.measure(self.reader or self.model, messages, text, options, **how)
+            how: dict[str, Any] = {"evidence": evidence and size <= MOST_WEIGHED, "progress": look, "pictures": seen}
+            answer = case.measure(self.reader or self.model, messages, text, options, **how)
+        return replace(answer, evidence=TOO_LONG) if evidence and size > MOST_WEIGHED else answer
 
     def _cut(self, case: Case, job: Job) -> Pictures | None:
         """What the reader is shown of a case, from the slide's own process; None for the model's own LLM."""

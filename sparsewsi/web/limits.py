@@ -8,6 +8,9 @@ from typing import Any
 MOST_CHARS = 2000  # of a question; of its options together
 MOST_ANSWERED = 1000  # characters of an answer whose evidence is asked for; the model's own have 128 tokens at most
 MOST_OPTIONS = len(ascii_uppercase)
+# Characters of question, options and answer whose evidence is weighed: the LLM reads them once for each kept patch.
+MOST_WEIGHED = 1000
+TOO_LONG = f"With more than {MOST_WEIGHED:,} characters in question, options and answer, its evidence is not weighed."
 MOST_SAID = 8000  # of a chat, earlier turns and all
 MOST_TOLD = 64 << 10  # bytes of what the viewer tells at a time
 

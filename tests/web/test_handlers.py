@@ -661,6 +661,16 @@ def test_a_resolution_that_no_scan_has_is_a_sentence(on, me, tmp_path, resolutio
     assert "at fault" not in refused.value.message
 
 
+@pytest.mark.parametrize(("question", "options"), [("x" * 1001, []), ("Which?", ["y" * 600, "z" * 600])])
+def test_the_evidence_of_what_is_long_is_not_weighed_and_that_is_said(opened, desk, me, question, options):
+    with desk.jobs.run(me.session_hash, "question") as job:
+        asked = (opened.case, [{"role": "user", "content": question}], "fat", options, job.name)
+        answer = desk.measure(*asked)
+    assert not answer.effects
+    assert "not weighed" in answer.evidence
+    assert "not weighed" in " ".join(chat.show_evidence(answer, opened.case.selection))
+
+
 @pytest.mark.parametrize("k", [0, 7, 257, 10**9])
 def test_a_what_if_takes_as_many_patches_as_the_slider(on, opened, asked, me, k):
     *_, last = on.on_asked(opened, asked, {}, {}, me)
@@ -683,14 +693,17 @@ def test_features_go_with_their_session_and_the_oldest_when_they_are_too_many(
     on, opened, desk, me, visitor, monkeypatch
 ):
     kept = []
-    for who in (me, visitor(), visitor()):
-        kept.append(Opened(desk.slides.add("a.svs", who.session_hash), opened.case))
-        assert desk.keep(kept[-1])
+
+    def keep(who) -> bool:
+        features = opened.case.bag.features.clone()  # a slide of its own
+        case = dataclasses.replace(opened.case, bag=dataclasses.replace(opened.case.bag, features=features))
+        kept.append(Opened(desk.slides.add("a.svs", who.session_hash), case))
+        return desk.keep(kept[-1])
+
+    assert all(keep(who) for who in (me, visitor(), visitor()))
     desk.arrive(me.session_hash)
     monkeypatch.setattr(desk_module, "MOST_FEATURES", 2 * opened.bytes)
-    last = visitor()
-    kept.append(Opened(desk.slides.add("a.svs", last.session_hash), opened.case))
-    desk.keep(kept[-1])
+    keep(visitor())
     assert [one._case is not None for one in kept] == [True, False, False, True], "who has no page open goes first"
     with pytest.raises(ValueError, match="closed; open it again"):
         _ = kept[1].case
