@@ -129,7 +129,8 @@ function showLegend() {
   const parts = foci.map((focus, i) =>
     swatch("diamond", `background:${FOCUS_COLOURS[i % FOCUS_COLOURS.length]}`, `focus ${focus.name}`),
   );
-  if (!parts.length) parts.push(swatch("diamond", `background:${YELLOW}`, "selected"));
+  if (parts.length) parts.push(swatch("diamond", `background:${ALONE}`, "on its own"));
+  else parts.push(swatch("diamond", `background:${YELLOW}`, "selected"));
   if (mapColour() === "score")
     parts.push(swatch("ramp", `background:linear-gradient(90deg,${RAMP.join()})`, "score, lowest to highest"));
   else parts.push(swatch("dot", "", "left out"));

@@ -1,8 +1,10 @@
 // What is drawn over the slide: boxes by focus, numbers, what was left out, tissue while it is analysed.
 
 const paper = () => getComputedStyle(root).getPropertyValue("--stage").trim() || "#e9e9ec";
-const inkOf = (index) =>
-  layers.foci && focusOf.has(index) ? FOCUS_COLOURS[focusOf.get(index) % FOCUS_COLOURS.length] : YELLOW;
+const inkOf = (index) => {
+  if (!layers.foci || !foci.length) return YELLOW;
+  return focusOf.has(index) ? FOCUS_COLOURS[focusOf.get(index) % FOCUS_COLOURS.length] : ALONE;
+};
 
 // Left out: dimmed, so that the stain of what was kept stays as it is. Near the cut: dimmed half as far.
 function drawLeftOut(pen) {

@@ -19,7 +19,8 @@ const GREY = "#8a8f98";
 const SKY = "#56c8ff";
 const PURPLE = "#cc79a7";
 // Of foci A, B, C ...: told from each other and from the stain, also without colour vision by their letter.
-const FOCUS_COLOURS = ["#ffe119", "#4dd2ff", "#9ef01a", "#ff9f1c", "#c9a7ff", "#5ff0c0", "#ffffff", "#ffb3ba"];
+const FOCUS_COLOURS = ["#ffe119", "#4dd2ff", "#9ef01a", "#ff9f1c", "#c9a7ff", "#5ff0c0", "#ff9be0", "#ffb3ba"];
+const ALONE = "#ffffff"; // of a patch in no focus
 
 let slide = null; // {token, size: [w, h], tile, mpp, name, source}
 let bag = null; // {n, side, xy: Int32Array, scores: Float32Array, rank: Int32Array, order: Int32Array}
