@@ -13,7 +13,6 @@ from sparsewsi.web.layout import Page, lay_out
 WORK: dict[str, Any] = {"concurrency_id": "work", "concurrency_limit": None}  # whose turn it is: jobs.py
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 QUIET: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
-LAST: dict[str, Any] = {"trigger_mode": "always_last"}  # each tells all that those before did
 EVERY: dict[str, Any] = {"trigger_mode": "multiple"}  # also while the same event is still busy with another slide
 
 
@@ -101,9 +100,9 @@ def _wire_questions(page: Page, on: Handlers, analysed: list) -> None:
 
 
 def _wire_what_if(page: Page, on: Handlers) -> None:
-    page.view.picks(on.on_picks, page.opened, [page.picks, page.picked], **QUIET, **LAST)
+    page.view.picks(on.on_picks, page.opened, [page.picks, page.picked], **QUIET, **EVERY)
     page.unpick.click(on.on_unpick, None, [page.picks, page.picked, page.view], **QUIET)
-    page.view.marks(on.on_marks, page.opened, None, **QUIET, **LAST)
+    page.view.marks(on.on_marks, page.opened, None, **QUIET, **EVERY)
     page.view.likes(on.on_likes, page.opened, page.view, **QUIET)
     page.view.journal(on.on_journal, None, None, **QUIET)
     told = [page.opened, page.chat, page.questions, page.answers, page.aside]

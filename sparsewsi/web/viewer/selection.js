@@ -115,12 +115,15 @@ function clearPicks() {
   tellPicks();
 }
 
+let telling = 0;
+
 function mark(word) {
   const index = shared.current;
   if (index < 0) return;
   if (shared.marks.get(index) === word) shared.marks.delete(index);
   else shared.marks.set(index, word);
-  trigger("marks", { marks: [...shared.marks] });
+  clearTimeout(telling);
+  telling = setTimeout(() => trigger("marks", { marks: [...shared.marks] }), 200); // all at once, in their order
   journal.push({ mark: shared.marks.get(index) || "none", rank: bag.rank[index] });
   markStrip();
   showInspect();
