@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize(
-    ("file", "table"), [("data.md", doctor.list_encoders), ("readers.md", doctor.list_presets)], ids=lambda x: str(x)
+    ("file", "table"),
+    [("data.md", doctor.list_encoders), ("readers.md", doctor.list_presets)],
+    ids=["encoders", "presets"],
 )
 def test_the_tables_of_the_documents_are_the_data(file, table):
     assert doctor.lay_out(*table(), markdown=True) in (ROOT / "docs" / file).read_text(encoding="utf-8")
