@@ -650,6 +650,7 @@ def test_work_is_told_waited_for_cancelled_and_replaced(browser, served, tmp_pat
     open_by_path(page, copies[0])
     page.wait_for_selector(".work:not([hidden])")
     open_by_path(page, copies[1])  # while the first is analysed
+    page.wait_for_function("document.querySelector('#path textarea, #path input').value === ''")  # it is shown
     page.fill("#question textarea", served.question)
     page.press("#question textarea", "Enter")
     page.wait_for_selector("#chat .user-row")
