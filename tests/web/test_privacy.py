@@ -207,15 +207,15 @@ def test_the_page_names_nobody(planted, desk, on, visitor, capfd, caplog):
         shutil.copy(planted[kind], upload)
         path = on.on_upload(str(upload), me)[page.path]
         shown = on.on_slide(path, "0.5" if kind == "png" else "", me)
-        steps = list(on.on_slide_shown(shown[page.token], path, "0.5" if kind == "png" else "", me))
+        steps = list(on.on_slide_shown(shown[page.token], path, "0.5" if kind == "png" else "", "slide 1", me))
         opened = steps[-1][page.opened]
-        asked = on.on_question("Which tissue?", "fat\nliver", opened, [], {}, me)
+        asked = on.on_question("Which tissue?", "fat\nliver", "", opened, shown[page.token], [], {}, me)
         answered = list(on.on_asked(opened, asked[page.chat], {}, {}, me))
         hide([path, shown, steps, asked, answered], "the page")
         hide(vars(opened.case), "a case")
         on.on_analysed(opened, answered[-1][page.answers], me)
         for name in ("report.html", "patches.csv", "patches.geojson", "selection.json", "log.jsonl"):
-            on._write_download(opened.case, answered[-1][page.answers], me.session_hash, name)
+            on._write_download(opened.case, answered[-1][page.answers], {}, me.session_hash, name)
         hide_in_files(desk.files_of(me.session_hash))
         hide([file.relative_to(desk.folder) for file in desk.folder.rglob("*")], "the server's folder")
     hide("".join(capfd.readouterr()) + caplog.text, "the server's log")
