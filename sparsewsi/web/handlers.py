@@ -559,8 +559,9 @@ class Handlers:
         """The patches of the slide that look most like one of them."""
         if opened is None:
             return gr.skip()
-        index, features = int(event._data["index"]), opened.case.bag.features
-        if not 0 <= index < len(features):
+        told, features = event._data, opened.case.bag.features
+        index = told.get("index") if isinstance(told, dict) else None
+        if not isinstance(index, int) or not 0 <= index < len(features):
             return gr.skip()
         rank = int(1 + (opened.case.selection.scores > opened.case.selection.scores[index]).sum())
         members = {"indices": find_likes(features, index), "where": f"likes of #{rank}", "nonce": uuid.uuid4().hex}
