@@ -19,7 +19,7 @@ from sparsewsi.model.selection import Selection
 
 CLASS_NAME = "SparseWSI selected"
 CLASS_COLOUR = (230, 159, 0)  # Okabe and Ito's orange: told from blue by every kind of colour vision
-MOST_BYTES = 16 << 20  # of a GeoJSON; parsed, it takes ten times as many
+MOST_BYTES = 8 << 20  # of a GeoJSON; parsed, it takes ten times as many
 # Of all regions of a GeoJSON together: some seconds on a slide of 100,000 patches.
 MOST_CORNERS, MOST_REGIONS = 200_000, 5000
 

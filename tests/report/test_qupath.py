@@ -118,7 +118,7 @@ def test_a_bad_region_file_is_one_sentence(tmp_path, grid, content, said):
 def test_a_region_file_that_is_too_big_is_not_read(tmp_path, grid):
     with (tmp_path / "big.geojson").open("wb") as file:
         file.truncate((16 << 20) + 1)
-    with pytest.raises(ValueError, match="larger than 16 MB"):
+    with pytest.raises(ValueError, match="larger than 8 MB"):
         qupath.read_regions(tmp_path / "big.geojson", grid)
     with pytest.raises(ValueError, match="no file"):
         qupath.read_regions(tmp_path / "missing.geojson", grid)

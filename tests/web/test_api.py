@@ -62,7 +62,7 @@ def app(tiny_model, home, tmp_path_factory) -> Iterator[SimpleNamespace]:
 
 
 def client(app: SimpleNamespace, **settings) -> gradio_client.Client:
-    return gradio_client.Client(app.address, verbose=False, **settings)
+    return gradio_client.Client(app.address, verbose=False, httpx_kwargs={"timeout": 60}, **settings)
 
 
 def soon(true: Callable[[], bool], seconds: float) -> bool:
