@@ -122,7 +122,9 @@ def align(
     """
     everything = torch.cat([bank.features for bank in (*banks, *([real.bank] if real else []))])
     everything = everything[:: max(1, len(everything) // 20_000)].to(model.device, torch.float32)
-    _standardise(model.slide_encoder.inlet, everything.mean(0), everything.std(0) + 1e-3)
+    inlet = model.slide_encoder.inlet
+    assert isinstance(inlet, nn.Linear), "the slide encoder of another architecture is not aligned"
+    _standardise(inlet, everything.mean(0), everything.std(0) + 1e-3)
     alignment, generator = Alignment(model, banks, real), np.random.default_rng(seed)
     torch.manual_seed(seed)
     parameters = [*model.slide_encoder.parameters(), *model.projector.parameters()]

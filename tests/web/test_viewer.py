@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -226,7 +227,7 @@ def open_viewer(browser) -> Iterator:
         context.close()
 
 
-def state(page) -> dict[str, float | str]:
+def state(page) -> dict[str, Any]:
     found = page.evaluate("({...viewer.dataset})")
     return {key: float(value) if re.fullmatch(r"-?[\d.e+-]+", value) else value for key, value in found.items()}
 
