@@ -56,8 +56,10 @@ class OnLoan:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def select(self, bag: Bag, k: int | None = None, selector: str = "learned", seed: int = 0) -> Selection:
-        return self._lent["select"](_bare(bag), k, selector, seed)
+    def select(
+        self, bag: Bag, k: int | None = None, selector: str = "learned", seed: int = 0, question: str = ""
+    ) -> Selection:
+        return self._lent["select"](_bare(bag), k, selector, seed, question)
 
     def tokens_of(self, bag: Bag, indices: Tensor) -> Tensor:
         return self._lent["tokens_of"](_bare(bag), indices)
