@@ -741,7 +741,7 @@ def test_04_nothing_identifying_is_shown_sent_or_kept(browser, served, tmp_path)
     page.on("response", lambda r: bodies.append(r.text()) if "json" in r.headers.get("content-type", "") else None)
     with page.expect_request(re.compile("/queue/join")):
         page.goto(served.url)
-    page.set_input_files("#upload input[type=file], input[type=file] >> nth=0", str(path))
+    page.set_input_files("#sources input[type=file]", str(path))
     page.wait_for_selector(".item")
     root = next((served.home / "tmp").glob("sparsewsi-*"))
     assert len(list(root.rglob("*.svs"))) == 1, "the upload lies in one place"
