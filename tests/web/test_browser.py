@@ -635,21 +635,28 @@ def test_14_keyboard_alone_asks_walks_the_evidence_and_marks(reading, served):
     reading.wait_for_function("![...document.querySelectorAll('.item u')].some(u => /[+−]/.test(u.textContent))")
 
 
-def test_work_is_told_waited_for_cancelled_and_replaced(browser, served, tmp_path):
+@pytest.fixture(scope="session")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A slide whose analysis takes long enough to be seen."""
+    path = tmp_path_factory.mktemp("large") / "large.tiff"
+    phantom.write_phantom(path, seed=9, size=9000)
+    return path
+
+
+def test_work_is_told_waited_for_cancelled_and_replaced(browser, served, large, tmp_path):
     """Seen when it was tried: an abandoned analysis went on; a question typed meanwhile was refused."""
-    page, copies = open_page(browser, served), [tmp_path / f"{name}{served.slide.suffix}" for name in "ab"]
-    for copy in copies:
-        copy.write_bytes(served.slide.read_bytes())
+    page, second = open_page(browser, served), tmp_path / f"b{served.slide.suffix}"
+    second.write_bytes(served.slide.read_bytes())
     began = time.time()
-    open_by_path(page, copies[0])
+    open_by_path(page, large)
     page.wait_for_function("document.querySelector('.viewer').dataset.scale")
     page.locator('[data-do="cancel"]').click(timeout=20_000)
     page.wait_for_function("document.querySelector('#facts').innerText.includes('cancelled')")
     waited(served, "open, cancel, free", time.time() - began)
     assert page.locator(".item").count() == 0
-    open_by_path(page, copies[0])
+    open_by_path(page, large)
     page.wait_for_selector(".work:not([hidden])")
-    open_by_path(page, copies[1])  # while the first is analysed
+    open_by_path(page, second)  # while the first is analysed
     page.wait_for_function("document.querySelector('#path textarea, #path input').value === ''")  # it is shown
     page.fill("#question textarea", served.question)
     page.press("#question textarea", "Enter")
