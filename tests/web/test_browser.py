@@ -591,7 +591,8 @@ def test_14_axe_finds_no_serious_fault_in_any_state(reading, served):
     found = []
 
     def look(state: str) -> None:
-        told = reading.evaluate("axe.run(document).then(found => found.violations)")
+        # Gradio's own toasts, which stay for a while after another test's error, are not ours to change.
+        told = reading.evaluate("axe.run({exclude: ['.toast-wrap']}).then(found => found.violations)")
         for one in told:
             if one["impact"] in ("serious", "critical"):
                 found.append((state, one["id"], [node["html"][:200] for node in one["nodes"]][:3]))
