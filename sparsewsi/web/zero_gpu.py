@@ -45,8 +45,8 @@ class OnLoan:
     def __init__(self, model: Model, lend: Callable[..., Callable]):
         self._model = model
 
-        def answer(selection: Selection, messages: Messages, options: Sequence[str] | None) -> Iterator[str]:
-            yield from model.answer(selection, messages, options)  # a generator, as spaces.GPU wants to be told
+        def answer(*given: Any, **named: Any) -> Iterator[str]:
+            yield from model.answer(*given, **named)  # a generator, as spaces.GPU wants to be told
 
         self._lent = {
             name: lend(duration=seconds)(answer if name == "answer" else getattr(model, name))
@@ -54,21 +54,14 @@ class OnLoan:
         }
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+        return self._lent.get(name) or getattr(self._model, name)
 
-    def select(
-        self, bag: Bag, k: int | None = None, selector: str = "learned", seed: int = 0, question: str = ""
-    ) -> Selection:
-        return self._lent["select"](_bare(bag), k, selector, seed, question)
+    # Arguments are passed on as they come, so that a new one of the model's is no one's to repeat here.
+    def select(self, bag: Bag, *given: Any, **named: Any) -> Selection:
+        return self._lent["select"](_bare(bag), *given, **named)
 
-    def tokens_of(self, bag: Bag, indices: Tensor) -> Tensor:
-        return self._lent["tokens_of"](_bare(bag), indices)
-
-    def answer(self, selection: Selection, messages: Messages, options: Sequence[str] | None = None) -> Iterator[str]:
-        return self._lent["answer"](selection, messages, options)
-
-    def option_probs(self, selection: Selection, question: str, options: Sequence[str]) -> Tensor:
-        return self._lent["option_probs"](selection, question, options)
+    def tokens_of(self, bag: Bag, *given: Any, **named: Any) -> Tensor:
+        return self._lent["tokens_of"](_bare(bag), *given, **named)
 
     def leave_one_out(
         self,
@@ -77,12 +70,13 @@ class OnLoan:
         answer: str,
         options: Sequence[str] | None = None,
         progress: Callable[[int, int], None] | None = None,
-        groups: Sequence[Sequence[int]] = (),
+        *given: Any,
+        **named: Any,
     ) -> Evidence:
         """As the model's, but for progress, which another process cannot tell: it is called before and after."""
         if progress is not None:
             progress(0, 1)
-        found = self._lent["leave_one_out"](selection, messages, answer, options, None, groups)
+        found = self._lent["leave_one_out"](selection, messages, answer, options, None, *given, **named)
         if progress is not None:
             progress(1, 1)
         return found

@@ -164,10 +164,8 @@ def test_a_resolution_that_nothing_has_is_refused_at_once(app, given):
     assert time.monotonic() - began < 10
 
 
-@pytest.mark.parametrize("how", ["leaves", "closes the client", "never listens"])
-def test_what_is_done_for_who_has_gone_ends_within_two_seconds(app, large, how, monkeypatch):
-    desk = app.desk
-    uploaded = httpx.post(f"{app.address}/gradio_api/upload", files={"files": ("a.tiff", large.read_bytes())}).json()[0]
+def encode_slowly(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Let the desk's encoder take 0.2 s a batch, so that a caller can leave meanwhile; set once it encodes."""
     encoded, encoder = threading.Event(), desk.load()[1]
 
     class Slow:
@@ -179,6 +177,14 @@ def test_what_is_done_for_who_has_gone_ends_within_two_seconds(app, large, how, 
             return encoder(pixels[:1]).expand(len(pixels), -1)
 
     monkeypatch.setattr(desk, "_loaded", (desk.model, Slow()))
+    return encoded
+
+
+@pytest.mark.parametrize("how", ["leaves", "closes the client", "never listens"])
+def test_what_is_done_for_who_has_gone_ends_within_two_seconds(app, large, how, monkeypatch):
+    desk = app.desk
+    uploaded = httpx.post(f"{app.address}/gradio_api/upload", files={"files": ("a.tiff", large.read_bytes())}).json()[0]
+    encoded = encode_slowly(desk, monkeypatch)
     if how == "closes the client":
         one = client(app)
         one.submit(slide=uploaded, slide_mpp=0.5, api_name="/analyze")
@@ -289,18 +295,7 @@ def test_a_tool_whose_caller_leaves_ends_within_two_seconds(tools, large, monkey
     with httpx.Client(timeout=60) as visitor:
         visitor.post(f"{tools.address}/login", data={"username": "me", "password": "secret"}).raise_for_status()
         sent = visitor.post(f"{tools.address}/gradio_api/upload", files={"files": ("a.tiff", large.read_bytes())})
-        desk, encoded = tools.desk, threading.Event()
-        encoder = desk.load()[1]
-
-        class Slow:
-            name, dim = encoder.name, encoder.dim
-
-            def __call__(self, pixels):
-                encoded.set()
-                time.sleep(0.2)
-                return encoder(pixels[:1]).expand(len(pixels), -1)
-
-        monkeypatch.setattr(desk, "_loaded", (desk.model, Slow()))
+        desk, encoded = tools.desk, encode_slowly(tools.desk, monkeypatch)
         asked = {"name": "analyze", "arguments": {"slide": sent.json()[0], "slide_mpp": 0.5}}
         body = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": asked}
         headers = {"Accept": "application/json, text/event-stream"}

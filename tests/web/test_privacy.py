@@ -185,6 +185,7 @@ def test_the_check_of_training_data_names_nobody(planted, tmp_path, capfd, monke
             file["coords"].attrs.update({"name": TITLE, "savetodir": TITLE, "patient": NAME, "patch_size_level0": 224})
             file.attrs.update({"slide": TITLE, "date": DATE})
     (place / "s2.h5").write_bytes((place / "s2.h5").read_bytes()[:900])
+    # Pickled on purpose: it is refused, and the refusal must not quote what it holds.
     np.save(place / "s4.npy", np.array({"x": TITLE}, dtype=object), allow_pickle=True)
     rows = [{"slide": f"{place}/s{i}.svs", "question": "Which?", "answer": "skin"} for i in range(1, 6)]
     (place / "q.json").write_text(json.dumps(rows))

@@ -31,14 +31,15 @@ let effects = new Map(); // index -> what the answer loses without the patch, in
 let points = null; // {xy: Float32Array, rows: Int32Array, title}
 let tissue = null; // {xy: Int32Array, side, kept: Int32Array}: while the slide is analysed
 const view = { x: 0, y: 0, scale: 0, turn: 0 };
-const shared = {
+const untouched = () => ({
   current: -1,
   members: new Set(),
   seen: new Set(),
   marks: new Map(),
   pinned: new Set(),
   dropped: new Set(),
-};
+});
+const shared = untouched();
 const layers = { boxes: true, foci: true, heat: false, opacity: 0.6 };
 let mode = ""; // "region" or "ruler" while one is drawn
 let band = null; // the region that is being drawn, CSS px
@@ -52,12 +53,5 @@ function forget() {
   foci = [];
   focusOf = new Map();
   effects = new Map();
-  Object.assign(shared, {
-    current: -1,
-    members: new Set(),
-    seen: new Set(),
-    marks: new Map(),
-    pinned: new Set(),
-    dropped: new Set(),
-  });
+  Object.assign(shared, untouched());
 }

@@ -370,6 +370,7 @@ UNREADABLE = {
     "a link to nothing": lambda path: path.symlink_to(path.parent / "gone"),
     "a pointer": lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
     "noise": lambda path: path.write_bytes(bytes(range(256)) * 9),
+    # Pickled on purpose, here and never read: a feature file that must be refused.
     "a pickle": lambda path: np.save(path.open("wb"), np.array({"x": 1}, dtype=object), allow_pickle=True),
     "of one slide vector": lambda path: np.save(path.open("wb"), np.ones(9, np.float32)),
 }
