@@ -39,7 +39,7 @@ from sparsewsi.files import as_path
 from sparsewsi.slides import sandbox
 from sparsewsi.slides.refusals import CONVERT, DAMAGED, SlideError
 from sparsewsi.slides.resolution import Resolution
-from sparsewsi.slides.slide import Slide, open_slide
+from sparsewsi.slides.slide import NOT_THERE, Slide, open_slide
 
 SECONDS = 8  # of processor time for a request: a busy machine must not turn a good slide away
 PATIENCE = 40  # s of wall clock for a request, for a disk that hangs
@@ -82,6 +82,8 @@ def open_confined(
     if root is None:
         path = Path(os.path.realpath(path))
         root = path if path.is_dir() else path.parent
+        if not os.path.isdir(root):  # a child cannot be confined to what is not there, and would die of it
+            raise SlideError(NOT_THERE)
     else:
         root = Path(os.path.realpath(root))
         _refuse_links(root)

@@ -32,6 +32,8 @@ from sparsewsi.slides.sources import BLOCK, Source, open_source, split
 # Beyond this factor a patch would show an encoder blur that no microscope at that resolution shows.
 MAX_UPSAMPLING = 2.0
 
+NOT_THERE = "There is no file at the path given; check how it is written."
+
 
 class Slide:
     """One open slide; a context manager. Threads may share it; it cannot be pickled or copied (it holds an open file).
@@ -234,7 +236,7 @@ def _look_at(file: Path) -> tuple[Path, bytes, bytes, int]:
         if file.is_dir():
             file = find_dicom_file(file)
         if not file.exists():
-            raise SlideError("There is no file at the path given; check how it is written.")
+            raise SlideError(NOT_THERE)
         if not file.is_file():
             raise SlideError("The path given is neither a file nor a DICOM folder.")
         length = file.stat().st_size

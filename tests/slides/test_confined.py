@@ -377,3 +377,9 @@ def test_the_child_ends_with_its_parent_however_that_ends(slide_file: Path):
 def test_a_forgotten_slide_leaves_no_child(slide_file: Path):
     pid = open_confined(slide_file).process.pid
     assert waited(lambda: not alive(pid))
+
+
+@pytest.mark.parametrize("place", ["gone.svs", "no folder/gone.svs", "no/folder/at all/gone.dcm"])
+def test_what_is_not_there_is_said_so_wherever_it_is_not(tmp_path, place):
+    with pytest.raises(SlideError, match="no file at the path given"):
+        open_confined(tmp_path / place)
