@@ -11,7 +11,8 @@ Cases, all with the same places on the slide's tissue, in raster order, one proc
 Every reader runs in a process of its own, in turn, and prints its CPU time and a digest of all px; a peer runs in its
 venv (benchmarks/peers.py). Printed: the median of the runs, the ratio to the OpenSlide loop (the median of the ratios
 within a round), and whether every px equals the loop's. With --confined: our reading in this process and in the child,
-32 patches at a time as they are encoded and one at a time as the page asks for them, the child's CPU time included.
+32 patches at a time as they are encoded, one at a time, and as the page's tiles (512 px, as JPEG); the child's CPU time
+is included.
 """
 
 import argparse
@@ -27,13 +28,17 @@ import numpy as np  # nothing of ours up here: peers run this file without it
 from PIL import Image
 
 PEERS_OF_READING = ("openslide-python", "fastslide", "tiffslide", "lazyslide", "tiatoolbox")
+TILE = 512  # px, of the page
 CASES = {"on the grid": (256, 256), "off the grid": (224, 224), "half": (512, 256)}  # level-0 px, px of the patch
-# reader -> in a child of its own, patches at a time
+# reader -> in a child of its own, patches at a time; TILES: what the page shows
+TILES = 0
 OURS = {
     "32 at a time": (False, 32),
     "32 at a time, confined": (True, 32),
     "one at a time": (False, 1),
     "one at a time, confined": (True, 1),
+    "tiles of the page": (False, TILES),
+    "tiles of the page, confined": (True, TILES),
 }
 Read = Callable[[int, int, int], np.ndarray]  # (x, y, side), level-0 px -> uint8 (side, side, 3)
 
@@ -49,20 +54,27 @@ def in_batches(path: str, side: int, px: int, places: list[tuple[int, int]], con
     """Speed and a digest of the px of all places, by CPU seconds, also the child's."""
     from sparsewsi.slides.confined import ConfinedSlide, open_confined
     from sparsewsi.slides.slide import open_slide
+    from sparsewsi.web.viewer import Slides
 
+    if batch == TILES:
+        places = sorted({(x // TILE, y // TILE) for x, y in places})  # column, row
     with (open_confined if confined else open_slide)(path) as slide:
         mpp, digest, seconds = slide.require_mpp() * side / px, hashlib.sha256(), 0.0
         child = slide.process.pid if isinstance(slide, ConfinedSlide) else None
+        page, step = Slides(), max(1, batch)
+        token = page.add(path, "reader", slide)
 
-        def read(first: int) -> np.ndarray:
+        def read(first: int) -> bytes | np.ndarray:
+            if batch == TILES:
+                return page.tile(token, 0, *places[first])
             if batch == 1:
                 return slide.read_scaled(places[first], (px, px), side / px)
             return slide.read_batch(places[first : first + batch], (px, px), mpp)[0]
 
-        for first in range(0, min(len(places), 8 * batch), batch):  # libraries, tables and memory come with the first
-            digest.update(read(first).tobytes())
+        for first in range(0, min(len(places), 8 * step), step):  # libraries, tables and memory come with the first
+            digest.update(read(first))
         start = time.process_time() + used_by(child)
-        for first in range(0, len(places), batch):
+        for first in range(8 if batch == TILES else 0, len(places), step):  # the page keeps the tiles it has shown
             read(first)
         seconds = time.process_time() + used_by(child) - start
     return {"speed": len(places) / seconds, "digest": digest.hexdigest()}

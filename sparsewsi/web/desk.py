@@ -44,6 +44,7 @@ from sparsewsi.web.folder import UNOPENED, delete_untouched, measure
 from sparsewsi.web.gallery import find_sample
 from sparsewsi.web.jobs import Halted, Job, Jobs, Peek
 from sparsewsi.web.limits import MOST_WEIGHED, TOO_LONG
+from sparsewsi.web.memory import give_back
 from sparsewsi.web.turns import Turns
 from sparsewsi.web.viewer import Slides
 
@@ -287,6 +288,8 @@ class Desk:
         except SlideError:
             doing.look()  # a slide that was closed under its reader is nobody's any more
             raise
+        finally:
+            give_back()
         doing.tell("selecting")
         with self.jobs.step(doing):
             return Opened(token, open_case(model, bag, path, selector=selector, slide_mpp=slide_mpp))
@@ -358,6 +361,11 @@ class Desk:
         doing = self.jobs.find(job)
         doing.tell("answering")
         seen = self._cut(case, doing)
+        if options and self.reader is None:  # one pass, which has its turn; words are written beside other work
+            with self.jobs.step(doing):
+                chosen = list(case.answer(self.model, messages, options))
+            yield from chosen
+            return
         with closing(case.answer(self.reader or self.model, messages, options, seen)) as pieces:  # type: ignore[type-var]
             for piece in pieces:
                 doing.look()
@@ -524,6 +532,7 @@ class Desk:
                 delete_untouched(entry)
         for entry in self.uploads.glob("*"):
             delete_untouched(entry)
+        give_back()
 
 
 def _has_room(file: Path, most: int) -> bool:

@@ -20,6 +20,7 @@ from sparsewsi.web import zero_gpu
 from sparsewsi.web.desk import Desk
 from sparsewsi.web.door import MOST_OF_ALL, Door, read_logins
 from sparsewsi.web.folder import make_folder, tidy_for_ever
+from sparsewsi.web.memory import share_heaps
 from sparsewsi.web.page import build_page
 from sparsewsi.web.uploads import Uploads
 from sparsewsi.web.viewer import PAGE_CSS, theme
@@ -105,6 +106,7 @@ def launch_settings(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve the app until it is interrupted; returns the exit status."""
+    share_heaps()
     on_space = bool(os.environ.get("SPACE_ID"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # a service that is stopped leaves no slide behind
     try:
