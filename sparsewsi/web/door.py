@@ -7,11 +7,13 @@ queues all that comes.
 
 import asyncio
 import json
+import os
 import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, MutableMapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -60,12 +62,19 @@ class Door:
 
     names: host names that the server may be asked by; none: any
     embed: origins whose pages may show this one in a frame, besides its own
+    uploads: where what is uploaded lies; no other file may be named. None: whatever Gradio lets in
     """
 
     def __init__(
-        self, app: ASGIApp, *, sessions: Sessions, names: Collection[str] = (), embed: Sequence[str] = ()
+        self,
+        app: ASGIApp,
+        *,
+        sessions: Sessions,
+        names: Collection[str] = (),
+        embed: Sequence[str] = (),
+        uploads: Path | None = None,
     ) -> None:
-        self._app, self._sessions = app, sessions
+        self._app, self._sessions, self._uploads = app, sessions, uploads
         self._names = {name.lower().strip("[]") for name in names}
         self._frames = " ".join(["frame-ancestors", *(["*"] if "*" in embed else ["'self'", *embed])])
         self._wrong: dict[str, tuple[int, float]] = {}  # by address: wrong passwords in a row, and when the last was
@@ -134,6 +143,8 @@ class Door:
             return 400, "The request is not what Gradio's are."
         if _names_file(asked, anywhere=what.startswith("mcp")):
             return 403, "A file is uploaded, not named by its address: this server fetches nothing for others."
+        if self._uploads is not None and not _is_uploaded(asked, self._uploads):
+            return 403, "A file is uploaded first, and then named as the upload answers; another one was named."
         if not queued or not isinstance(asked, dict) or scope["app"].blocks is None:
             return None
         if Headers(scope=scope).get(CALLER) in self._callers:  # counted where they came in
@@ -433,16 +444,38 @@ def _names_file(asked: Any, anywhere: bool) -> bool:
 
     anywhere: so, too, any path and any text that is an address: what MCP is given, Gradio itself uploads as a client
     """
-    rest, address = [asked], re.compile(r"\s*(https?|ftp|file):", re.IGNORECASE)
+    address = re.compile(r"\s*(https?|ftp|file):", re.IGNORECASE)
+    for one in _objects(asked):
+        path, file = one.get("path"), one.get("file")
+        if isinstance(path, str) and (anywhere or address.match(path)):
+            return True
+        if anywhere and isinstance(file, str) and (address.match(file) or file.startswith("data:")):
+            return True
+    return False
+
+
+def _is_uploaded(asked: Any, uploads: Path) -> bool:
+    """Whether every file that is named lies where uploads do, uploads/<digest>/<name>, and is no folder."""
+    root = os.path.realpath(uploads)
+    for one in _objects(asked):
+        path, meta = one.get("path"), one.get("meta")
+        if not isinstance(path, str) or not isinstance(meta, dict) or meta.get("_type") != "gradio.FileData":
+            continue
+        try:
+            if os.path.dirname(os.path.realpath(os.path.dirname(path))) != root or os.path.isdir(path):
+                return False
+        except ValueError:  # a zero byte
+            return False
+    return True
+
+
+def _objects(asked: Any) -> Iterator[dict]:
+    """All of JSON's objects in it, however deep."""
+    rest = [asked]
     while rest:
         one = rest.pop()
         if isinstance(one, dict):
-            path, file = one.get("path"), one.get("file")
-            if isinstance(path, str) and (anywhere or address.match(path)):
-                return True
-            if anywhere and isinstance(file, str) and (address.match(file) or file.startswith("data:")):
-                return True
+            yield one
             rest += one.values()
         elif isinstance(one, list):
             rest += one
-    return False

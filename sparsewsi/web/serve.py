@@ -81,7 +81,7 @@ def launch_settings(
     Raises ValueError for an empty name or password.
     """
     known = [*LOOPBACK, host, *names] if host in LOOPBACK else []
-    door = Middleware(Door, sessions=desk, names=known, embed=embed)
+    door = Middleware(Door, sessions=desk, names=known, embed=embed, uploads=desk.uploads)
     uploads = Uploads(desk.uploads, desk.folder, desk.quota)
     return {
         "server_name": f"[{host}]" if ":" in host and not host.startswith("[") else host,  # an address of IPv6

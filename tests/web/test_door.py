@@ -75,7 +75,7 @@ def serve(home: Path, auth: list[tuple[str, str]] | None = None, quota: int = 1 
         api(wait, api_name="wait")
         api(take, api_name="take")
         demo.unload(lambda: None)
-    front = Middleware(Door, sessions=told, **settings)
+    front = Middleware(Door, sessions=told, uploads=told.folder, **settings)
     routes = [*Uploads(told.folder, home, quota).routes(), Route("/gradio_api/slide/{rest:path}", tile)]
     _, address, _ = demo.queue(default_concurrency_limit=None, api_open=False).launch(
         server_name="127.0.0.1",
@@ -117,6 +117,18 @@ def test_the_server_fetches_nothing_for_others(served, url):
         answer = httpx.post(f"{served.address}/gradio_api/call/take", json={"data": data})
         assert answer.status_code == 403
     assert not served.files
+
+
+@pytest.mark.parametrize(
+    "place", ["/etc/hostname", "/tmp", "{folder}", "{folder}/x", "{upload}/..", "{upload}/../..", "a\0b", ""]
+)
+def test_only_uploads_are_named_as_files(served, place):
+    kept = Path(upload(served.address, "a.svs").json()[0])
+    path = place.format(folder=served.folder, upload=kept.parent)
+    answer = join(served.address, [{"path": path, "meta": {"_type": "gradio.FileData"}}], "s", 1)
+    assert (answer.status_code, "is uploaded first" in answer.text) == (403, True)
+    answer = join(served.address, [{"path": str(kept), "meta": {"_type": "gradio.FileData"}}], "s", 1)
+    assert answer.status_code == 200
 
 
 @pytest.mark.parametrize(
