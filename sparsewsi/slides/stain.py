@@ -35,7 +35,7 @@ FAT_MM2 = 0.05  # fat smaller than this is taken for scratches
 HOLE_MM2 = 0.03  # holes smaller than this, 0.2 mm across, are lumina and gaps within tissue
 GAP_UM = 64.0  # gaps narrower than this are closed
 STRIP = 256  # rows of mask px handled at once
-FILL = 8  # grey values: what a scanner or a converter paints where nothing was scanned is at most so bright
+FILL, DARK_FILL = 8, 48  # grey values: what is painted where nothing was scanned is black, or one dark grey
 LEFT_OUT = (
     0.05,
     0.2,
@@ -153,21 +153,35 @@ def _strips(rgb: np.ndarray, cell: int) -> Iterator[tuple[slice, tuple[Image.Ima
 
 
 def _whiten_fill(rgb: np.ndarray, cell: int) -> np.ndarray:
-    """White in place of the black that a scanner or a converter painted where nothing was scanned.
+    """White in place of the black, or dark grey, that was painted where nothing was scanned.
 
-    Fill is one colour to the px and wide; a bright slide has glass or tissue beside it, a dark field has not.
+    Fill is one colour to the px and wide, or at the border; a bright slide has glass or tissue beside it, a dark field
+    has not. Black pens are neither even nor, inside a slide, so wide.
     """
     means = np.stack([np.asarray(band.reduce(cell)) for band in Image.fromarray(rgb).split()], -1)
     lowest, highest = _extremes(means)
-    seen = lowest[highest > 20]
-    if (highest > FILL).all() or not len(seen) or np.median(seen) < 80:
+    dark = highest[highest <= DARK_FILL]
+    if not len(dark):
         return rgb
-    fill = _open(highest <= FILL, 9)
+    level = int(np.bincount(dark).argmax())
+    seen = lowest[highest > level + 20]
+    if not len(seen) or np.median(seen) < 80:
+        return rgb
+    painted = highest <= FILL if level <= FILL else (highest >= level - 2) & (highest <= level + 2)
+    fill = _open(painted, 9) | _at_border(_open(painted, 4))
     if not fill.any():
         return rgb
     near = _spread(_dilate(fill, 2), cell, rgb.shape[:2])
-    black = near & (_extremes(rgb)[1] <= 3 * FILL)
+    darkest, brightest = _extremes(rgb)
+    black = near & (brightest <= level + 2 * FILL) & (darkest + np.uint8(2 * FILL) >= level)
     return np.where(black[..., None], np.uint8(255), rgb)
+
+
+def _at_border(cells: np.ndarray) -> np.ndarray:
+    """The components that touch the image's border."""
+    labels = _label(cells)
+    touching = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
+    return np.isin(labels, touching[touching > 0])
 
 
 def _is_dark_field(cells: np.ndarray) -> bool:

@@ -72,11 +72,12 @@ FILLS = {
     "strips": (Y % 140 < 40) & ((X < 60) | (X > 440)),
     "up to the tissue": ~OVAL,
     "over the tissue": X > 300,
+    "a narrow border": (X < 20) | (Y < 20),
 }
 
 
 @pytest.mark.parametrize("where", FILLS)
-@pytest.mark.parametrize("black", [0, 5, 8])
+@pytest.mark.parametrize("black", [0, 5, 8, 14, 25, 40])
 def test_what_a_scanner_filled_with_black_is_neither_tissue_nor_a_dark_field(where, black):
     image, (tissue,) = slide_of((HE, 1.0))
     fill = FILLS[where]
