@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np  # nothing of ours up here: peers run this file without it
 from PIL import Image
@@ -64,7 +65,7 @@ def in_batches(path: str, side: int, px: int, places: list[tuple[int, int]], con
         page, step = Slides(), max(1, batch)
         token = page.add(path, "reader", slide)
 
-        def read(first: int) -> bytes | np.ndarray:
+        def read(first: int) -> Any:
             if batch == TILES:
                 return page.tile(token, 0, *places[first])
             if batch == 1:
