@@ -196,7 +196,7 @@ class Door:
         if self._joined[session] != joined:
             return
         del self._joined[session]
-        if not self._listening[session]:
+        if not self._is_here(session):
             del self._listening[session]
             _tell(self._sessions.leave, session)
 
@@ -237,8 +237,11 @@ class Door:
         whole = counted = False
 
         def check(joined: int) -> None:
-            asked_again = open_streams is self._listening and self._joined[session] != joined
-            if not open_streams[session] and not asked_again:  # what was asked for since then has a check of its own
+            answers = open_streams is self._listening
+            # Whose page is open has not left: on a busy machine its next stream may take long to come. What was asked
+            # for since then has a check of its own.
+            stays = answers and (self._beating[session] or self._joined[session] != joined)
+            if not open_streams[session] and not stays:
                 del open_streams[session]
                 _tell(left, session)
 

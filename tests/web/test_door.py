@@ -300,6 +300,21 @@ def test_who_breaks_off_has_left_within_two_seconds_and_who_hears_all_has_not(se
     assert ("forget", "hasty") not in served.log, "another stream of the same page may come"
 
 
+def test_who_has_the_page_open_has_not_left_however_long_the_next_stream_takes(served, monkeypatch):
+    monkeypatch.setattr(door_module, "GONE_AFTER", 0.1)
+    monkeypatch.setattr(door_module, "LISTEN_WITHIN", 0.2)
+    served.running.clear()
+    with httpx.stream("GET", f"{served.address}/gradio_api/heartbeat/slow", timeout=60) as stream:
+        beats = stream.iter_lines()
+        next(beats)
+        join(served.address, [2.0], "slow")
+        with httpx.stream("GET", f"{served.address}/gradio_api/queue/data?session_hash=slow", timeout=60):
+            assert served.running.wait(10)
+        time.sleep(1.0)
+        assert ("leave", "slow") not in served.log
+    assert served.heard("forget", "slow")
+
+
 def test_who_closes_the_page_is_forgotten_within_two_seconds(served):
     with httpx.stream("GET", f"{served.address}/gradio_api/heartbeat/tab", timeout=60) as stream:
         beats = stream.iter_lines()
