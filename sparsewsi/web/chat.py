@@ -69,13 +69,18 @@ def read_options(text: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
-def turns_of(chat: list, questions: Questions, history: bool = True) -> tuple[list[dict[str, str]], tuple[str, ...]]:
-    """The chat up to the last question as the model takes it, or without history that one; and its options."""
+def turns_of(
+    chat: list, questions: Questions, history: bool = True, said: Mapping[int, str] | None = None
+) -> tuple[list[dict[str, str]], tuple[str, ...]]:
+    """The chat up to the last question as the model takes it, or without history that one; and its options.
+
+    said: what was answered, by its place in the chat; told where the chat shows a comparison
+    """
     asked = back_to_question(chat)
     last = len(asked) - 1
     turns = []
     for place, message in enumerate(asked[:last] if history else []):
-        text = text_of(message)
+        text = (said or {}).get(place, "") if shows_both(message) else text_of(message)
         if place in questions:
             text = format_question(questions[place].text, questions[place].options)
         turns.append({"role": message["role"], "content": text})
@@ -150,14 +155,35 @@ def _link(target: str, name: str, effect: float) -> str:
     return f"<a href='#{target}'><span>{name}{f' · {format_effect(effect)}×' if effect >= WORTH else ''}</span></a>"
 
 
-def compare(columns: Sequence[tuple[str, str, Sequence[str]]]) -> str:
-    """Answers as HTML beside each other: title, text, and blocks of our own HTML."""
+Column = tuple[str, str, Sequence[str]]  # title, what was answered, and blocks of our own HTML
+COMPARED = "<div class='compare'>"
+
+
+def compare(columns: Sequence[Column], classes: Sequence[str] = ("", "")) -> str:
+    """Answers as HTML beside each other."""
     cells = (
-        f"<div><h4>{html.escape(title)}</h4><p class='text'>{html.escape(text.strip()) or '…'}</p>"
+        f"<div class='{kind}'><h4>{inert(title)}</h4><p class='text'>{inert(text.strip()) or '…'}</p>"
         f"{''.join(blocks)}</div>"
-        for title, text, blocks in columns
+        for (title, text, blocks), kind in zip(columns, classes)
     )
-    return f"<div class='compare'>{''.join(cells)}</div>"
+    return f"{COMPARED}{''.join(cells)}</div>"
+
+
+def show_both(left: Column, right: Column, impression: str = "", limit: str = "") -> dict[str, Any]:
+    """An assistant's message of a comparison. Links of the right one lead to the viewer on the right.
+
+    impression, limit: as of Answer, once for both
+    """
+    texts = [text.strip().rstrip(".") for _, text, _ in (left, right)]
+    first = f"Both: {texts[0]}" if texts[0].casefold() == texts[1].casefold() else "They differ" if texts[1] else "…"
+    before = f"<p class='small'>Your impression before: {inert(impression)}</p>" if impression else ""
+    after = f"<p class='small'>{inert(limit)}</p>" if limit else ""
+    return show_answer(first, [before + compare([left, right], ["", "other"]) + after])
+
+
+def shows_both(message: Mapping[str, Any]) -> bool:
+    """Whether show_both made it."""
+    return COMPARED in str(message["content"])
 
 
 def back_to_question(chat: list) -> list:

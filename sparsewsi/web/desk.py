@@ -66,7 +66,7 @@ class Opened:
     def __init__(self, token: str, case: Case):
         self.token, self.bytes, self.features = token, case.bag.features.nbytes, case.bag.features.data_ptr()
         self._case: Case | None = case
-        self._beside: list[Opened] = []
+        self._beside: weakref.WeakSet[Opened] = weakref.WeakSet()
         self.marks: dict[int, str] = {}  # by index of a patch: what the reader says of it
 
     @property
@@ -78,9 +78,10 @@ class Opened:
 
     def beside(self, case: Case) -> "Opened":
         """The same slide with other patches; it goes when this one does."""
-        self._beside = [Opened(self.token, case)]
-        self._beside[0].marks = self.marks
-        return self._beside[0]
+        other = Opened(self.token, case)
+        other.marks = self.marks
+        self._beside.add(other)
+        return other
 
     @property
     def patches(self) -> int:
@@ -89,7 +90,7 @@ class Opened:
 
     def close(self) -> None:
         self._case = None
-        for other in self._beside:
+        for other in list(self._beside):
             other.close()
 
 

@@ -7,9 +7,10 @@ import dataclasses
 import functools
 import html
 import uuid
-from collections.abc import Generator, Hashable, Iterator
+from collections.abc import Collection, Generator, Hashable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gradio as gr
@@ -55,7 +56,7 @@ UNWEIGHED = "The evidence could not be weighed."
 BROKEN_OFF = "The answer broke off here; ask again."
 WEIGHING = "_Weighing the evidence: the answer is scored again without each of the patches …_"
 OPENING = {"phantom": "Opening the phantom (generated on first use)", "cmu-1": "Fetching CMU-1 (CC0)"}
-NOTHING = ("unpicked", "bag", "kept", "foci", "map", "evidence", "whatif", "work")  # of a slide just opened
+NOTHING = ("unpicked", "bag", "kept", "foci", "map", "evidence", "whatif", "compared", "work")  # of a slide just opened
 MOST_LIKES = 24
 MARKS = ("agree", "disagree")
 MOST_VIEWS, MOST_PICKS = 200, 4096  # taken from one event of the viewer
@@ -215,6 +216,7 @@ class Handlers:
             if opened is None or not desk.keep(opened):  # another one was opened meanwhile
                 raise Halted
             case = opened.case
+            self.on_analysed(opened, {}, request)  # before the page offers its files
             truth = None if desk.is_upload(path) else find_truth(path)  # a stranger's file may say what it likes
             planted = describe_truth(truth, case.bag, case.selection)
             facts = state_facts(desk, case)
@@ -423,7 +425,8 @@ class Handlers:
         desk, page, session = self.desk, self.page, str(request.session_hash)
         with explain_errors():
             case = opened.case
-            turns, given = words.turns_of(chat, questions, history=desk.config.multi_turn)
+            said = {place: answer.text for place, answer in answers.items()}
+            turns, given = words.turns_of(chat, questions, desk.config.multi_turn, said)
             check_turns(turns, given)
         answers = {place: earlier for place, earlier in answers.items() if place < len(chat)}
         question = questions.get(len(chat) - 1, Question(""))
@@ -625,16 +628,13 @@ class Handlers:
             case, last = aside.opened.case, max(aside.answers)
             first, chat = aside.answers[last], aside.chat[: last + 1]
             known = show_evidence(dataclasses.replace(first, foci=()), case.selection)  # focus A is the other's now
-            left = (f"{len(case.selection.indices)} patches, learned", text_of(chat[-1]), known)
+            left = (name_selection(case), text_of(chat[-1]), known)
             turns, given = words.turns_of(chat, aside.questions, history=desk.config.multi_turn)
             check_turns(turns, given)
-            if not FEWEST <= k <= MOST:
-                raise ValueError(f"A what-if takes {FEWEST} to {MOST} patches, got {k:,}.")
+            check_size(k)
             job = taken.enter_context(desk.jobs.run(session, "question", aside.opened.token))
             other = desk.choose(case, k, selector, picks["pinned"], picks["dropped"], job.name)
-            selection = other.selection
-            label = f"{len(selection.indices)} {selector} patches"
-            label += "".join(f", {len(picks[key])} {key}" for key in ("pinned", "dropped") if picks[key])
+            selection, label = other.selection, name_selection(other, picks)
             mine, question = aside.opened.beside(other), aside.questions.get(last - 1, Question(first.question, given))
 
             def beside(text: str, lines: list[str]) -> Changes:
@@ -692,6 +692,18 @@ class Handlers:
 
 
 # ---- values
+
+
+def check_size(k: int) -> None:
+    """Raise ValueError for more patches than a what-if takes, or fewer."""
+    if not FEWEST <= k <= MOST:
+        raise ValueError(f"A what-if takes {FEWEST} to {MOST} patches, got {k:,}.")
+
+
+def name_selection(case: Case, picks: Mapping[str, Collection[int]] = MappingProxyType({})) -> str:
+    """What a selection is called. picks: patches that were pinned and dropped"""
+    label = f"{len(case.selection.indices)} {case.selector} patches"
+    return label + "".join(f", {len(picks[key])} {key}" for key in ("pinned", "dropped") if picks.get(key))
 
 
 def read_mpp(text: str) -> float | None:

@@ -33,12 +33,14 @@ class Page:
     name: gr.State  # str: of the slide, while it is analysed
     waiting: gr.State  # chat.Question | None: typed while the slide was analysed
     aside: gr.State  # handlers.Aside | None: what a what-if has taken the place of
+    right: gr.State  # beside.Right | None: what the slide is compared with
     facts: gr.HTML
     gallery: gr.HTML
     upload: gr.UploadButton
     typed_path: gr.Textbox
     mpp: gr.Textbox
     view: gr.HTML
+    other: gr.HTML
     doubts: gr.HTML
     chat: gr.Chatbot
     question: gr.Textbox
@@ -50,6 +52,7 @@ class Page:
     selector: gr.Dropdown
     picked: gr.Markdown
     again: gr.Button
+    both: gr.Button
     own: gr.Button
     unpick: gr.Button
     regions: gr.UploadButton
@@ -72,14 +75,15 @@ def lay_out(desk: Desk) -> tuple[gr.Blocks, Page]:
             "name": gr.State(""),
             "waiting": gr.State(None),
             "aside": gr.State(None),
+            "right": gr.State(None),
         }
         with gr.Column(elem_id="room"):
             facts = _lay_out_bar(desk)
-            view = slide_viewer(elem_id="view")
+            view, other = slide_viewer(elem_id="view"), slide_viewer(elem_id="other")
             talk = _lay_out_chat(desk)
-            other = _lay_out_what_if()
+            rest = _lay_out_what_if()
             sources = _lay_out_sources(desk)
-    return demo, Page(**states, facts=facts, view=view, **sources, **talk, **other)
+    return demo, Page(**states, facts=facts, view=view, other=other, **sources, **talk, **rest)
 
 
 def _lay_out_bar(desk: Desk) -> gr.HTML:
@@ -192,7 +196,10 @@ def _lay_out_chat(desk: Desk) -> dict:
 
 def _lay_out_what_if() -> dict:
     with gr.Column(elem_id="what-if"):
-        gr.HTML("<p class='small'>Ask the last question once more, from other patches of the same slide.</p>")
+        gr.HTML(
+            "<p class='small'>Ask the last question once more, from other patches of the same slide; or look at both "
+            "side by side, where each question goes to both.</p>"
+        )
         k = gr.Slider(FEWEST, MOST, value=32, step=8, label="Patches", min_width=140, elem_id="k")
         selector = gr.Dropdown(
             ["learned", *SELECTORS], value="learned", label="Chosen by", min_width=140, elem_id="selector"
@@ -202,6 +209,7 @@ def _lay_out_what_if() -> dict:
             unpick = gr.Button("Clear picks", size="sm", min_width=90, elem_id="unpick")
         with gr.Row():
             again = gr.Button("Ask again", variant="primary", size="md", min_width=110, elem_id="again")
+            both = gr.Button("Side by side", size="md", min_width=110, elem_id="both")
             own = gr.Button("Back", size="md", min_width=110, elem_id="own")
             regions = gr.UploadButton(
                 "QuPath regions", file_types=[".geojson", ".json"], size="md", min_width=110, elem_id="regions"
@@ -213,6 +221,7 @@ def _lay_out_what_if() -> dict:
         "picked": picked,
         "unpick": unpick,
         "again": again,
+        "both": both,
         "own": own,
         "regions": regions,
         "compare": compare,
@@ -259,7 +268,7 @@ def tell_scope(desk: Desk) -> str:
     offered = suggest(limits.load(desk.model_name)) if Path(desk.model_name).is_dir() else []
     lines = "".join(f"- {inert(one.text)} <small>{inert(one.told)}</small>\n" for one in offered)
     asked = f"\n\nOf slides that it had not seen, this model answered:\n\n{lines}" if lines else ""
-    return f"**Open a slide, then ask about it.**{asked}"
+    return f"<span class='no-slide'>**Open a slide, then ask about it.**</span>{asked}"
 
 
 def tell_about(caption: str) -> str:

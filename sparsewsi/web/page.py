@@ -6,8 +6,8 @@ import gradio as gr
 from gradio.events import api
 
 from sparsewsi.web.api import Api
+from sparsewsi.web.beside import Comparing
 from sparsewsi.web.desk import Desk
-from sparsewsi.web.handlers import Handlers
 from sparsewsi.web.layout import Page, lay_out
 
 WORK: dict[str, Any] = {"concurrency_id": "work", "concurrency_limit": None}  # whose turn it is: jobs.py
@@ -19,7 +19,7 @@ EVERY: dict[str, Any] = {"trigger_mode": "multiple"}  # also while the same even
 def build_page(desk: Desk) -> gr.Blocks:
     """The page of a desk and its API, ready to be launched."""
     demo, page = lay_out(desk)
-    handlers, functions = Handlers(desk, page), Api(desk)
+    handlers, functions = Comparing(desk, page), Api(desk)
     with demo:
         analysed = _wire_slides(demo, page, handlers, desk.allow_paths)
         _wire_questions(page, handlers, analysed)
@@ -29,7 +29,7 @@ def build_page(desk: Desk) -> gr.Blocks:
     return demo.queue(default_concurrency_limit=None, api_open=False)
 
 
-def _wire_slides(demo: gr.Blocks, page: Page, on: Handlers, allow_paths: bool) -> list:
+def _wire_slides(demo: gr.Blocks, page: Page, on: Comparing, allow_paths: bool) -> list:
     """Returns the events of which one ends when a slide has been analysed."""
     waiting = {"show_progress_on": page.facts, **PRIVATE}
     opened = [
@@ -47,6 +47,7 @@ def _wire_slides(demo: gr.Blocks, page: Page, on: Handlers, allow_paths: bool) -
     analysed = []
     for trigger in [*[event.success for event in opened], page.mpp.submit]:
         shown = trigger(on.on_slide, [page.path, page.mpp], cleared, **QUIET, **EVERY)
+        shown.success(on.on_left, None, [page.right, page.other, page.view], **QUIET, **EVERY)
         analysed.append(
             shown.success(
                 on.on_slide_shown, [page.token, page.path, page.mpp, page.name], filled, **QUIET, **WORK, **EVERY
@@ -60,12 +61,13 @@ def _wire_slides(demo: gr.Blocks, page: Page, on: Handlers, allow_paths: bool) -
     return analysed
 
 
-def _wire_questions(page: Page, on: Handlers, analysed: list) -> None:
+def _wire_questions(page: Page, on: Comparing, analysed: list) -> None:
     ended = [page.opened, page.chat, page.answers]
     talk = [page.chat, page.questions, page.question]
     typed = [page.question, page.given_options, page.impression, page.opened, page.token, page.chat, page.questions]
     page.examples.click(on.on_starter, [page.examples, page.starters], [page.question, page.given_options], **QUIET)
     boxes = [page.given_options, page.waiting, page.impression]
+    asked_too = [page.opened, page.right, page.chat, page.questions, page.answers]
     asked = [
         page.question.submit(on.on_question, typed, [*talk, *boxes], **QUIET),
         page.view.ask(on.on_suggested, [page.opened, page.chat, page.questions], talk, **QUIET),
@@ -83,7 +85,11 @@ def _wire_questions(page: Page, on: Handlers, analysed: list) -> None:
             **WORK,
             **EVERY,
         )
-        answered.then(on.on_answered, None, page.question, **QUIET, **EVERY)
+        both = answered.success(
+            on.on_asked_too, asked_too, [page.chat, page.right, page.other, page.question], **QUIET, **WORK, **EVERY
+        )
+        for one in (answered, both):
+            one.then(on.on_answered, None, page.question, **QUIET, **EVERY)
     page.question.stop(on.on_stop, page.chat, [page.chat, page.question], queue=False, **QUIET)  # never behind others
     taken_back = [
         page.chat.undo(
@@ -99,7 +105,7 @@ def _wire_questions(page: Page, on: Handlers, analysed: list) -> None:
         event.success(on.on_answer_shown, ended, page.view, **QUIET)
 
 
-def _wire_what_if(page: Page, on: Handlers) -> None:
+def _wire_what_if(page: Page, on: Comparing) -> None:
     page.view.picks(on.on_picks, page.opened, [page.picks, page.picked], **QUIET, **EVERY)
     page.unpick.click(on.on_unpick, None, [page.picks, page.picked, page.view], **QUIET)
     page.view.marks(on.on_marks, page.opened, None, **QUIET, **EVERY)
@@ -107,15 +113,17 @@ def _wire_what_if(page: Page, on: Handlers) -> None:
     page.view.journal(on.on_journal, None, None, **QUIET)
     told = [page.opened, page.chat, page.questions, page.answers, page.aside]
     seen = [*told, page.compare, page.view]
-    page.again.click(
-        on.on_ask_again,
-        [*told, page.k, page.selector, page.picks],
-        seen,
-        show_progress_on=page.compare,
-        **PRIVATE,
-        **WORK,
-    )
+    chosen = [*told, page.k, page.selector, page.picks]
+    again = page.again.click(on.on_ask_again, chosen, seen, show_progress_on=page.compare, **PRIVATE, **WORK)
+    both = page.both.click(on.on_both, chosen, [*told, page.right, page.other, page.view], **QUIET, **WORK)
+    too = [page.opened, page.right, page.chat, page.questions, page.answers]
+    for event in (again, both):
+        asked = event.success(
+            on.on_asked_too, too, [page.chat, page.right, page.other, page.question], **QUIET, **WORK, **EVERY
+        )
+        asked.then(on.on_answered, None, page.question, **QUIET, **EVERY)
     restored = [*seen, page.picks, page.picked, page.k, page.selector]
-    for leave in (page.own.click, page.view.leave):
-        leave(on.on_leave, [page.opened, page.chat, page.answers, page.aside], restored, **QUIET)
+    for leave in (page.own.click, page.view.leave, page.other.leave):
+        left = leave(on.on_leave, [page.opened, page.chat, page.answers, page.aside], restored, **QUIET)
+        left.success(on.on_left, None, [page.right, page.other, page.view], **QUIET)
     page.regions.upload(on.on_regions, [page.regions, page.opened], page.view, **QUIET)

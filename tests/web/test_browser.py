@@ -380,6 +380,45 @@ def test_08_what_if_shows_both_answers_beside_each_other(reading, served):
     reading.wait_for_function(f"document.querySelector('.count').innerText.startsWith('{served.kept} of ')")
 
 
+LOOKS = "[...document.querySelectorAll('.viewer')].map(v => ['x', 'y', 'scale'].map(key => v.dataset[key]).join())"
+
+
+def test_two_selectors_stand_side_by_side_move_together_and_get_one_question(reading, served):
+    """The next layout: one slide with two selectors, one question to both, left by one button."""
+    try:
+        show_tab(reading, "what-if")
+        reading.locator("#selector input").click()
+        reading.get_by_role("option", name="random").click()
+        began = time.time()
+        reading.click("#both")
+        reading.wait_for_selector("#other .item")
+        show_tab(reading, "ask")
+        reading.wait_for_selector("#chat .compare .other a[href*='#patch-']")
+        waited(served, "side by side, to both answers", time.time() - began)
+        assert re.match(r"Both: |They differ", reading.locator("#chat .bot >> nth=0").inner_text())
+        assert reading.locator("#other .badge").inner_text().endswith("random patches")
+        here = reading.locator("#other .slide").bounding_box()
+        reading.mouse.move(here["x"] + 150, here["y"] + 200)
+        reading.mouse.wheel(0, -400)
+        reading.mouse.down()
+        reading.mouse.move(here["x"] + 190, here["y"] + 240, steps=2)
+        reading.mouse.up()
+        left, right = reading.evaluate(LOOKS)
+        assert left == right
+        link = reading.locator("#chat .other a[href*='#patch-']").first
+        link.click()
+        number = link.get_attribute("href").partition("#patch-")[2]
+        reading.wait_for_function(f"document.querySelector('#other .viewer').dataset.current === '{number}'")
+        reading.wait_for_timeout(500)
+        reading.screenshot(path=served.looks / "side-by-side.png")
+    finally:
+        reading.click(".aside [data-do=leave]")
+        reading.wait_for_selector("#other", state="hidden")
+    reading.wait_for_function(f"document.querySelector('.count').innerText.startsWith('{served.kept} of ')")
+    assert reading.locator("#chat .compare").count() == 0
+    wait_until_weighed(reading, 1)
+
+
 ANSWERS = "document.querySelectorAll('#chat .bot-row').length"  # that stand in the chat
 
 

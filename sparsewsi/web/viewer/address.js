@@ -11,7 +11,7 @@ let told = "";
 function remember() {
   clearTimeout(settle);
   settle = setTimeout(() => {
-    if (!slide || !root.isConnected) return;
+    if (!slide || second || !root.isConnected) return;
     const query = new URLSearchParams(location.search);
     const now = { x: Math.round(view.x), y: Math.round(view.y), s: view.scale.toPrecision(4) };
     for (const [key, value] of Object.entries(now)) query.set(key, value);
@@ -52,7 +52,7 @@ function tellSoon() {
 // The first slide of a page is shown as its address says.
 function restore() {
   const query = new URLSearchParams(location.search);
-  if (restored || !slide.source || query.get("slide") !== slide.source) {
+  if (restored || second || !slide.source || query.get("slide") !== slide.source) {
     restored = true;
     return;
   }

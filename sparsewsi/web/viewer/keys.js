@@ -28,6 +28,7 @@ function toggleLayer(name) {
   drawMap();
   draw();
   remember();
+  tell("slide-layers", { layers, together });
 }
 
 function pick(set, other) {
@@ -54,6 +55,13 @@ const DEEDS = {
     view.turn = (view.turn + 1) % 4;
     draw();
     remember();
+    tellLook(view, true);
+  },
+  together: () => {
+    together = !together;
+    showLayers();
+    tell("slide-layers", { layers, together });
+    tellLook(view, true, fitted);
   },
   full: () => (document.fullscreenElement ? document.exitFullscreen() : stage.requestFullscreen()),
   enlarge,
@@ -82,6 +90,7 @@ const DEEDS = {
 
 function showLayers() {
   for (const name of ["boxes", "foci", "heat"]) act(name).setAttribute("aria-pressed", layers[name]);
+  act("together").setAttribute("aria-pressed", together);
   $(".colours").hidden = $(".opacity").hidden = !(bag && layers.heat);
 }
 
@@ -92,6 +101,7 @@ root.addEventListener("click", (event) => {
 $(".opacity input").addEventListener("input", (event) => {
   layers.opacity = event.target.value / 100;
   draw();
+  tell("slide-layers", { layers, together });
 });
 $(".film select").addEventListener("change", (event) => {
   event.target.dataset.chosen = "yes";
@@ -157,6 +167,7 @@ root.addEventListener("keydown", (event) => {
   const onButton = event.target.matches("button");
   if (!press || (onButton && event.key === "Enter" && !event.target.matches(".item, .cell"))) return;
   if (!bag && "npbohradixkEnter".includes(event.key)) return;
+  if (second && "adixkr".includes(event.key)) return; // what is said of patches is said in the page's own viewer
   event.preventDefault();
   press();
 });
@@ -167,7 +178,7 @@ document.addEventListener(
   (event) => {
     const link =
       event.target.closest && event.target.closest('a[href*="#patch-"], a[href*="#focus-"], a[href*="#ask-"]');
-    if (!link || !root.isConnected) return;
+    if (!link || !root.isConnected || second !== !!link.closest(".other")) return;
     event.preventDefault();
     event.stopPropagation();
     const [kind, name] = link.getAttribute("href").split("#")[1].split("-");
@@ -186,7 +197,8 @@ document.addEventListener(
   "change",
   (event) => {
     const input = event.target;
-    if (!root.isConnected || !input.matches || !input.matches("input[type=file]") || !input.files.length) return;
+    if (second || !root.isConnected || !input.matches || !input.matches("input[type=file]") || !input.files.length)
+      return;
     const renamed = new DataTransfer();
     for (const file of input.files)
       renamed.items.add(

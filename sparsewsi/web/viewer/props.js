@@ -13,11 +13,12 @@ function openSlide() {
   forget();
   layers.heat = false;
   view.turn = 0;
-  showSources(false);
+  if (!second) showSources(false);
   buildMagnifications();
   fit();
   showAll();
   restore();
+  if (second) tell("slide-where");
 }
 
 function openBag() {
@@ -26,6 +27,7 @@ function openBag() {
   if (!given) {
     bag = null;
     kept = [];
+    foci = [];
     return showAll();
   }
   const scores = new Float32Array(bytes(given.scores));
@@ -92,15 +94,19 @@ function openFiles() {
   );
 }
 
-// The patches are another selection's than the model's own: what it is called, or "".
+// What the patches are called where they are another selection's than the model's own, or stand beside others; or "".
 function openWhatIf() {
-  const name = props.whatif || "";
-  for (const place of [$(".badge"), $(".aside")]) {
-    place.hidden = !name;
-    place.querySelector("span").textContent = name ? `What if: ${name}` : "";
-  }
-  room.toggleAttribute("data-whatif", !!name);
-  if (!name && (shared.pinned.size || shared.dropped.size)) {
+  const [name, compared] = [props.whatif || "", props.compared || ""];
+  const told = name ? `What if: ${name}` : compared;
+  $(".badge").hidden = !told;
+  $(".badge > span").textContent = told;
+  $(".aside").hidden = !told;
+  $(".aside > span").textContent = compared ? "Side by side: a question goes to both" : told;
+  $('.badge [data-do="leave"]').textContent = compared ? "Leave" : "Back to the model's patches";
+  act("together").hidden = !compared;
+  room.toggleAttribute("data-whatif", !!told);
+  room.toggleAttribute("data-compared", !!compared);
+  if (!told && (shared.pinned.size || shared.dropped.size)) {
     shared.pinned.clear();
     shared.dropped.clear();
     markStrip();

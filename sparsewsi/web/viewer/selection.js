@@ -11,8 +11,9 @@ function go(index, move = true) {
     const onScreen = bag.side * view.scale;
     const room = Math.min(...size);
     const scale = onScreen > 0.15 * room && onScreen < 0.9 * room ? view.scale : (0.42 * room) / bag.side;
-    moveTo(...centre(index), scale);
+    moveTo(...centre(index), scale, true);
   }
+  tell("slide-patch", { index, token: slide.token });
   markStrip(true);
   showInspect();
   draw();
@@ -38,7 +39,7 @@ function goFocus(name) {
   shared.current = [...focus.indices].sort((a, b) => bag.rank[a] - bag.rank[b])[0];
   for (const index of focus.indices) shared.seen.add(index);
   const [w, h] = view.turn % 2 ? [size[1], size[0]] : size;
-  moveTo((left + right) / 2, (upper + lower) / 2, 0.8 * Math.min(w / (right - left), h / (lower - upper)));
+  moveTo((left + right) / 2, (upper + lower) / 2, 0.8 * Math.min(w / (right - left), h / (lower - upper)), true);
   markStrip(true);
   showInspect();
   drawMap();

@@ -7,7 +7,8 @@
 
 const $ = (name) => element.querySelector(name);
 const root = $(".viewer");
-const room = root.closest("#room") || root; // the page around, where there is one
+const second = !!root.closest("#other"); // beside the page's own viewer, in a comparison
+const room = (!second && root.closest("#room")) || root; // the page around, where there is one
 const stage = $(".stage");
 const canvas = $(".slide");
 const nav = $(".nav");

@@ -36,13 +36,14 @@ const pictured = new Set();
 function linkPictures() {
   if (!bag) pictured.clear();
   for (const index of kept) pictured.add(index); // also those of the model's own beside a what-if
+  const within = second ? ".other " : ""; // of a comparison's other column
   const lines = [...pictured].map((index) => {
     const rank = bag.rank[index];
-    return `a[href$="#patch-${rank}"] { background-image: url("${patchAddress(index, 168)}"); }`;
+    return `${within}a[href$="#patch-${rank}"] { background-image: url("${patchAddress(index, 168)}"); }`;
   });
   foci.forEach((focus) => {
     const best = [...focus.indices].sort((a, b) => bag.rank[a] - bag.rank[b])[0];
-    lines.push(`a[href$="#focus-${focus.name}"] { background-image: url("${patchAddress(best, 168)}"); }`);
+    lines.push(`${within}a[href$="#focus-${focus.name}"] { background-image: url("${patchAddress(best, 168)}"); }`);
   });
   pictures.textContent = lines.join("\n");
 }

@@ -48,11 +48,11 @@ function showSources(open = !room.hasAttribute("data-sources")) {
   if (button) button.setAttribute("aria-expanded", open);
 }
 document.addEventListener("click", (event) => {
-  if (!root.isConnected || !event.target.closest) return;
+  if (second || !root.isConnected || !event.target.closest) return;
   if (event.target.closest("#open-menu")) return showSources();
   if (slide && room.hasAttribute("data-sources") && !event.target.closest("#sources")) showSources(false);
   if (!event.target.closest(".tools, .menu")) openMenu("");
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && slide && root.isConnected) showSources(false);
+  if (event.key === "Escape" && slide && !second && root.isConnected) showSources(false);
 });

@@ -28,19 +28,28 @@ const fitScale = () => {
 const bounded = (scale) => Math.min(Math.max(scale, fitScale() / 2), slide.mpp ? Math.max(8 * slide.mpp, 4) : 4);
 const magnification = () => (10 * view.scale) / slide.mpp; // 10x is 1 um per px of the screen
 
-function moveTo(x, y, scale) {
+// jump: to a place of this slide, where a viewer of another one does not follow
+function moveTo(x, y, scale, jump = false) {
+  const before = { ...view };
   view.x = Math.min(Math.max(x, 0), slide.size[0]);
   view.y = Math.min(Math.max(y, 0), slide.size[1]);
   view.scale = bounded(scale);
   fitted = false;
   draw();
   remember();
+  tellLook(before, jump);
 }
 
 function fit() {
   if (!slide || !size[0]) return;
-  moveTo(slide.size[0] / 2, slide.size[1] / 2, fitScale());
+  const before = { ...view };
+  view.x = slide.size[0] / 2;
+  view.y = slide.size[1] / 2;
+  view.scale = fitScale();
   fitted = true;
+  draw();
+  remember();
+  tellLook(before, false, true);
 }
 
 function zoom(factor, sx = size[0] / 2, sy = size[1] / 2) {
@@ -52,7 +61,7 @@ function zoom(factor, sx = size[0] / 2, sy = size[1] / 2) {
 }
 
 function magnify(times) {
-  if (slide && slide.mpp) moveTo(view.x, view.y, (times * slide.mpp) / 10);
+  if (slide && slide.mpp) moveTo(view.x, view.y, (times * slide.mpp) / 10, true);
 }
 
 function buildMagnifications() {
@@ -299,7 +308,7 @@ function patchAt(x, y) {
 function navigate(event) {
   if (slide && event.buttons) {
     const [sx, sy] = placeOf(event, nav);
-    moveTo(sx / nav.scaleOf, sy / nav.scaleOf, view.scale);
+    moveTo(sx / nav.scaleOf, sy / nav.scaleOf, view.scale, true);
   }
 }
 nav.addEventListener("pointerdown", (event) => {

@@ -36,7 +36,7 @@ from sparsewsi.model.foci import Focus
 from sparsewsi.model.selection import Selection
 from sparsewsi.report.umap import FeatureMap
 from sparsewsi.slides.slide import Slide, open_slide
-from sparsewsi.web.jobs import Busy
+from sparsewsi.web.jobs import Busy, Halted
 
 HERE = Path(__file__).parent
 PAGE_CSS = HERE / "page.css"
@@ -48,6 +48,7 @@ SCRIPTS = (
     "strip",
     "tiles",
     "view",
+    "together",
     "marks",
     "map",
     "regions",
@@ -56,7 +57,8 @@ SCRIPTS = (
     "address",
     "start",
 )
-PROPS = ("slide", "bag", "kept", "foci", "map", "evidence", "members", "files", "focus", "whatif", "work", "unpicked")
+PROPS = ("slide", "bag", "kept", "foci", "map", "evidence", "members", "files", "focus", "whatif", "compared", "work")
+PROPS += ("unpicked",)
 TILE = 512  # px
 QUALITY = 85
 CACHE_BYTES = 64 << 20  # of JPEG tiles, all slides together
@@ -255,7 +257,7 @@ class Slides:
                 status, words = 429, "Too much of this slide is being looked at."
             except Busy as error:
                 status, words = 429, str(error)
-            except (KeyError, ValueError, OSError):
+            except (Halted, KeyError, ValueError, OSError):
                 pass
             return Response(words, status, headers={**HEADERS, "Cache-Control": "no-store"})
 
@@ -310,6 +312,15 @@ def slide_props(token: str, slide: Slide, source: str = "") -> dict[str, Any]:
         "mpp": slide.mpp,
         "name": slide.name,
         "source": source,
+    }
+
+
+def case_props(token: str, bag: Bag) -> dict[str, Any]:
+    """The prop "slide" of one that has been analysed."""
+    assert bag.slide_size is not None
+    size = list(bag.slide_size)
+    return {
+        "slide": {"token": token, "size": size, "tile": TILE, "mpp": bag.slide_mpp, "name": bag.slide, "source": ""}
     }
 
 

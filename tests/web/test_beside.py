@@ -1,0 +1,101 @@
+"""Two selections side by side: what its handlers promise. What it is like to use: test_browser.py."""
+
+import pytest
+
+from sparsewsi.web import chat
+from sparsewsi.web.beside import Comparing
+from sparsewsi.web.handlers import STOPPED
+from sparsewsi.web.layout import lay_out
+from sparsewsi.web.viewer import bag_props
+
+NO_PICKS = {"pinned": [], "dropped": []}
+
+
+@pytest.fixture(scope="module")
+def on(desk) -> Comparing:
+    _, page = lay_out(desk)
+    return Comparing(desk, page)
+
+
+@pytest.fixture
+def asked(on, opened, me) -> tuple:
+    """What the page holds after one question: slide, chat, questions, answers."""
+    changes = on.on_question("Which?", "fat\nliver", "", opened, "", [], {}, me)
+    *_, last = on.on_asked(opened, changes[on.page.chat], changes[on.page.questions], {}, me)
+    return opened, last[on.page.chat], changes[on.page.questions], last[on.page.answers]
+
+
+def ask_both(on, opened, right, chat_before, questions, answers, me) -> tuple[dict, dict]:
+    """What a question changes: on the left, then on the right."""
+    put = on.on_question("How?", "fat\nliver", "", opened, "", chat_before, questions, me)
+    *_, left = on.on_asked(opened, put[on.page.chat], put[on.page.questions], answers, me)
+    *_, both = on.on_asked_too(opened, right, left[on.page.chat], put[on.page.questions], left[on.page.answers], me)
+    return left, both
+
+
+def test_one_question_goes_to_both_and_each_answer_rests_on_its_own_patches(on, opened, me):
+    page = on.page
+    shown = on.on_both(opened, [], {}, {}, None, 8, "random", NO_PICKS, me)
+    right = shown[page.right]
+    assert shown[page.view].props["compared"] == "6 learned patches"
+    assert shown[page.other].props["compared"] == "8 random patches"
+    assert shown[page.other].props["kept"] == bag_props(opened.case.bag, right.opened.case.selection)["kept"]
+    left, both = ask_both(on, opened, right, [], {}, {}, me)
+    answer, other = left[page.answers][1], both[page.right].answers[1]
+    assert (answer.question, len(answer.effects)) == ("How?", 6)
+    assert (other.question, len(other.effects)) == ("How?", 8)
+    message = both[page.chat][-1]
+    assert chat.shows_both(message)
+    assert chat.text_of(message) in {f"Both: {answer.text}", "They differ"}
+    said = "".join(message["content"])
+    assert said.index("6 learned patches") < said.index("class='other'") < said.index("8 random patches")
+    assert both[page.other].props["evidence"]["effects"]
+
+
+def test_the_last_answer_stays_on_the_left_and_is_put_to_the_right(on, opened, asked, me):
+    page = on.page
+    shown = on.on_both(*asked, None, 8, "random", NO_PICKS, me)
+    assert shown[page.answers] == {1: asked[3][1]}
+    kept = (shown[page.chat], shown[page.questions], shown[page.answers])
+    *_, both = on.on_asked_too(opened, shown[page.right], *kept, me)
+    assert chat.shows_both(both[page.chat][-1])
+    assert both[page.right].answers[1].options == ("fat", "liver")
+
+
+def test_two_what_ifs_stand_side_by_side_and_one_button_restores_everything(on, opened, asked, me, desk, monkeypatch):
+    monkeypatch.setattr(desk.slides, "holds", lambda _token: True)
+    page = on.page
+    first, *_, done = on.on_ask_again(*asked, None, 8, "random", NO_PICKS, me)
+    state = (first[page.opened], done[page.chat], first[page.questions], done[page.answers], first[page.aside])
+    shown = on.on_both(*state, 8, "farthest", NO_PICKS, me)
+    assert shown[page.view].props["compared"] == "8 random patches"
+    assert shown[page.other].props["compared"] == "8 farthest patches"
+    left = on.on_leave(state[0], shown[page.chat], shown[page.answers], shown[page.aside], me) | on.on_left()
+    assert (left[page.opened], left[page.chat], left[page.questions], left[page.answers]) == asked
+    assert left[page.right] is None
+    assert left[page.other].props["slide"] is None
+    assert left[page.aside] is None
+
+
+def test_a_right_answer_can_be_stopped(on, opened, asked, me):
+    shown = on.on_both(*asked, None, 8, "random", NO_PICKS, me)
+    page = on.page
+    steps = on.on_asked_too(opened, shown[page.right], shown[page.chat], shown[page.questions], shown[page.answers], me)
+    next(steps)
+    on.on_stop(shown[page.chat], me)
+    *_, last = steps
+    assert STOPPED in str(last[page.chat][-1])
+    assert last[page.right].answers == {}
+
+
+def test_where_the_left_one_gave_no_answer_the_right_one_is_not_asked(on, opened, asked, me):
+    shown = on.on_both(*asked, None, 8, "random", NO_PICKS, me)
+    refused = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "This model cannot answer that"}]
+    (only,) = on.on_asked_too(opened, shown[on.page.right], refused, {}, {}, me)
+    assert only == {"__type__": "update"}
+
+
+def test_both_go_with_their_session(on, opened, asked, me, desk):
+    shown = on.on_both(*asked, None, 8, "random", NO_PICKS, me)
+    right = shown[on.page.right].opened
+    assert right in opened._beside
