@@ -31,6 +31,7 @@ from sparsewsi.model.limits import Limits
 from sparsewsi.model.novelty import Summary
 from sparsewsi.model.selection import Selection
 from sparsewsi.model.selector import LEARNED, SELECTORS, check_selector, evenly, select_learned
+from sparsewsi.model.words import Words
 from sparsewsi.readers.pictures import PictureReader, Pictures, find_cited
 from sparsewsi.report import annotations, figure, html, plots, qupath, record, table, umap
 from sparsewsi.report.answer import Answer, FocusEffect, summarise, word_notice
@@ -87,6 +88,8 @@ class Model(Reader, Protocol):
     ) -> Selection: ...
 
     def tokens_of(self, bag: Bag, indices: Tensor) -> Tensor: ...
+
+    def words(self, bag: Bag) -> Words: ...
 
 
 class _Undrawn(Exception):

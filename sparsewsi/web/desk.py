@@ -30,6 +30,7 @@ from sparsewsi.bags.patch_encoder import PatchEncoder
 from sparsewsi.files import append_line, cache_folder
 from sparsewsi.model.config import SparseWSIConfig, name_model
 from sparsewsi.model.selection import Selection
+from sparsewsi.model.words import Words
 from sparsewsi.readers.pictures import PictureReader, Pictures
 from sparsewsi.report import umap
 from sparsewsi.report.answer import Answer, word_notice
@@ -349,6 +350,14 @@ class Desk:
         there = torch.from_numpy(np.ascontiguousarray(peek.coords[coords.numpy()], dtype=np.int32))
         bag = Bag(peek.features, there, peek.patch_size, self.config.mpp, self.config.encoder, "so far")
         return coords[self.model.select(bag, k).indices]
+
+    def words(self, case: Case, job: str = "") -> Words | None:
+        """The nearest word of each patch; None of a model that has none."""
+        with self.jobs.step(self.jobs.find(job)):
+            try:
+                return self.model.words(case.bag)
+            except ValueError:
+                return None
 
     def choose(
         self, case: Case, k: int, selector: str, pinned: Collection[int], dropped: Collection[int], job: str = ""

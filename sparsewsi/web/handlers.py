@@ -49,14 +49,15 @@ from sparsewsi.web.jobs import Halted, Job
 from sparsewsi.web.layout import FEWEST, MOST, Page, state_facts, tell_about, tell_doubts
 from sparsewsi.web.limits import check_question, check_turns, read_told
 from sparsewsi.web.turns import Turn
-from sparsewsi.web.viewer import bag_props, file_props, foci_props, map_props, packed, slide_props
+from sparsewsi.web.viewer import bag_props, file_props, foci_props, map_props, packed, slide_props, words_props
 
 STOPPED = "Stopped; the evidence was not weighed."
 UNWEIGHED = "The evidence could not be weighed."
 BROKEN_OFF = "The answer broke off here; ask again."
 WEIGHING = "_Weighing the evidence: the answer is scored again without each of the patches …_"
 OPENING = {"phantom": "Opening the phantom (generated on first use)", "cmu-1": "Fetching CMU-1 (CC0)"}
-NOTHING = ("unpicked", "bag", "kept", "foci", "map", "evidence", "whatif", "compared", "work")  # of a slide just opened
+# Of a slide just opened.
+NOTHING = ("unpicked", "bag", "kept", "foci", "map", "words", "evidence", "whatif", "compared", "work")
 MOST_LIKES = 24
 MARKS = ("agree", "disagree")
 MOST_VIEWS, MOST_PICKS = 200, 4096  # taken from one event of the viewer
@@ -279,9 +280,10 @@ class Handlers:
                 job.look()
                 desk.jobs.pause(job)
 
+            words = words_props(desk.words(case, job.name))
             with desk.jobs.step(job):
                 props = map_props(umap.map_features(case.bag.features, case.selection, look=look))
-        return {self.page.view: gr.HTML(map=props)} if desk.slides.holds(opened.token) else gr.skip()
+        return {self.page.view: gr.HTML(map=props, words=words)} if desk.slides.holds(opened.token) else gr.skip()
 
     # ---- a question is asked
 

@@ -16,10 +16,11 @@ from torch import Tensor
 from sparsewsi.bags.bag import Bag
 from sparsewsi.model.evidence import Evidence
 from sparsewsi.model.selection import Selection
+from sparsewsi.model.words import Words
 from sparsewsi.report.case import Model
 
 # The longest that each call may take, in seconds. A visitor's allowance is charged with it beforehand.
-SECONDS = {"select": 20, "tokens_of": 20, "answer": 60, "option_probs": 20, "leave_one_out": 60}
+SECONDS = {"select": 20, "tokens_of": 20, "words": 20, "answer": 60, "option_probs": 20, "leave_one_out": 60}
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -62,6 +63,9 @@ class OnLoan:
 
     def tokens_of(self, bag: Bag, *given: Any, **named: Any) -> Tensor:
         return self._lent["tokens_of"](_bare(bag), *given, **named)
+
+    def words(self, bag: Bag) -> Words:
+        return self._lent["words"](_bare(bag))
 
     def leave_one_out(
         self,

@@ -401,6 +401,60 @@ def test_08_a_region_drawn_on_the_slide_names_its_patches(open_viewer):
 
 
 @pytest.mark.browser
+def test_the_map_is_coloured_by_word_and_a_word_lists_its_patches(open_viewer):
+    made = made_up(n=100)
+    nearest, cosine = np.arange(100) % 4 - 1, np.full(100, 0.7)
+    words = {
+        "names": ["fat", "mucin", "liver"],
+        "nearest": packed(nearest, np.int32),
+        "cosine": packed(cosine, np.float32),
+    }
+    page = open_viewer(made.props | {"words": words})
+    page.click('[role=tab][data-tab="map"]')
+    page.select_option(".features select", "word")
+    assert page.locator(".legend button").all_inner_texts() == [
+        "fat 25 %",
+        "mucin 25 %",
+        "liver 25 %",
+        "near no word 25 %",
+    ]
+    page.locator(".legend button").nth(1).click()
+    assert page.inner_text(".members b").startswith("25 patches nearest to mucin")
+    page.evaluate("set({words: null})")
+    assert page.locator(".features select").input_value() == "focus", "a model without words"
+
+
+def has_colour(page, red: int, green: int, blue: int) -> bool:
+    """Whether any px of the stage has it."""
+    return page.evaluate(
+        """wanted => {
+          const canvas = document.querySelector('.slide');
+          const data = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+          for (let i = 0; i < data.length; i += 4) if (wanted.every((v, k) => data[i + k] === v)) return true;
+          return false;
+        }""",
+        [red, green, blue],
+    )
+
+
+@pytest.mark.browser
+def test_a_focus_is_outlined_where_its_patches_lie_together(open_viewer):
+    made = made_up(n=100)
+    near = [int(i) for i in made.order[:2]]
+    coords = made.coords.copy()
+    coords[near] = [(20_000, 20_000), (20_000 + SIDE, 20_000)]
+    made.props["bag"]["coords"] = packed(coords, np.int32)
+    page = open_viewer(made.props | {"foci": [{"name": "A", "indices": near, "effect": None}]})
+    page.click('[data-do="layers"]')
+    page.click('[data-do="boxes"]')  # the outline alone
+    page.wait_for_timeout(100)
+    assert has_colour(page, 255, 225, 25)
+    page.click('[data-do="foci"]')
+    page.wait_for_timeout(100)
+    assert not has_colour(page, 255, 225, 25)
+
+
+@pytest.mark.browser
 def test_12_an_address_restores_the_view(open_viewer):
     page = open_viewer(made_up().props, "?slide=phantom&x=9000&y=8000&s=0.5&patch=4&scores=1")
     seen = state(page)

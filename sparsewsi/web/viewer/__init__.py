@@ -12,6 +12,7 @@ from sparsewsi.web.viewer.viewer import (
     slide_props,
     slide_viewer,
     theme,
+    words_props,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "slide_props",
     "slide_viewer",
     "theme",
+    "words_props",
 ]

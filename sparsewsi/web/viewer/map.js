@@ -66,7 +66,7 @@ function drawMap() {
   pen.textBaseline = "middle";
   pen.lineJoin = "round";
   for (const index of [...kept].reverse())
-    if (points.place.has(index)) diamond(pen, ...at(points.place.get(index)), 6, inkOf(index));
+    if (points.place.has(index)) diamond(pen, ...at(points.place.get(index)), 6, keptInk(index));
   if (shared.current >= 0 && points.place.has(shared.current)) {
     const [x, y] = at(points.place.get(shared.current));
     pen.lineWidth = 5;
@@ -105,14 +105,14 @@ function cloud(dims, ratio, at) {
   const r = points.rows.length > 5000 ? 1.2 : 2;
   const groups = new Map();
   for (let i = 0; i < points.rows.length; i++) {
-    const key =
-      mapColour() === "score" ? RAMP[Math.round((1 - bag.rank[points.rows[i]] / bag.n) * (RAMP.length - 1))] : GREY;
+    const key = mapInk(points.rows[i]);
     if (!groups.has(key)) groups.set(key, []);
     groups.get(key).push(i);
   }
-  pen.globalAlpha = mapColour() === "score" ? 0.9 : 0.55;
   for (const [key, list] of groups) {
-    pen.fillStyle = key;
+    const [ink, opacity] = key.split("/");
+    pen.globalAlpha = opacity;
+    pen.fillStyle = ink;
     for (const i of list) {
       const [x, y] = at(i);
       pen.fillRect(x - r, y - r, 2 * r, 2 * r);
@@ -123,9 +123,51 @@ function cloud(dims, ratio, at) {
 
 const mapColour = () => $(".features select").value;
 const RAMP = Array.from({ length: 16 }, (_, i) => `hsl(${255 - 10 * i} 55% ${30 + 2.6 * i}%)`); // low to high, ever lighter
+// Of words, the commonest first: told from each other on white and on black, also without colour vision as far as 10 can be.
+const WORD_COLOURS = "#0077bb #ee7733 #009988 #cc3311 #aa4499 #ccbb44 #33bbee #117733 #882255 #999933".split(" ");
+const wordInk = (word) => WORD_COLOURS[words.order.indexOf(word)] || "#777777";
+
+// Colour and opacity of a patch on the map.
+function mapInk(index) {
+  if (mapColour() === "score") return `${RAMP[Math.round((1 - bag.rank[index] / bag.n) * (RAMP.length - 1))]}/0.9`;
+  if (mapColour() !== "word") return `${GREY}/0.55`;
+  const word = words.nearest[index];
+  return word < 0 ? `${GREY}/0.4` : `${wordInk(word)}/${words.cosine[index] > 0.6 ? 0.95 : 0.5}`;
+}
+
+const keptInk = (index) => {
+  if (mapColour() !== "word") return inkOf(index);
+  return words.nearest[index] < 0 ? GREY : wordInk(words.nearest[index]);
+};
 
 function showLegend() {
   const swatch = (kind, style, text) => `<span><i class="${kind}" style="${style}"></i>${text}</span>`;
+  const byWord = mapColour() === "word";
+  $(".by-word").hidden = !byWord;
+  const stamp = `${mapColour()}/${foci.map((focus) => focus.name)}/${bag.n}`;
+  if ($(".legend").dataset.stamp === stamp) return;
+  $(".legend").dataset.stamp = stamp;
+  if (byWord) {
+    const shown = words.order.filter((word) => words.counts[word]);
+    const none = bag.n - shown.reduce((sum, word) => sum + words.counts[word], 0);
+    $(".legend").replaceChildren(
+      ...[...shown, ...(none ? [-1] : [])].map((word) => {
+        const name = word < 0 ? "near no word" : words.names[word];
+        const share = (word < 0 ? none : words.counts[word]) / bag.n;
+        const entry = document.createElement("button");
+        entry.type = "button";
+        entry.innerHTML = swatch("square", `background:${word < 0 ? GREY : wordInk(word)}`, "");
+        entry.append(`${name} ${share < 0.01 ? "< 1" : Math.round(100 * share)} %`);
+        entry.onclick = () =>
+          setMembers(
+            indicesWhere((_x, _y, index) => words.nearest[index] === word),
+            word < 0 ? name : `nearest to ${name}`,
+          );
+        return entry;
+      }),
+    );
+    return;
+  }
   const parts = foci.map((focus, i) =>
     swatch("diamond", `background:${FOCUS_COLOURS[i % FOCUS_COLOURS.length]}`, `focus ${focus.name}`),
   );

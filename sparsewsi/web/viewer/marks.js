@@ -122,6 +122,82 @@ function strokeOutline(pen, edges, ink, width) {
   pen.lineCap = "butt";
 }
 
+// A focus is outlined where its patches lie together; one that is spread over the slide in several places.
+function drawFoci(pen) {
+  foci.forEach((focus, place) => {
+    focus.areas = focus.areas || gather(focus.indices).filter((area) => area.length > 1);
+    const ink = FOCUS_COLOURS[place % FOCUS_COLOURS.length];
+    for (const area of focus.areas) {
+      pen.beginPath();
+      hull(area.flatMap(cornersOf)).forEach(([x, y]) => pen.lineTo(x, y));
+      pen.closePath();
+      pen.lineJoin = "round";
+      pen.globalAlpha = 0.12;
+      pen.fillStyle = ink;
+      pen.fill();
+      pen.globalAlpha = 1;
+      for (const [width, stroke] of [
+        [5, DARK],
+        [2.5, ink],
+      ]) {
+        pen.lineWidth = width;
+        pen.strokeStyle = stroke;
+        pen.stroke();
+      }
+    }
+  });
+}
+
+// Of the box of a patch on the screen, with a margin.
+const cornersOf = (index) => {
+  const [x, y, w] = boxOf(index, 15);
+  const [x0, y0, x1, y1] = [x - 9, y - 9, x + w + 9, y + w + 9];
+  return [
+    [x0, y0],
+    [x1, y0],
+    [x0, y1],
+    [x1, y1],
+  ];
+};
+
+// Groups of patches of which each is near to another: their centres at most NEAR sides apart.
+const NEAR = 3;
+function gather(indices) {
+  const left = new Set(indices);
+  const groups = [];
+  for (const first of indices) {
+    if (!left.delete(first)) continue;
+    const group = [first];
+    for (const one of group)
+      for (const other of left) {
+        const [a, b] = [centre(one), centre(other)];
+        if (Math.hypot(a[0] - b[0], a[1] - b[1]) > NEAR * bag.side) continue;
+        left.delete(other);
+        group.push(other);
+      }
+    groups.push(group);
+  }
+  return groups;
+}
+
+// Convex hull of points, by Andrew's monotone chain.
+function hull(all) {
+  const sorted = [...all].sort((a, b) => a[0] - b[0] || a[1] - b[1]);
+  const half = (list) => {
+    const chain = [];
+    for (const p of list) {
+      while (chain.length > 1) {
+        const [a, b] = chain.slice(-2);
+        if ((b[0] - a[0]) * (p[1] - a[1]) - (b[1] - a[1]) * (p[0] - a[0]) > 0) break;
+        chain.pop();
+      }
+      chain.push(p);
+    }
+    return chain.slice(0, -1);
+  };
+  return [...half(sorted), ...half(sorted.reverse())];
+}
+
 function boxOf(index, least) {
   const [sx, sy] = toScreen(...centre(index));
   const half = Math.max(bag.side * view.scale, least) / 2;

@@ -75,6 +75,23 @@ function openMap() {
   drawMap();
 }
 
+// The word nearest to each patch; the commonest word first, which has the first colour.
+function openWords() {
+  const given = props.words;
+  words = null;
+  if (given && bag) {
+    const nearest = new Int32Array(bytes(given.nearest));
+    const counts = given.names.map((_, word) => nearest.filter((one) => one === word).length);
+    const order = counts.map((_, word) => word).sort((a, b) => counts[b] - counts[a]);
+    words = { names: given.names, nearest, cosine: new Float32Array(bytes(given.cosine)), counts, order };
+  }
+  const choice = $(".features select");
+  choice.querySelector("[value=word]").disabled = !words;
+  if (!words && choice.value === "word") choice.value = "focus";
+  showInspect();
+  drawMap();
+}
+
 // Patches that Python found, such as those in an imported region: {indices, where}.
 function openMembers() {
   if (bag && props.members) setMembers(props.members.indices, props.members.where);

@@ -11,7 +11,7 @@ function setMembers(indices, where) {
     if (!["patches", "map"].includes(root.dataset.tab)) showTab("patches");
     const many = `${indices.length.toLocaleString("en")} patch${indices.length === 1 ? "" : "es"}`;
     $(".members b").textContent = indices.length
-      ? `${many} in the ${where}, ${held} of them selected`
+      ? `${many} ${where.startsWith("near") ? where : `in the ${where}`}, ${held} of them selected`
       : `No patch of tissue has its centre in the ${where}`;
     const shown = [...indices].sort((a, b) => bag.rank[a] - bag.rank[b]).slice(0, CHIPS);
     $(".members .list").replaceChildren(
@@ -52,7 +52,7 @@ function indicesWhere(test) {
   const found = [];
   for (let i = 0; i < bag.n; i++) {
     const [x, y] = centre(i);
-    if (test(x, y)) found.push(i);
+    if (test(x, y, i)) found.push(i);
   }
   return found;
 }

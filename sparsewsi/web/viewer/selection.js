@@ -61,6 +61,7 @@ function describe(index) {
     `#${bag.rank[index]}`,
     focusName(index) ? `focus ${focusName(index)}` : "",
     `score ${bag.scores[index].toFixed(2)} (top ${top(bag.rank[index] / bag.n)} %)`,
+    words ? tellWord(index) : "",
     effect === undefined ? "" : effect < -0.005 ? "the answer is likelier without it" : `evidence ${times(effect)}`,
     um ? `at ${um[0]}, ${um[1]} µm` : "",
     kept.includes(index) ? "" : "left out",
@@ -69,6 +70,10 @@ function describe(index) {
     .join(" · ");
 }
 
+const tellWord = (index) =>
+  words.nearest[index] < 0
+    ? "near no word"
+    : `nearest word ${words.names[words.nearest[index]]} (${words.cosine[index].toFixed(2)})`;
 const top = (share) => (share < 0.01 ? (100 * share).toFixed(1) : Math.ceil(100 * share));
 const times = (effect) => (effect > Math.log(1000) ? "> 1000×" : `${+Math.exp(effect).toPrecision(3)}×`); // less likely without it
 function say(text) {

@@ -29,6 +29,7 @@ let kept = []; // indices of the selected patches, best score first
 let foci = []; // {name, indices, effect}: kept patches that belong together
 let focusOf = new Map(); // index -> place in foci
 let effects = new Map(); // index -> what the answer loses without the patch, in nats
+let words = null; // {names, nearest: Int32Array, cosine: Float32Array}: the word nearest to each patch, -1 for none
 let points = null; // {xy: Float32Array, rows: Int32Array, title}
 let tissue = null; // {xy: Int32Array, side, kept: Int32Array}: while the slide is analysed
 const view = { x: 0, y: 0, scale: 0, turn: 0 };
@@ -49,7 +50,7 @@ let lasso = null;
 let size = [0, 0];
 
 function forget() {
-  bag = points = tissue = ruler = null;
+  bag = points = words = tissue = ruler = null;
   kept = [];
   foci = [];
   focusOf = new Map();

@@ -108,6 +108,7 @@ function paint() {
   pen.restore();
   if (tissue && !bag) drawTissue(pen);
   if (bag) drawMembers(pen);
+  if (bag && layers.foci) drawFoci(pen);
   if (bag && layers.boxes) drawBoxes(pen);
   if (band) {
     pen.setLineDash([6, 4]);

@@ -34,6 +34,7 @@ from starlette.routing import Route
 from sparsewsi.bags.bag import Bag
 from sparsewsi.model.foci import Focus
 from sparsewsi.model.selection import Selection
+from sparsewsi.model.words import Words
 from sparsewsi.report.umap import FeatureMap
 from sparsewsi.slides.slide import Slide, open_slide
 from sparsewsi.web.jobs import Busy, Halted
@@ -57,8 +58,8 @@ SCRIPTS = (
     "address",
     "start",
 )
-PROPS = ("slide", "bag", "kept", "foci", "map", "evidence", "members", "files", "focus", "whatif", "compared", "work")
-PROPS += ("unpicked",)
+PROPS = ("slide", "bag", "kept", "foci", "map", "words", "evidence", "members", "files", "focus")
+PROPS += ("whatif", "compared", "work", "unpicked")
 TILE = 512  # px
 QUALITY = 85
 CACHE_BYTES = 64 << 20  # of JPEG tiles, all slides together
@@ -358,6 +359,17 @@ def file_props() -> list[tuple[str, str]]:
 def map_props(points: FeatureMap) -> dict[str, Any]:
     """The prop "map"."""
     return {"xy": packed(points.xy, np.float32), "rows": packed(points.rows, np.int32), "title": points.title}
+
+
+def words_props(words: Words | None) -> dict[str, Any] | None:
+    """The prop "words"; None for a model that has no words for patches."""
+    if words is None:
+        return None
+    return {
+        "names": list(words.vocabulary),
+        "nearest": packed(words.nearest, np.int32),
+        "cosine": packed(words.cosine, np.float32),
+    }
 
 
 def packed(values: Any, dtype: type) -> str:
