@@ -52,7 +52,7 @@ class SparseWSI(nn.Module):
     llm: PreTrainedModel | PeftModel
     limits: Limits = Limits()  # what it was validated on
     trained_on: novelty.Summary | None = None  # what its training features looked like, if the artefact says so
-    merged: bool = False  # whether the adapter's weights were added to the LLM's
+    merged: bool = False  # whether the adapter's weights were added to the LLM's, which then is not to be trained
     name: str = "unsaved model"  # what people are told: the last part of its folder's path, or its repository
     weights_sha256: str | None = None  # of the files it was loaded from, see artefact.weights_digest
 
@@ -218,7 +218,7 @@ class SparseWSI(nn.Module):
         """
         after = len(prompt.ids) - prompt.at
         visual, start = visual_positions(
-            indices, num_patches, prompt.at, after + reserve, self.config.position, self.max_position
+            indices.cpu(), num_patches, prompt.at, after + reserve, self.config.position, self.max_position
         )
         positions = torch.cat([torch.arange(prompt.at), visual, start + torch.arange(after)]).to(self.device)
         text = _embedding(self.llm)(prompt.ids.to(self.device))  # (T, H)
@@ -382,13 +382,13 @@ class SparseWSI(nn.Module):
     # ---- files
 
     def merge(self) -> "SparseWSI":
-        """Add the adapter to the LLM's weights, for inference alone; returns the model.
+        """Add the adapter to the LLM's weights, for inference alone; returns the model, which saves as it did.
 
         Saves the adapter's products at every token. Sums are rounded to the LLM's dtype: in float32 the logits are the
         same, in bfloat16 an option's probability may differ in the second digit. Does nothing without an adapter.
         """
-        if isinstance(self.llm, PeftModel):
-            self.llm = self.llm.merge_and_unload()
+        if isinstance(self.llm, PeftModel) and not self.merged:
+            self.llm.merge_adapter()
             self.merged = True
         return self
 
@@ -405,8 +405,6 @@ class SparseWSI(nn.Module):
         writes a minimal one. Raises ValueError if the folder holds anything that is not a model's, so that nothing else
         is ever replaced.
         """
-        if self.merged:
-            raise ValueError("the adapter of this model was merged into its LLM. Load the model again to save it.")
         artefact.save(folder, self.config, self.trained_state(), self.llm, self.trained_on, self.limits, dtype, card)
 
     @classmethod
@@ -416,13 +414,15 @@ class SparseWSI(nn.Module):
         revision: str | None = None,
         device: str | torch.device | None = None,
         llm: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
+        merge: bool | None = None,
         **llm_kwargs: Any,
     ) -> "SparseWSI":
         """Load what save_pretrained wrote, from a folder or from the Hugging Face Hub, for inference.
 
         llm: a base LLM that is loaded already, with its tokenizer; an adapter is put into it, so that no other model
-        can share it. llm_kwargs (dtype, load_in_4bit) go to load_llm. Raises ValueError that names every missing or
-        unexpected weight.
+        can share it. merge: add the adapter to the LLM's weights (see `merge`); None: on a GPU, unless the LLM was
+        passed or is in 4 bits. llm_kwargs (dtype, load_in_4bit) go to load_llm. Raises ValueError that names every
+        missing or unexpected weight.
         """
         folder = artefact.find(folder_or_repo, revision)
         config = artefact.load_config(folder)
@@ -435,6 +435,9 @@ class SparseWSI(nn.Module):
         model.llm = artefact.load_adapter(folder, base)
         model.trained_on, model.limits = novelty.load(folder), limits.load(folder)
         model.name, model.weights_sha256 = name_model(folder_or_repo), artefact.weights_digest(folder)
+        whole = llm is None and not getattr(base, "is_quantized", False)
+        if (whole and model.device.type == "cuda") if merge is None else merge:  # not yet run on a GPU
+            model.merge()
         return model.eval()
 
     def push_to_hub(

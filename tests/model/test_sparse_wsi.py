@@ -391,12 +391,20 @@ def test_a_merged_adapter_answers_as_it_did_beside_the_weights(make_model: MakeM
     plain = make_model().option_probs(selection, "Which tissue?", OPTIONS)
     text, probs = text_of(model, selection), model.option_probs(selection, "Which tissue?", OPTIONS)
     assert not torch.allclose(probs, plain, atol=1e-3)
-    assert not any("lora_" in name for name, _ in model.merge().named_parameters())
+    model.save_pretrained(tmp_path / "beside")
+    base = model.llm.get_base_model().model.layers[0].self_attn.q_proj.weight.clone()  # type: ignore[operator, union-attr]
+    assert model.merge().merge().merged  # once, however often it is said
+    assert not torch.equal(base, model.llm.get_base_model().model.layers[0].self_attn.q_proj.weight)  # type: ignore[operator, union-attr]
     torch.testing.assert_close(model.option_probs(selection, "Which tissue?", OPTIONS), probs, rtol=0, atol=1e-5)
     assert text_of(model, selection) == text
-    with pytest.raises(ValueError, match="was merged into its LLM"):
-        model.save_pretrained(tmp_path / "model")
-    make_model().merge().save_pretrained(tmp_path / "model")  # nothing was merged
+    model.save_pretrained(tmp_path / "merged")
+    files = [path.relative_to(tmp_path / "beside") for path in (tmp_path / "beside").rglob("*") if path.is_file()]
+    assert all((tmp_path / "merged" / file).read_bytes() == (tmp_path / "beside" / file).read_bytes() for file in files)
+    loaded = SparseWSI.from_pretrained(tmp_path / "merged", merge=True, dtype=torch.float32)
+    assert loaded.merged
+    assert not SparseWSI.from_pretrained(tmp_path / "merged", dtype=torch.float32, device="cpu").merged  # no GPU
+    torch.testing.assert_close(loaded.option_probs(selection, "Which tissue?", OPTIONS), probs, rtol=0, atol=1e-5)
+    assert not make_model().merge().merged  # there is nothing to merge
 
 
 def test_a_static_cache_gives_the_same_text(model: SparseWSI) -> None:
