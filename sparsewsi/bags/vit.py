@@ -1,5 +1,6 @@
 """Pathology ViTs, by name, and any other vision model of transformers: weights from the Hugging Face hub."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,9 @@ class HubViT:
     parameters: of the network that is built
     statistics: mean and std per channel, of pixels scaled to [0, 1]
     pool: "token" the class token; "token+mean" it and the mean of the patch tokens (Virchow2); "attention" the
-          attentional pooler of CONCH's vision tower, before the projection into its text space, not normalised; "head"
-          the class token in the space that KEEP shares with words, of length 1
+          attentional pooler of CONCH's vision tower, before the projection into its text space, not normalised;
+          "plain attention" that of CONCH v1.5, without biases; "head" the class token in the space that KEEP shares
+          with words, of length 1
     weights: prefixes of the file's weights, and ours for them; `others` are prefixes of towers that are not built
     """
 
@@ -80,11 +82,11 @@ HUB_VITS = {
         dim=768,
         licence=_NON_COMMERCIAL,
         size=448,
-        pool="attention",
+        pool="plain attention",
         file="pytorch_model_vision.bin",
         weights=tuple((part, part) for part in _CONCH_PARTS),
         others=_CONCH_OTHERS,
-        parameters=306_714_368,
+        parameters=306_711_296,
     ),
     "uni": HubViT(
         "MahmoodLab/UNI",
@@ -174,6 +176,27 @@ class AttentionPool(nn.Module):
         return self.attn(query, context, context, need_weights=False)[0][:, 0]  # (b, dim)
 
 
+class PlainAttentionPool(nn.Module):
+    """AttentionPool without biases. Names are those of CONCH v1.5's weights."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int = 8):
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Parameter(torch.zeros(1, dim))
+        self.ln_q = nn.LayerNorm(dim)
+        self.ln_k = nn.LayerNorm(context_dim)
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_kv = nn.Linear(context_dim, 2 * dim, bias=False)
+        self.to_out = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        keys, values = self.to_kv(self.ln_k(tokens)).chunk(2, dim=-1)  # (b, T, dim)
+        query = self.to_q(self.ln_q(self.query)).expand(len(tokens), -1, -1)
+        heads = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, keys, values))
+        seen = nn.functional.scaled_dot_product_attention(*heads)  # (b, heads, 1, dim / heads)
+        return self.to_out(seen.transpose(1, 2).flatten(2))[:, 0]  # (b, dim)
+
+
 class ViT(nn.Module):
     """A timm ViT (trunk) and the way its tokens become one vector."""
 
@@ -181,15 +204,16 @@ class ViT(nn.Module):
         super().__init__()
         self.trunk: Any = trunk
         self.pool = pool
-        if pool == "attention":
-            self.attn_pool_contrast = AttentionPool(dim, self.trunk.embed_dim)
+        if pool in ("attention", "plain attention"):
+            kind = AttentionPool if pool == "attention" else PlainAttentionPool
+            self.attn_pool_contrast = kind(dim, self.trunk.embed_dim)
             self.ln_contrast = nn.LayerNorm(dim)
         elif pool == "head":
             self.head = nn.Sequential(nn.Linear(self.trunk.embed_dim, dim), nn.GELU(), nn.Linear(dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.trunk.forward_features(x)  # (b, 1 + registers + patches, embed_dim)
-        if self.pool == "attention":
+        if self.pool in ("attention", "plain attention"):
             return self.ln_contrast(self.attn_pool_contrast(tokens))
         if self.pool == "head":
             return nn.functional.normalize(self.head(tokens[:, 0]), dim=-1)
@@ -229,6 +253,18 @@ def rename_weights(stored: Mapping[str, Tensor], spec: HubViT) -> dict[str, Tens
     return named
 
 
+def stretch_positions(stored: Tensor, wanted: int) -> Tensor:
+    """Positions (1, 1 + n, D) of a class token and a square of n patches, stretched to (1, wanted, D).
+
+    CONCH v1.5's weights hold those of 224 px; its own code stretches them for every picture of 448 px, bicubically and
+    by a tenth of a patch more than it should, which is part of what was trained.
+    """
+    side, goal = math.isqrt(stored.shape[1] - 1), math.isqrt(wanted - 1)
+    square = stored[:, 1:].float().unflatten(1, (side, side)).movedim(-1, 1)  # (1, D, side, side)
+    square = nn.functional.interpolate(square, scale_factor=(goal + 0.1) / side, mode="bicubic")
+    return torch.cat([stored[:, :1].float(), square.flatten(2).mT], 1)
+
+
 def load_hub_vit(name: str, device: torch.device) -> PatchEncoder:
     spec = HUB_VITS[name]
     model = build_vit(name, spec)
@@ -238,6 +274,9 @@ def load_hub_vit(name: str, device: torch.device) -> PatchEncoder:
     except Exception as error:  # torch raises half a dozen types for a file that is not tensors alone
         raise ValueError(f"The weights of {name} cannot be read ({error}). Delete {path} and try again.") from error
     stored = rename_weights(stored, spec)
+    positions = stored.get("trunk.pos_embed")
+    if name == "conch_v15" and positions is not None and positions.shape != model.trunk.pos_embed.shape:
+        stored["trunk.pos_embed"] = stretch_positions(positions, model.trunk.pos_embed.shape[1])
     try:
         model.load_state_dict(stored, strict=True)
     except RuntimeError as error:

@@ -188,3 +188,38 @@ def test_hub_weights_are_never_unpickled(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="cannot be read"):
         load_encoder("uni", device="cpu")
     assert not (tmp_path / "exploded").exists()
+
+
+def test_conch_v15s_pooler_is_attention_without_biases_under_its_own_names():
+    """The published names; the forward pass is written out, head by head."""
+    torch.manual_seed(0)
+    pool = vit.PlainAttentionPool(16, 24, heads=4)
+    torch.nn.init.normal_(pool.query)
+    shapes = {name: tuple(value.shape) for name, value in pool.state_dict().items()}
+    assert shapes == {
+        "query": (1, 16), "ln_q.weight": (16,), "ln_q.bias": (16,), "ln_k.weight": (24,), "ln_k.bias": (24,),
+        "to_q.weight": (16, 16), "to_kv.weight": (32, 24), "to_out.weight": (16, 16),
+    }  # fmt: skip
+    tokens = torch.randn(3, 7, 24)
+    context = torch.nn.functional.layer_norm(tokens, (24,))
+    query = pool.to_q.weight @ torch.nn.functional.layer_norm(pool.query[0], (16,))
+    keys, values = context @ pool.to_kv.weight[:16].T, context @ pool.to_kv.weight[16:].T
+    heads = []
+    for start in range(0, 16, 4):
+        part = slice(start, start + 4)
+        weight = (keys[..., part] @ query[part] / 2).softmax(-1)  # sqrt(4)
+        heads.append((weight[..., None] * values[..., part]).sum(1))
+    torch.testing.assert_close(pool(tokens), torch.cat(heads, -1) @ pool.to_out.weight.T, rtol=1e-5, atol=1e-5)
+
+
+def test_positions_of_a_small_picture_are_stretched_over_a_larger_one():
+    x = torch.arange(14.0)
+    square = torch.stack(torch.meshgrid(x, x, indexing="ij"), -1).view(1, -1, 2)
+    stored = torch.cat([torch.full((1, 1, 2), 9.0), square], 1)
+    found = vit.stretch_positions(stored, 28 * 28 + 1)
+    assert found.shape == (1, 785, 2)
+    assert found[0, 0].tolist() == [9.0, 9.0]
+    rows = found[0, 1:].view(28, 28, 2)
+    torch.testing.assert_close(rows[..., 0], rows[..., 1].T)  # rows stay rows
+    inner = rows[4:24, 0, 0]
+    torch.testing.assert_close(inner, (torch.arange(4.0, 24.0) + 0.5) * 14 / 28.1 - 0.5, rtol=0, atol=0.1)
