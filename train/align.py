@@ -68,12 +68,12 @@ class Alignment:
                 rows = sources[int(generator.integers(len(sources)))]
                 features.append(bank.features[int(generator.choice(rows))])
                 kinds.append(self.kinds.index(str(kind)))
-        target = torch.tensor(kinds, device=self.model.device)
+        target = self.place(torch.tensor(kinds))
         cosine = self.see(torch.stack(features)) @ table.T  # (B, C)
         own = cosine.gather(1, target[:, None])[:, 0]
         # Two kinds may share a word: neither is then wrong for the other.
-        wrong = (table @ table.T < 0.99)[target]
-        away = F.softplus(SHARPNESS * (cosine - 0.4))[wrong].mean()
+        wrong = (table @ table.T < 0.99)[target].float()
+        away = (F.softplus(SHARPNESS * (cosine - 0.4)) * wrong).sum() / wrong.sum()
         loss = (1 - own).mean() + 0.3 * F.cross_entropy(SHARPNESS * cosine, target) + away
         return loss if self.real is None else loss + SLIDES * self.slide_loss(generator)
 
@@ -90,19 +90,23 @@ class Alignment:
         for kind, (high, low) in POLES.items():
             told = [number for number, slide in enumerate(slides) if slide.facts[kind]]
             if told:
-                answer = torch.tensor([float(slides[i].facts[kind] == "Yes") for i in told], device=seen.device)
-                leaning = SHARPNESS * (seen[told] @ (self.words[high] - self.words[low]))
+                answer = self.place(torch.tensor([float(slides[i].facts[kind] == "Yes") for i in told]))
+                leaning = SHARPNESS * (seen[self.place(torch.tensor(told))] @ (self.words[high] - self.words[low]))
                 loss = loss + F.binary_cross_entropy_with_logits(leaning, answer)
         told = [number for number, slide in enumerate(slides) if slide.facts["organ"]]
         if told:
             organs = torch.stack([self.words[organ] for organ in self.organs])
-            answer = torch.tensor([self.organs.index(slides[i].facts["organ"]) for i in told], device=seen.device)
-            loss = loss + F.cross_entropy(SHARPNESS * seen[told] @ organs.T, answer)
+            answer = self.place(torch.tensor([self.organs.index(slides[i].facts["organ"]) for i in told]))
+            loss = loss + F.cross_entropy(SHARPNESS * seen[self.place(torch.tensor(told))] @ organs.T, answer)
         return loss
+
+    def place(self, values: Tensor) -> Tensor:
+        """Values on the model's device, for which nothing waits."""
+        return values.to(self.model.device, non_blocking=True)
 
     def see(self, features: Tensor) -> Tensor:
         """Directions (n, H) of patches (n, D) after encoder and projector, with dropout and noise on the way."""
-        features = features.to(self.model.device, torch.float32)
+        features = self.place(features).float()
         mean = features.mean(0)
         x = self.model.slide_encoder(mean + F.dropout(features - mean, DROPOUT))
         return F.normalize(self.model.projector(x + NOISE * torch.randn_like(x)), dim=-1)

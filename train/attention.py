@@ -2,7 +2,7 @@
 
 With a dense mask SDPA cannot take its flash kernel, and the mask has L x L entries. A BlockMask tells which blocks of
 keys a block of queries sees, so that what no question sees of another is not computed. Without gaps between what is
-seen (one question, one bag) SDPA needs no mask and stays the faster one.
+seen (one question, one bag) SDPA needs no mask and stays the faster one; `causal` says so without a look at the GPU.
 
 L = length of the packed sequence.
 """
@@ -10,6 +10,7 @@ L = length of the packed sequence.
 import importlib.util
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface
@@ -23,11 +24,21 @@ NAME = "sdpa_or_flex"
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **given: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """FlexAttention where the mask is a BlockMask, else SDPA, as transformers calls either."""
+    """FlexAttention where the mask is a BlockMask, SDPA's own causal mask where it is `causal`, else SDPA with it."""
     # Not yet run on a GPU: the CPU is given a dense mask, but for the test of equal logits.
     if isinstance(attention_mask, BlockMask):
         return flex_attention_forward(module, query, key, value, attention_mask, **given)
+    if attention_mask is not None and not attention_mask.numel():
+        attention_mask = None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **given)
+
+
+def causal(device: torch.device) -> Tensor:
+    """The mask that says to `attend`: all see what lies before them. Nothing is in it.
+
+    Of a mask of ones transformers asks whether it is one, and waits for the GPU; one with four axes it hands on.
+    """
+    return torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
 
 
 def take_blocks(llm: nn.Module) -> bool:

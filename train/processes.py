@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from train.sharding import is_sharded
 
@@ -32,14 +32,11 @@ def choose_device(environment: Mapping[str, str], gpus: int) -> tuple[str, torch
     return "nccl", torch.device("cuda", local)  # not yet run on a GPU
 
 
-def sum_over_processes(*values: float) -> list[float]:
-    """Sums of numbers over all processes."""
-    if not dist.is_initialized():
-        return list(values)
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Sums of values over all processes; nothing waits for the device that they lie on."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
 
 
 def share_weights(stage: nn.Module) -> None:

@@ -15,7 +15,8 @@ accumulation. --fsdp shards an LLM that does not fit (train/sharding.py).
 metrics.jsonl gets a line for each step: loss, tau, K and N of the first process's first bag, answer tokens, tokens the
 LLM saw and tokens a second over all processes, gradient norm, whether the step was skipped because it was not finite,
 seconds, peak memory of the first process (GB; of the GPU where there is one), and every tenth step and at the end
-hardness and needle recall. --trackio PROJECT shows the same in trackio.
+hardness and needle recall. On a GPU lines come ten at a time, as every look at it makes it wait. --trackio PROJECT
+shows the same in trackio.
 """
 
 import importlib.util
@@ -57,6 +58,7 @@ from train.sharding import clip_gradients, shard
 from train.sparselearn import SparseLearn
 from train.stage import (
     Keep,
+    Metrics,
     StageModule,
     build,
     choose_sparsity,
@@ -65,10 +67,13 @@ from train.stage import (
     learning_rate,
     make_optimizer,
     probe,
+    step_if,
     train_step,
 )
 
+LOOK_EVERY = 10  # steps: how often hardness is measured, and a GPU is asked for metrics
 MOST_SKIPPED = 3  # steps one after another without a finite loss and gradient
+COUNTS = ("answer_tokens", "tokens", "skipped")
 HARD_ENOUGH = 0.95
 TEXT_ROOM = 512  # tokens of prompt, question and answer
 
@@ -255,29 +260,35 @@ def train(config: TrainConfig, sparselearn_class: type[SparseLearn] = SparseLear
     bar = tqdm(steps, initial=done, total=config.steps, desc=f"stage {config.stage}", disable=rank() > 0 or None)
     held = hold(out) if rank() == 0 else nullcontext()
     with held, record_metrics(config, done) as record, closing(read_ahead(load_examples, steps, most=2)) as loaded:
-        start, skipped, metrics = time.perf_counter(), 0, {}
+        start, skipped, taken, hard = time.perf_counter(), 0, [], {}
         for step, examples in zip(bar, loaded):
-            metrics = take_step(stage, optimizer, examples, config, step, keep)
-            skipped = skipped + 1 if metrics["skipped"] else 0
-            if skipped > MOST_SKIPPED:
-                state = f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']}"
-                begin = latest(out) or "the start"
-                raise ValueError(
-                    f"{skipped} steps one after another were skipped, as step {step} has {state}. Lower --lr and run "
-                    f"the command again: it goes on from {begin}."
-                )
-            seconds = time.perf_counter() - start
-            metrics |= {"step": step, "seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds}
-            metrics["peak_memory_gb"] = peak_memory(stage.model.device)
-            if step % 10 == 0 or step + 1 == config.steps:
-                metrics |= probe(stage, examples[0], config, step)
-            record(metrics)
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+            taken.append({"step": step} | take_step(stage, optimizer, examples, config, step, keep))
+            saved = (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps
+            look = step % LOOK_EVERY == 0 or step + 1 == config.steps
+            if not look and not saved and stage.model.device.type == "cuda":
+                continue
+            found, taken = read_metrics(taken), []
+            seconds = (time.perf_counter() - start) / len(found)
+            if look:
+                hard = probe(stage, examples[0], config, step)
+                found[-1] |= hard
+            for metrics in found:
+                skipped = skipped + 1 if metrics["skipped"] else 0
+                if skipped > MOST_SKIPPED:
+                    state = f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']}"
+                    begin = latest(out) or "the start"
+                    raise ValueError(
+                        f"{skipped} steps one after another were skipped, as step {metrics['step']} has {state}. Lower "
+                        f"--lr and run the command again: it goes on from {begin}."
+                    )
+                speed = {"seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds}
+                record(metrics | speed | {"peak_memory_gb": peak_memory(stage.model.device)})
+            if saved:
                 ended = Ended(config.kernel, config.gate, config.denoiser, choose_sparsity(config, step, 1)[0])
                 save_state(out, step + 1, stage.model, stage.sparselearn, optimizer, ended, config.keep)
             start = time.perf_counter()
-    if rank() == 0 and metrics:
-        print(describe_end(config, metrics["hardness"]))
+    if rank() == 0 and hard:
+        print(describe_end(config, hard["hardness"]))
     if dist.is_initialized():
         dist.barrier()
     last = latest(out)
@@ -299,8 +310,11 @@ def take_step(
     config: TrainConfig,
     step: int,
     keep: Keep | None,
-) -> dict[str, float]:
-    """One step of the optimizer; returns its metrics. A step whose loss or gradient is not finite changes nothing."""
+) -> Metrics:
+    """One step of the optimizer; returns its metrics. A step whose loss or gradient is not finite changes nothing.
+
+    Nothing in it waits for a GPU, but for a sharded LLM's one question whether all was finite.
+    """
     # Dropout, if any: the same after a resume, another on every process.
     torch.manual_seed((config.seed * 1_000_003 + step) * world_size() + rank())
     for group in optimizer.param_groups:
@@ -308,12 +322,23 @@ def take_step(
     metrics = train_step(stage, examples, config, step, keep)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     clip = clip_gradients if config.fsdp else nn.utils.clip_grad_norm_
-    norm = float(clip(parameters, config.clip))
-    fine = math.isfinite(norm) and math.isfinite(metrics["loss"])  # the same on all processes
-    if fine:
-        optimizer.step()
+    norm, loss = clip(parameters, config.clip), metrics["loss"]
+    assert isinstance(loss, torch.Tensor)
+    fine = norm.isfinite() & loss.isfinite()  # the same on all processes
+    step_if(fine, optimizer)
     optimizer.zero_grad()
-    return metrics | {"grad_norm": norm, "skipped": int(not fine)}
+    return metrics | {"grad_norm": norm, "skipped": ~fine}
+
+
+def read_metrics(taken: Sequence[Metrics]) -> list[dict[str, float]]:
+    """The metrics of steps as numbers, counts whole; what lies on a device comes from it in one message."""
+    tensors = [value.double() for step in taken for value in step.values() if isinstance(value, torch.Tensor)]
+    values = iter(torch.stack(tensors).tolist() if tensors else ())
+    found: list[dict[str, float]] = []
+    for step in taken:
+        found.append({name: next(values) if isinstance(value, torch.Tensor) else value for name, value in step.items()})
+        found[-1].update({name: int(found[-1][name]) for name in COUNTS})
+    return found
 
 
 def describe_end(config: TrainConfig, hardness: float) -> str:

@@ -74,16 +74,16 @@ def whole(value: Any) -> Any:
     return value.full_tensor().cpu() if isinstance(value, DTensor) else value
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> float:
+def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
     """nn.utils.clip_grad_norm_ for parameters some of which are sharded; returns the norm before clipping."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     squares = torch.zeros(2, device=gradients[0].device)  # of the whole ones, of the shards here
     for gradient in gradients:
         squares[int(is_sharded(gradient))] += here(gradient).float().square().sum()
     dist.all_reduce(squares[1:])
-    norm = float(squares.sum().sqrt())
+    norm = squares.sum().sqrt()
     for gradient in gradients:
-        here(gradient).mul_(min(1.0, most / (norm + 1e-6)))
+        here(gradient).mul_((most / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.llm import default_device, default_dtype, load_llm
-from sparsewsi.model.selector import hard_topk, mmr
+from sparsewsi.model.selector import hard_topk, pick_diverse
 from sparsewsi.model.sparse_wsi import SparseWSI
 from train.align import Alignment
 from train.attention import take_blocks
@@ -35,6 +35,7 @@ from train.sparselearn import SparseLearn, hardness, k_at, soft_topk, tau_at, zs
 CHECKPOINT_ABOVE = 2048  # tokens of a pass
 LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Keep = Callable[[SparseWSI, Example], Example]  # the example with the patches that are kept
+Metrics = dict[str, float | Tensor]  # tensors of no axes, on the device
 
 
 class StageModule(nn.Module):
@@ -173,11 +174,18 @@ def parameter_groups(stage: StageModule, config: TrainConfig) -> list[dict]:
 
 
 def make_optimizer(stage: StageModule, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW: fused on a GPU; one parameter after another where sharded ones lie beside whole ones."""
-    # Not yet run on a GPU.
-    fused = True if stage.model.device.type == "cuda" and not config.fsdp else None
-    foreach = False if config.fsdp else None
-    return torch.optim.AdamW(parameter_groups(stage, config), betas=(0.9, 0.98), fused=fused, foreach=foreach)
+    """AdamW: fused, or one parameter after another where sharded ones lie beside whole ones."""
+    how = {"foreach": False} if config.fsdp else {"fused": True}  # not yet run on a GPU
+    return torch.optim.AdamW(parameter_groups(stage, config), betas=(0.9, 0.98), **how)
+
+
+def step_if(fine: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Take the optimizer's step, or change nothing. A fused one does not wait for the device that `fine` lies on."""
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf = (~fine).float()  # type: ignore[attr-defined]  # what torch.amp.GradScaler tells it
+        optimizer.step()
+    elif fine:
+        optimizer.step()
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -201,12 +209,12 @@ def choose_sparsity(config: TrainConfig, step: int, n: int) -> tuple[float, floa
 
 def train_step(
     stage: StageModule, examples: list[Example], config: TrainConfig, step: int, keep: Keep | None = None
-) -> dict[str, float]:
+) -> Metrics:
     """Accumulate the gradient of one step; the loss is normalised over all answer tokens of all processes.
 
     examples: this process's bags. keep: what a hard step keeps of them, keep_selected unless given. The noise of a bag
-    is seeded by its number among all bags of the step. Nothing waits for the GPU until its last line, but for the
-    scores of hard steps.
+    is seeded by its number among all bags of the step. Nothing waits for the GPU: what only it knows of the metrics
+    stays there.
     """
     model = stage.model
     if config.is_hard(step):
@@ -215,9 +223,8 @@ def train_step(
     packed = [
         pack(model.tokenizer, example, settings.position, model.max_position, config.targets) for example in examples
     ]
-    total, tokens = sum_over_processes(
-        sum(len(part.targets) for part in packed), sum(len(part.order) for part in packed)
-    )
+    counts = torch.tensor([sum(len(part.targets) for part in packed), sum(len(part.order) for part in packed)])
+    total, tokens = sum_over_processes(counts.to(model.device, non_blocking=True)).unbind()
     loss = torch.zeros((), dtype=torch.float64, device=model.device)
     n = len(examples[0].indices)
     tau, k = choose_sparsity(config, step, n)
@@ -238,7 +245,7 @@ def train_step(
         (extra / world_size()).backward()
     sum_gradients(stage)
     return {
-        "loss": sum_over_processes(float(loss))[0],
+        "loss": sum_over_processes(loss),
         "tau": tau,
         "k": k or n,
         "n": n,
@@ -268,10 +275,11 @@ def checkpoint_activations(llm: nn.Module, tokens: int) -> None:
 
 @torch.no_grad()
 def keep_selected(model: SparseWSI, example: Example) -> Example:
-    """The example with the patches that inference would keep."""
-    x = model.encode(example.features)
-    scores = model.score(x).cpu()  # where features and indices are
-    return example.keep(mmr(scores, example.features, model.config.num_tokens, model.config.diversity))
+    """The example, on the model's device, with the patches that inference would keep."""
+    features = example.features.to(model.device, non_blocking=True)
+    scores = model.score(model.encode(features))
+    rows = pick_diverse(scores, features, model.config.num_tokens, model.config.diversity)
+    return replace(example, features=features).keep(rows)
 
 
 @torch.no_grad()

@@ -91,7 +91,7 @@ def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 def visual_positions(
     indices: Tensor, num_patches: int, at: int, text_len: int, mode: str, max_position: int | None
 ) -> tuple[Tensor, int]:
-    """Position ids of the visual tokens, (K,) int64, and the first position of the text after them.
+    """Position ids of the visual tokens, (K,) int64 on indices' device, and the first position of the text after them.
 
     indices: (K,) ascending places among the slide's num_patches. at: text tokens before them. text_len: text tokens
     after them, with those still to be generated. max_position: positions the LLM was trained for; None: no end.
@@ -102,11 +102,11 @@ def visual_positions(
     "compact" where all patches are shown, for comparison.
     """
     assert mode in ("original", "scaled", "compact"), mode
-    indices = indices.to("cpu", torch.int64)
+    indices = indices.long()
     room = num_patches if max_position is None else max_position - at - text_len
     if mode == "compact":
         beyond = len(indices) == num_patches and room > 0
-        indices, num_patches = torch.arange(len(indices)), len(indices)
+        indices, num_patches = torch.arange(len(indices), device=indices.device), len(indices)
     else:
         beyond = mode == "original"
     if beyond or num_patches <= room:

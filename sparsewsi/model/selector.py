@@ -101,8 +101,8 @@ def describe_slide(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     n, total, squares = 0, torch.zeros(()), torch.zeros(())
     for part in parts:
         n += part.shape[-2]
-        total = total.to(part.device) + part.double().sum(-2, keepdim=True)
-        squares = squares.to(part.device) + part.double().square().sum(-2, keepdim=True)
+        total = total + part.double().sum(-2, keepdim=True)
+        squares = squares + part.double().square().sum(-2, keepdim=True)
     mean = total / max(1, n)
     variance = (squares / max(1, n) - mean.square()).clamp(min=0)
     return mean.float(), (variance + SPREAD**2).sqrt().float()
@@ -113,12 +113,21 @@ def hard_topk(scores: Tensor, k: int) -> Tensor:
 
     scores: (N,). Of equal scores the lower index is kept. Raises ValueError for NaN, k < 1, more than one axis.
     """
+    _check_scores(scores, k)
+    return pick_highest(scores, k)
+
+
+def _check_scores(scores: Tensor, k: int) -> None:
     if scores.ndim != 1:
         raise ValueError(f"scores must have one axis (N,), got {tuple(scores.shape)}.")
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}.")
     if torch.isnan(scores).any():
         raise ValueError(f"{int(torch.isnan(scores).sum())} of {len(scores)} scores are NaN. Check the features.")
+
+
+def pick_highest(scores: Tensor, k: int) -> Tensor:
+    """hard_topk of scores that nobody has looked at: training must not wait for a GPU to tell whether one is NaN."""
     # torch.topk promises nothing about ties; a stable sort does.
     return scores.sort(descending=True, stable=True).indices[:k].sort().values
 
@@ -130,21 +139,29 @@ def mmr(scores: Tensor, features: Tensor, k: int, weight: float) -> Tensor:
     (Carbonell and Goldstein, SIGIR 1998), of features (N, D) less their mean over the slide. weight 0 is hard_topk.
     Cost O(N K D). Returns (min(k, N),) ascending; ties go to the lower index.
     """
+    _check_scores(scores, k)
+    return pick_diverse(scores, features, k, weight)
+
+
+def pick_diverse(scores: Tensor, features: Tensor, k: int, weight: float) -> Tensor:
+    """mmr of scores that nobody has looked at, on the device of scores and features; see pick_highest."""
     if weight == 0 or k >= len(scores):
-        return hard_topk(scores, k)
-    hard_topk(scores, k)  # for its errors
+        return pick_highest(scores, k)
     z = (scores.double() - scores.double().mean()) / scores.double().std().clamp(min=1e-9)
     mean, _ = describe_slide(features.split(ROWS))  # (1, D)
     closest = torch.full_like(z, -1.0)  # largest cosine to a kept patch
-    kept: list[int] = []
+    place = torch.arange(len(z), device=z.device)
+    kept: list[Tensor] = []
     for _ in range(k):
         value = z - weight * closest
-        value[kept] = -torch.inf
-        kept.append(int((value == value.max()).nonzero()[0]))  # of equal ones the first, which argmax does not promise
-        centre = F.normalize(features[kept[-1]].float() - mean[0], dim=0)
+        if kept:
+            value.index_fill_(0, torch.cat(kept), -torch.inf)
+        # Of equal ones the first, which argmax does not promise.
+        kept.append(torch.where(value == value.max(), place, len(z) - 1).amin(0, keepdim=True))
+        centre = F.normalize(features.index_select(0, kept[-1])[0].float() - mean[0], dim=0)
         cosine = [F.normalize(part.float() - mean, dim=1) @ centre for part in features.split(ROWS)]
         closest = torch.maximum(closest, torch.cat(cosine).double())
-    return torch.tensor(kept).sort().values
+    return torch.cat(kept).sort().values
 
 
 def random(features: Tensor, coords: Tensor, k: int, seed: int = 0) -> Tensor:

@@ -87,12 +87,15 @@ def test_a_single_question_needs_no_dense_mask(settings: TrainConfig, monkeypatc
         return real(*arguments, **keywords)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    monkeypatch.setattr(
-        "train.data.packing.attention_mask", lambda packed, device, *_: attention_mask(packed, device, True)
-    )
-    torch.testing.assert_close(answer_logits(model, visual, one), dense, rtol=1e-4, atol=1e-4)
-    assert asked
-    assert all(mask is None and causal for mask, causal in asked)
+    for blocks in (False, True):  # a mask of ones, and the word that it is causal
+        asked.clear()
+        monkeypatch.setattr(
+            "train.data.packing.attention_mask",
+            lambda packed, device, *_, blocks=blocks: attention_mask(packed, device, True, blocks),
+        )
+        torch.testing.assert_close(answer_logits(model, visual, one), dense, rtol=1e-4, atol=1e-4)
+        assert asked
+        assert all(mask is None and causal for mask, causal in asked)
 
 
 def test_blocks_give_the_logits_of_the_dense_mask(settings: TrainConfig) -> None:
@@ -223,7 +226,7 @@ def test_the_last_steps_see_what_inference_keeps(settings: TrainConfig, bank_fil
     assert short.rows is not None
     assert torch.equal(short.rows, selection.indices)
     assert torch.equal(short.indices, example.indices[selection.indices])
-    assert short.kinds == tuple(example.kinds[i] for i in selection.indices)
+    assert short.kinds == example.kinds  # of all patches, as nothing of a step is read
     stage = StageModule(model, sparselearn)
     assert train_step(stage, [example], config, step=7)["n"] == config.num_tokens
     assert all(p.grad is None for p in model.scorer.parameters())

@@ -37,10 +37,9 @@ class Example:
     indices: Tensor  # (N,) or (K,) ascending: places, among all num_patches of the slide, of the patches the LLM sees
     num_patches: int
     questions: tuple[Question, ...]
-    kinds: tuple[str, ...] = ()  # ground truth of these patches, where known
+    kinds: tuple[str, ...] = ()  # ground truth of all N patches, where known
     rows: Tensor | None = None  # (K,) of features, the patches the LLM sees; None: all N
 
     def keep(self, rows: Tensor) -> "Example":
         """The example with K of its patches for the LLM; the slide encoder still sees all N, as at inference."""
-        kinds = tuple(self.kinds[i] for i in rows.tolist()) if self.kinds else ()
-        return replace(self, indices=self.indices[rows], kinds=kinds, rows=rows)
+        return replace(self, indices=self.indices.to(rows.device, non_blocking=True)[rows], rows=rows)

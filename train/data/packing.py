@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsewsi.model.prompt import build_prompt, end_of_turn, text_ids, visual_positions
 from sparsewsi.model.sparse_wsi import SparseWSI
-from train.attention import block_mask, takes_blocks
+from train.attention import block_mask, causal, takes_blocks
 from train.data.example import Example, Question
 
 
@@ -102,11 +102,10 @@ def lay_out(prefix: Tensor, visual: Tensor, start: int, segments: Sequence[Tenso
         keep.append(torch.arange(begin - length - 1, begin - 1))
         targets.append(segment[-length:])
     text = torch.cat([prefix, *segments])
+    placed = torch.cat([each.to(visual.device, non_blocking=True) for each in positions])
     order = torch.cat([torch.arange(at), len(text) + torch.arange(n), torch.arange(at, len(text))])
     asked = torch.cat(owner)  # (L,)
-    return Packed(
-        text, order, torch.cat(positions), torch.zeros_like(asked), asked, torch.cat(keep), torch.cat(targets)
-    )
+    return Packed(text, order, placed, torch.zeros_like(asked), asked, torch.cat(keep), torch.cat(targets))
 
 
 def join(parts: Sequence[Packed]) -> Packed:
@@ -148,15 +147,16 @@ def passes(packed: Sequence[Packed], most: int) -> list[list[int]]:
 
 
 def attention_mask(packed: Packed, device: torch.device, plain: bool, blocks: bool = False) -> Tensor | BlockMask:
-    """The mask as transformers takes it: (1, 1, L, L) bool, or (1, L) of ones, or a BlockMask.
+    """The mask as transformers takes it: (1, 1, L, L) bool, a BlockMask, or no more than a word that it is causal.
 
-    plain: use the second form where the sequence is causal. transformers then passes no mask but is_causal to SDPA,
-    which alone lets it take the flash kernel and grouped keys; a dense mask forbids both. Not on the CPU, where there
-    is nothing to gain and sums would come out in another order. No mask at all would be wrong: position ids that jump
-    are then read as several sequences. blocks: use the third form elsewhere, for an LLM that takes it.
+    plain: use the last form where that is so. SDPA is then told is_causal and given no mask, which alone lets it take
+    the flash kernel and grouped keys; a dense mask forbids both. Not on the CPU, where there is nothing to gain and
+    sums would come out in another order. blocks: for an LLM that `attend` serves: a BlockMask in place of a dense mask,
+    and `causal` in place of (1, L) ones. No mask at all would be wrong: position ids that jump are then read as several
+    sequences.
     """
     if plain and packed.is_causal:  # not yet run on a GPU
-        return torch.ones(1, len(packed.order), dtype=torch.long, device=device)
+        return causal(device) if blocks else torch.ones(1, len(packed.order), dtype=torch.long, device=device)
     bag, question = packed.bag.to(device, non_blocking=True), packed.question.to(device, non_blocking=True)
     return block_mask(bag, question) if blocks else visible(bag, question)[None, None]
 
