@@ -38,7 +38,9 @@ class Selection:
         return self.ranks.argsort()
 
     def without(self, ranks: Sequence[int]) -> "Selection":
-        """The selection less the patches of these ranks. Raises ValueError if none is left."""
+        """The selection less the patches of these ranks. Raises ValueError for others, and if none is left."""
+        if unknown := sorted(set(ranks) - set(self.ranks.tolist())):
+            raise ValueError(f"#{unknown[0]} is not among the patches that are kept.")
         keep = ~torch.isin(self.ranks, torch.tensor(list(ranks), dtype=torch.int64))
         if not keep.any():
             raise ValueError("no patch would be left to answer from. Keep at least one.")

@@ -65,6 +65,7 @@ class PictureReader:
     likelihoods:     whether `score` works: without it nothing can be measured, and options have no probabilities
     exact:           its log-likelihoods are float32 throughout
     tokens:          how many the last answer took and had, once it is whole; None where nobody counts
+    request:         how many pictures and bytes the last request sent to another program; None where nothing was sent
     """
 
     name: str
@@ -74,6 +75,7 @@ class PictureReader:
     likelihoods: bool = False
     exact: bool = False
     tokens: tuple[int, int] | None = None
+    request: tuple[int, int] | None = None
 
     def stream(self, turns: Turns) -> Iterator[str]:
         """The next turn, piece by piece; an empty piece says that it is still waited for."""
@@ -96,6 +98,18 @@ class PictureReader:
         return (
             f"Each question sends {most} as pictures{also} and the text of the chat to {self.host}. "
             "No file name, no metadata, no label image is sent."
+        )
+
+    @property
+    def again(self) -> str:
+        """What it takes to put the last question once more, without some of its patches; "" where nothing is sent."""
+        if self.request is None:
+            return ""
+        pictures, size = self.request
+        tokens = "" if self.tokens is None else f", {self.tokens[0]:,} tokens in and {self.tokens[1]:,} out"
+        return (
+            "To ask again without a focus takes one more request, of what this one took at most: "
+            f"{pictures} pictures, {size / 1e6:.1f} MB{tokens}."
         )
 
     def answer(self, pictures: Pictures, messages: Messages, options: Sequence[str] | None = None) -> Iterator[str]:

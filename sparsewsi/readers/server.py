@@ -56,7 +56,7 @@ class ServerReader(PictureReader):
             "max_tokens": ANSWER_TOKENS,
             "stream": True,
         }
-        self.tokens = None
+        self.tokens, self.request = None, _weigh(body["messages"])
         if self.count:
             body["stream_options"] = {"include_usage": True}
         # A proxy named by the environment is for other machines; redirects are not followed, the key would go along.
@@ -190,6 +190,12 @@ def _word(parts: Sequence[Part]) -> Any:
     if all(isinstance(part, str) for part in parts):
         return "\n".join(str(part) for part in parts)
     return [{"type": "text", "text": part} if isinstance(part, str) else _picture(part) for part in parts]
+
+
+def _weigh(messages: Sequence[dict[str, Any]]) -> tuple[int, int]:
+    """How many pictures messages hold, and their bytes on the wire."""
+    parts = [part for message in messages for part in message["content"] if isinstance(part, dict)]
+    return sum(part["type"] == "image_url" for part in parts), len(json.dumps(messages))
 
 
 def _picture(picture: Any) -> dict[str, Any]:

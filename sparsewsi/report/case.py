@@ -179,6 +179,7 @@ class Case:
             answer = replace(answer, reader=reader.name, sent=reader.sends, cited=cited, limit=NOT_VALIDATED)
             if not reader.likelihoods:
                 unknown = f"{reader.name} gives no likelihoods, so what this answer rests on is not measured."
+                unknown = f"{unknown} {reader.again}".strip()
                 return replace(answer, evidence=unknown if evidence and text else "")
         seen: Any = pictures or self._show(reader) if isinstance(reader, PictureReader) else self.selection
         if options:

@@ -1,5 +1,6 @@
 """What programs can ask: gradio_client, HTTP and, as tools, MCP. Their docstrings are what the callers read."""
 
+import dataclasses
 import uuid
 from pathlib import Path
 
@@ -77,27 +78,41 @@ class Api:
                 "notice": case.notice,
             }
 
-    def ask(self, request: gr.Request, case: str, question: str, options: list[str] | None = None) -> dict:
+    def ask(
+        self,
+        request: gr.Request,
+        case: str,
+        question: str,
+        options: list[str] | None = None,
+        without: list[int] | None = None,
+    ) -> dict:
         """Ask about an analysed slide.
 
         Args:
             case: what analyze returned.
             question: the question, in words.
             options: answer options of a multiple-choice question.
+            without: ranks of patches that are not to be shown, such as those of a focus.
         Returns:
             answer, probabilities (one per option), notice; where another reader answers also reader, sent (what left
-            the server, and where to) and cited (numbers of the patches it names: its own words).
+            the server, and where to), cited (numbers of the patches it names: its own words) and again (what it takes
+            to ask once more, without some patches).
         """
         desk = self.desk
         with explain_errors():
             given, caller = options or [], name_caller(request)
             check_question(question, given)
             opened, messages = desk.find_case(case), [{"role": "user", "content": question}]
+            if without:
+                opened = dataclasses.replace(opened, selection=opened.selection.without(without))
             with desk.jobs.run(caller, "question", case) as job:
                 text = "".join(desk.answer(opened, messages, given, job.name))
                 found = desk.measure(opened, messages, text, given, job.name, evidence=False)
             said = {"answer": found.text, "probabilities": list(found.probs), "notice": opened.notice}
-            return said | ({name: getattr(found, name) for name in ("reader", "sent", "cited")} if found.reader else {})
+            if not found.reader or desk.reader is None:
+                return said
+            told = {name: getattr(found, name) for name in ("reader", "sent", "cited")}
+            return said | told | {"again": desk.reader.again}
 
     def evidence(
         self, request: gr.Request, case: str, question: str, answer: str, options: list[str] | None = None

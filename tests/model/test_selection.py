@@ -28,9 +28,11 @@ def test_a_patch_keeps_its_rank_in_every_selection():
 
 
 def test_patches_are_left_out_by_their_rank():
-    fewer = select(0, 2, 4).without([5, 1])
+    fewer = select(0, 2, 4).without([5])
     assert fewer.indices.tolist() == [0, 4]
     assert fewer.ranks.tolist() == [4, 3]
     assert len(fewer.tokens) == 2
     with pytest.raises(ValueError, match="at least one"):
         fewer.without([3, 4])
+    with pytest.raises(ValueError, match="#1 is not among the patches that are kept"):
+        fewer.without([1, 4])

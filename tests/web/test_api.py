@@ -103,7 +103,7 @@ def test_a_caller_without_a_session_gets_one_of_its_own(app):
     cases = [data[0]["case"] for _, data in found]  # type: ignore[index]
     assert len({app.desk.slides.owner_of(case) for case in cases}) == 2
     for case in cases:
-        kind, data = call(app, "ask", case, *ASKED)
+        kind, data = call(app, "ask", case, *ASKED, None)
         assert (kind, data[0]["answer"] in ASKED[1]) == ("complete", True)  # type: ignore[index]
 
 

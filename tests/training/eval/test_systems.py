@@ -165,6 +165,27 @@ def test_a_refusal_is_no_answer_and_a_dead_server_ends_the_run_with_a_sentence(
     assert "refused access to gpt-4o-2024-11-20" in capsys.readouterr().err
 
 
+def test_a_rate_limit_is_waited_for_and_what_broke_off_is_asked_again_by_the_next_run(
+    flags, stand_in_server, tmp_path, monkeypatch, capsys
+):
+    """A limit and a stream that drops before a word cost nothing; half an answer ends the run and is not kept."""
+    given = flags(tmp_path / "out", ("gpt-4o:thumbnail",))
+    stand_in_server.fail(429, "slow down", Retry_After="0.1")
+    stand_in_server.say(end=None)
+    stand_in_server.say("B")
+    stand_in_server.say("It is not ", end=None)
+    with pytest.raises(SystemExit):
+        command(monkeypatch, given)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "broke off the answer of openai:gpt-4o-2024-11-20: what stands is not whole" in said
+    kept = [json.loads(line)["text"] for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    assert kept == ["B"]
+    command(monkeypatch, given)
+    assert "gpt-4o:thumbnail: 3 asked now" in capsys.readouterr().out
+    assert len(stand_in_server.received) == 4 + 3
+    assert {entry["n"] for entry in json.loads((tmp_path / "out" / "table.json").read_text())["rows"].values()} == {6}
+
+
 def test_most_votes_count_and_ties_are_drawn_with_a_seed():
     options = ("low", "high", "none")
     assert vote(["low", "high", "high", None], options, "x") == "high"
