@@ -61,9 +61,12 @@ PRESETS = {
             "h-optimus-0",
             0.5,
             (
-                "sparsewsi extract slides/ --encoder h-optimus-0 --out features/",
+                "sparsewsi extract slides/ --encoder h-optimus-0 --out features",
                 "python -m train.run own-stage1 --llm Qwen/Qwen3-4B-Instruct-2507 --data captions.json "
-                "--features features/ --out runs/s1",
+                "--features features --out runs/stage1",
+                "python -m train.run own-stage2 --data qa.json --features features --out runs/stage2 "
+                "--init runs/stage1/checkpoints/last",
+                "sparsewsi ask SLIDE --model runs/stage2/checkpoints/last/model",
             ),
         ),
         Preset(

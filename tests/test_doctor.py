@@ -11,6 +11,7 @@ from sparsewsi.__main__ import main
 from sparsewsi.bags import vit
 from sparsewsi.bags.encoders import ENCODERS
 from sparsewsi.presets import PRESETS
+from train import convert, run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,6 +23,28 @@ ROOT = Path(__file__).resolve().parents[1]
 )
 def test_the_tables_of_the_documents_are_the_data(file, table):
     assert doctor.lay_out(*table(), markdown=True) in (ROOT / "docs" / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", [command for preset in PRESETS.values() for command in preset.run])
+def test_the_commands_of_the_presets_are_taken(command, tmp_path, monkeypatch, capsys):
+    """Each is run where its files are not: it speaks of these, not of its words; nothing is fetched or trained."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", command.removeprefix("python -m ").split())
+    words, asked = command.removeprefix("python -m ").split()[1:], []
+    monkeypatch.setattr("train.run.train", asked.append)
+    if command.startswith("python -m train.run "):
+        run.main()
+        [config] = asked
+        assert (config.stage, config.features) == (1 + ("own-stage2" in command), "features")
+        assert config.num_tokens == 32
+    elif command.startswith("python -m train.convert "):
+        with pytest.raises(ValueError, match="FOLDER is not a folder"):
+            convert.main()
+    else:
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert len(said.strip().splitlines()) == 1
+        assert re.search(r"no file at the path given|no model folder|slides", said)
 
 
 def test_every_preset_names_an_encoder_and_what_it_needs():
