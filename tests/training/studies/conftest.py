@@ -45,7 +45,7 @@ def few_cells() -> tuple[Cell, ...]:
 def short_recipes() -> Iterator[None]:
     """The recipes with as few steps as still have all phases."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(RECIPES, "demo-stage1", lambda real=RECIPES["demo-stage1"]: replace(real(), steps=2))
+        patch.setitem(RECIPES, "demo-stage1", lambda real=RECIPES["demo-stage1"]: replace(real(), steps=2, align=5))
         yield
 
 

@@ -26,7 +26,7 @@ def test_trainings_differ_in_their_schedule_alone(plan: Plan, tmp_path: Path) ->
 
 
 def test_a_finished_training_is_not_asked_again(
-    plan: Plan, bank_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan: Plan, bank_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_recipes: None
 ) -> None:
     write_json(tmp_path / "plan.json", asdict(plan))
     for name in ("literal", "own"):
