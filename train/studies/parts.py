@@ -54,6 +54,7 @@ SPLITS = ("val", "train", "test")
 ASKED = 10**6  # added to a seed: mosaics that are asked about are not those that are trained on
 NOISE, DROPOUT = 0.3, 0.3  # of the features in training
 PILOT = 1000  # the first seed of the pilot
+Asked = tuple[Tensor, np.ndarray, Question]  # features (N, components) and kinds (N,) of a mosaic, and a question
 EFFECT, POWER = 0.03, 0.8  # a difference of 3 points is to be found in 80 % of such studies
 
 
@@ -146,7 +147,7 @@ class Data:
         present = [[float(kind in example.kinds) for kind in self.kinds] for example in examples]
         return torch.stack([example.features for example in examples]).float(), torch.tensor(present)
 
-    def questions(self, split: str, seed: int) -> list[tuple[Tensor, np.ndarray, Question]]:
+    def questions(self, split: str, seed: int) -> list[Asked]:
         """Features (N, components), kinds (N,) and a question of each mosaic of a split."""
         bank = self.reduce(load_bank(self.path, split))
         asked = ask_in_turn(bank, self.plan.questions, self.plan.n, ASKED + seed)
@@ -165,26 +166,37 @@ def answer(logits: Tensor, question: Question, kinds: Sequence[str]) -> str:
     return choose(question.options, key=lambda option: told[option])
 
 
+def mark(truth: np.ndarray, question: Question, told: Tensor, kept: np.ndarray, kinds: Sequence[str]) -> list[float]:
+    """Of a mosaic of kinds (N,): is the answer right, and the shares of needle patches and of needle kinds kept."""
+    needles = np.isin(truth, kinds)
+    right = float(answer(told, question, kinds) == question.answer)
+    found = len(set(truth[kept][needles[kept]])) / len(set(truth[needles]))
+    return [right, float(needles[kept].sum() / needles.sum()), found]
+
+
 @torch.no_grad()
-def examine(pupil: Pupil, asked: Sequence[tuple[Tensor, np.ndarray, Question]], kinds: Sequence[str]) -> dict:
+def examine(pupil: Pupil, asked: Sequence[Asked], kinds: Sequence[str]) -> dict:
     """Shares of right answers, of needle patches kept, and of needle kinds of which one is."""
     pupil.eval()
-    right, recall, found = [], [], []
+    marks = []
     for start in range(0, len(asked), 50):
         part = asked[start : start + 50]
         logits, rows = pupil.keep(torch.stack([features for features, _, _ in part]))
         for (_, truth, question), told, kept in zip(part, logits, rows.numpy()):
-            right.append(answer(told, question, kinds) == question.answer)
-            needles = np.isin(truth, kinds)
-            recall.append(float(needles[kept].sum() / needles.sum()))
-            found.append(len(set(truth[kept][needles[kept]])) / len(set(truth[needles])))
+            marks.append(mark(truth, question, told, kept, kinds))
     pupil.train()
-    return {"accuracy": np.mean(right), "recall": np.mean(recall), "kinds": np.mean(found)}
+    return dict(zip(("accuracy", "recall", "kinds"), np.mean(marks, 0)))
 
 
 def make_optimizer(pupil: Pupil, plan: Plan) -> torch.optim.Optimizer:
     """AdamW over all of the pupil."""
     return torch.optim.AdamW(pupil.parameters(), lr=plan.lr, weight_decay=0.01)
+
+
+def disturb(features: Tensor, generator: torch.Generator) -> Tensor:
+    """Features (B, N, components) without some components of each bag, and with noise."""
+    seen = torch.rand(len(features), 1, features.shape[-1], generator=generator) > DROPOUT
+    return features * seen / (1 - DROPOUT) + NOISE * torch.randn(features.shape, generator=generator)
 
 
 def train_steps(pupil: Pupil, plan: Plan, data: Data, seed: int, steps: range) -> None:
@@ -197,8 +209,7 @@ def train_steps(pupil: Pupil, plan: Plan, data: Data, seed: int, steps: range) -
             group["lr"] = plan.lr * min(1.0, (step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * step / plan.steps))
         features, present = data.batch(stream, step, plan.patches)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        seen = torch.rand(len(features), 1, plan.components, generator=generator) > DROPOUT
-        features = features * seen / (1 - DROPOUT) + NOISE * torch.randn(features.shape, generator=generator)
+        features = disturb(features, generator)
         over = step - round(schedule.dense * plan.steps)
         total = round(schedule.anneal * plan.steps)
         tau = tau_at(over, total, schedule.tau_start, schedule.tau_end)
