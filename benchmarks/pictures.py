@@ -2,7 +2,10 @@
 
     python -m benchmarks.pictures --model assets/demo-model --out assets/readme
 
+    python -m benchmarks.pictures --cards sparsewsi/web/viewer/cards
+
 Needs Chromium and Playwright. Starts the app on a free port and ends it; the example is generated on first use.
+--cards draws the pictures of the gallery instead: the example phantom, and patches of the tissues that a phantom has.
 """
 
 import argparse
@@ -17,6 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
+
+from sparsewsi import phantom
+from sparsewsi.phantom.paint import patches
+from sparsewsi.slides.slide import open_slide
 
 SIZE = (1440, 900)  # px
 QUALITY = 80
@@ -82,11 +89,29 @@ def draw(address: str, out: Path) -> None:
         browser.close()
 
 
+def draw_cards(out: Path) -> None:
+    """What the cards of the gallery show, as JPEG."""
+
+    def save(picture: Image.Image, name: str, side: int) -> None:
+        picture.resize((side, side), Image.Resampling.LANCZOS).save(out / f"{name}.jpg", quality=QUALITY, optimize=True)
+
+    out.mkdir(parents=True, exist_ok=True)
+    with open_slide(phantom.example_slide()) as slide:
+        whole = Image.fromarray(slide.thumbnail(640)[0])
+    save(whole.crop((80, 50, 592, 562)), "phantom", 280)
+    for kind in ("adipose", "lymphoid", "normal_mucosa_colon", "smooth_muscle"):
+        save(Image.fromarray(patches(5, kind, 1, size=448, mixed=0.0)[0]), kind, 112)
+    save(Image.fromarray(patches(5, "stroma_fibrous", 1, size=672, mixed=0.0)[0]), "stroma_fibrous", 224)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="assets/demo-model")
     parser.add_argument("--out", type=Path, default=Path("assets/readme"))
+    parser.add_argument("--cards", type=Path, help="folder for the pictures of the gallery, which are drawn instead")
     given = parser.parse_args()
+    if given.cards:
+        return draw_cards(given.cards)
     with running(given.model) as address:
         draw(address, given.out)
     for path in sorted(given.out.glob("app*.jpg")):

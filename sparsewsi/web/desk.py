@@ -47,7 +47,7 @@ from sparsewsi.web.jobs import Halted, Job, Jobs, Peek
 from sparsewsi.web.limits import MOST_WEIGHED, TOO_LONG
 from sparsewsi.web.memory import give_back
 from sparsewsi.web.turns import Turns
-from sparsewsi.web.viewer import Slides
+from sparsewsi.web.viewer import PICTURES, Slides
 
 Messages = Sequence[Mapping[str, str]]
 MOST_OPENED, MOST_FEATURES = 512, 512 << 20  # analysed slides that are kept, and bytes of their features
@@ -204,7 +204,7 @@ class Desk:
         strange = self.is_upload(path)
         root = self.folder / Path(path).relative_to(self.folder).parts[0] if strange else None
         slide = open_confined(path, root=root, slide_mpp=slide_mpp, begun=job.hold if job else None)
-        if slide.vendor in ("png", "jpeg"):
+        if slide.vendor in PICTURES:
             self._weigh(slide)
         return slide
 

@@ -489,7 +489,7 @@ def test_09_stop_retry_and_undo(reading, served):
     assert reading.inner_text("#chat .bot >> nth=0") == first
     strongest = reading.locator('#chat .bot a[href*="#patch-"]').first
     strongest.click()
-    shown = "document.querySelector('.inspect .what').textContent.includes('evidence')"
+    shown = "document.querySelector('.inspect .what').textContent.includes('without it the answer')"
     reading.wait_for_function(shown)  # the viewer is back at this answer, too
 
 

@@ -103,6 +103,25 @@ def test_the_cache_and_the_open_slides_are_bounded(slide_path, monkeypatch):
     assert len(drawn) == len(sizes) + 1, "the first one had to go"
 
 
+def test_a_picture_that_is_closed_for_another_is_still_seen(tmp_path):
+    """Seen when it was tried: a large PNG showed nothing while it was analysed."""
+    Image.effect_noise((1500, 1100), 40).convert("RGB").save(tmp_path / "a.png")
+    may = [True]
+
+    def open_once(path: Path):
+        if not may[0]:
+            raise ValueError("The server has no memory for another PNG or JPEG now.")
+        return open_slide(path, slide_mpp=0.5)
+
+    slides = Slides(open_once)
+    token = slides.add(tmp_path / "a.png", "me")
+    slides.tile(token, 2, 0, 0)
+    slides.rest()
+    may[0] = False
+    assert pixels(slides.tile(token, 0, 2, 2)).shape == (1100 - 1024, 1500 - 1024, 3)
+    assert pixels(slides.tile(token, 1, 0, 0)).shape == (512, 512, 3)
+
+
 def test_routes_answer_pictures_and_offered_files_and_nothing_else(slide_path, tmp_path):
     from starlette.applications import Starlette
     from starlette.testclient import TestClient

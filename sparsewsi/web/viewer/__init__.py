@@ -2,6 +2,7 @@
 
 from sparsewsi.web.viewer.viewer import (
     PAGE_CSS,
+    PICTURES,
     Slides,
     bag_props,
     case_props,
@@ -17,6 +18,7 @@ from sparsewsi.web.viewer.viewer import (
 
 __all__ = [
     "PAGE_CSS",
+    "PICTURES",
     "Slides",
     "bag_props",
     "case_props",

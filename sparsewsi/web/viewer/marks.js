@@ -124,6 +124,7 @@ function strokeOutline(pen, edges, ink, width) {
 
 // A focus is outlined where its patches lie together; one that is spread over the slide in several places.
 function drawFoci(pen) {
+  if (bag.side * view.scale > 160) return; // so near that the boxes say it
   foci.forEach((focus, place) => {
     focus.areas = focus.areas || gather(focus.indices).filter((area) => area.length > 1);
     const ink = FOCUS_COLOURS[place % FOCUS_COLOURS.length];

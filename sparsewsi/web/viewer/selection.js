@@ -62,7 +62,7 @@ function describe(index) {
     focusName(index) ? `focus ${focusName(index)}` : "",
     `score ${bag.scores[index].toFixed(2)} (top ${top(bag.rank[index] / bag.n)} %)`,
     words ? tellWord(index) : "",
-    effect === undefined ? "" : effect < -0.005 ? "the answer is likelier without it" : `evidence ${times(effect)}`,
+    effect === undefined ? "" : `without it the answer ${tellEffect(effect)}`,
     um ? `at ${um[0]}, ${um[1]} µm` : "",
     kept.includes(index) ? "" : "left out",
   ]
@@ -75,6 +75,9 @@ const tellWord = (index) =>
     ? "near no word"
     : `nearest word ${words.names[words.nearest[index]]} (${words.cosine[index].toFixed(2)})`;
 const top = (share) => (share < 0.01 ? (100 * share).toFixed(1) : Math.ceil(100 * share));
+const WORTH = Math.log(1.05); // nats, from which an effect is worth a number: chat.py has the same
+const tellEffect = (effect) =>
+  effect >= WORTH ? `is ${times(effect)} less likely` : effect > -WORTH ? "hardly changes" : "is likelier";
 const times = (effect) => (effect > Math.log(1000) ? "> 1000×" : `${+Math.exp(effect).toPrecision(3)}×`); // less likely without it
 function say(text) {
   $(".said").textContent = text;

@@ -58,12 +58,14 @@ function makeItem(index, kind) {
   item.innerHTML = `<img alt="" loading="lazy" draggable="false"><span><b>#${bag.rank[index]}</b> <em></em></span><u></u>`;
   item.querySelector("img").src = patchAddress(index, 168);
   item.querySelector("em").textContent =
-    $(".film select").value === "evidence" && effect !== undefined ? times(effect) : bag.scores[index].toFixed(2);
+    $(".film select").value === "evidence" && effect !== undefined ? tellShort(effect) : bag.scores[index].toFixed(2);
   if (focusOf.has(index)) item.style.setProperty("--focus", inkOf(index));
   item.onclick = () => go(index);
   item.ondblclick = enlarge;
   return item;
 }
+
+const tellShort = (effect) => (effect >= WORTH ? times(effect) : effect > -WORTH ? "–" : "against");
 
 function fillStrip() {
   const list = ordered();
@@ -104,7 +106,8 @@ function tellFocus(name) {
   const focus = foci.find((one) => one.name === name);
   if (!focus) return "On its own";
   const many = `${focus.indices.length} patch${focus.indices.length === 1 ? "" : "es"}`;
-  const weight = focus.effect > 0.005 ? `: ${times(focus.effect)} less likely without it` : "";
+  const weight =
+    focus.effect === undefined || focus.effect === null ? "" : `: without it the answer ${tellEffect(focus.effect)}`;
   return `Focus ${name}, ${many}${weight}`;
 }
 

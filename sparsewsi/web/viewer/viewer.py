@@ -12,11 +12,13 @@ import asyncio
 import base64
 import inspect
 import io
+import itertools
 import re
 import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,8 @@ PROPS = ("slide", "bag", "kept", "foci", "map", "words", "evidence", "members", 
 PROPS += ("whatif", "compared", "work", "unpicked")
 TILE = 512  # px
 QUALITY = 85
+PICTURES = ("png", "jpeg")  # vendors whose slides are decoded as a whole
+COARSE = 64  # tiles of a level, at most, that is kept of a picture
 CACHE_BYTES = 64 << 20  # of JPEG tiles, all slides together
 MOST_OPEN = 4  # slides held open at a time, each in a process; others are opened again when they are looked at
 MOST_LEVELS = 20  # halvings of the largest slide
@@ -126,10 +130,15 @@ class Slides:
         return token in self._known
 
     def rest(self) -> None:
-        """Close the slides that nobody is looking at now; they are opened again when somebody does."""
-        for known in list(self._known.values()):
+        """Close the slides that nobody is looking at now; they are opened again when somebody does.
+
+        Of a picture, which may find no memory for that until another one is closed, the coarse tiles are kept.
+        """
+        for token, known in list(self._known.items()):
             if known.lock.acquire(blocking=False):
                 try:
+                    if known.slide is not None and known.slide.vendor in PICTURES:
+                        self._keep_coarse(token, known.slide)
                     _close(known)
                 finally:
                     known.lock.release()
@@ -179,30 +188,34 @@ class Slides:
             if known.slide is None:
                 known.slide = self._open(known.path)
             data = _encode(draw(known.slide))
+        self._keep(token, name, data)
+        return data
+
+    def _keep(self, token: str, name: str, data: bytes) -> None:
         with self._lock:
             if token in self._known and (token, name) not in self._tiles:
                 self._tiles[token, name] = data
                 self._room -= len(data)
                 while self._room < 0:
                     self._room += len(self._tiles.popitem(last=False)[1])
-        return data
+
+    def _keep_coarse(self, token: str, slide: Slide) -> None:
+        """The tiles of the levels that have few, drawn now."""
+        for level in range(MOST_LEVELS):
+            columns, rows = (-(-side // (TILE << level)) for side in slide.size)
+            for column, row in itertools.product(range(columns), range(rows)) if columns * rows <= COARSE else ():
+                if (token, name := f"{level}/{column}_{row}") not in self._tiles:
+                    with suppress(ValueError, OSError):  # what cannot be read is not there later either
+                        self._keep(token, name, _encode(_read_tile(slide, level, column, row)))
+            if columns * rows == 1:
+                return
 
     def tile(self, token: str, level: int, column: int, row: int) -> bytes:
         """JPEG of one tile; the last of a row or column is smaller. Raises KeyError for one that does not exist."""
         name = f"{level}/{column}_{row}"
         if not 0 <= level <= MOST_LEVELS:
             raise KeyError(name)
-        scale = 2**level
-
-        def draw(slide: Slide) -> np.ndarray:
-            left, top = column * TILE * scale, row * TILE * scale
-            (width, height) = slide.size
-            if left >= width or top >= height or (level and max(width, height) <= TILE * scale // 2):
-                raise KeyError(name)
-            size = [min(TILE, -(-(side - start) // scale)) for side, start in ((width, left), (height, top))]
-            return slide.read_scaled((left, top), (size[0], size[1]), scale)
-
-        return self.jpeg(token, name, draw)
+        return self.jpeg(token, name, lambda slide: _read_tile(slide, level, column, row))
 
     def patch(self, token: str, x: int, y: int, side: int, px: int) -> bytes:
         """JPEG of a square of level-0 px, px wide. Raises KeyError for one outside, or larger than any patch."""
@@ -263,6 +276,16 @@ class Slides:
             return Response(words, status, headers={**HEADERS, "Cache-Control": "no-store"})
 
         return [Route("/gradio_api/slide/{token}/{rest:path}", serve, methods=["GET"])]
+
+
+def _read_tile(slide: Slide, level: int, column: int, row: int) -> np.ndarray:
+    """Raises KeyError for a tile that does not exist."""
+    scale, (width, height) = 2**level, slide.size
+    left, top = column * TILE * scale, row * TILE * scale
+    if left >= width or top >= height or (level and max(width, height) <= TILE * scale // 2):
+        raise KeyError(f"{level}/{column}_{row}")
+    size = [min(TILE, -(-(side - start) // scale)) for side, start in ((width, left), (height, top))]
+    return slide.read_scaled((left, top), (size[0], size[1]), scale)
 
 
 def _close(known: _Known) -> None:
