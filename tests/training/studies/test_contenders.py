@@ -46,13 +46,14 @@ def test_gumbel_draws_and_repeats_with_its_generator() -> None:
     assert int((one.abs().sum(-1) > 0).sum()) == 7
 
 
-def test_a_selector_keeps_patches_with_their_places_and_kinds(finished: Path) -> None:
+def test_a_selector_keeps_patches_with_their_places(finished: Path) -> None:
     model = SparseWSI.from_pretrained(finished / "seed-0" / "learned" / "start")
     features = torch.arange(17.0)[:, None].expand(17, 24)
     example = Example(features, torch.arange(17) * 3, 60, (Question("?", "!"),), tuple("abcdefghijklmnopq"))
     kept = keep_by("norm", model, example)
     assert kept.indices.tolist() == [33, 36, 39, 42, 45, 48]
-    assert "".join(kept.kinds) == "lmnopq"
+    assert kept.rows is not None
+    assert "".join(kept.kinds[row] for row in kept.rows) == "lmnopq"
     assert len(keep_by("uniform", model, example).indices) == 6
 
 
