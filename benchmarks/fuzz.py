@@ -364,21 +364,28 @@ def fuzz(
 
 
 def opened_outside(trace: Iterable[str], folder: Path) -> Iterator[str]:
-    """Files that processes opened, by strace -y, after they had been walled in, and that are not theirs."""
+    """Files that processes opened, by strace -y, after they had been walled in, and that are not theirs.
+
+    A number is another process's or thread's when its first one has ended, which strace may tell before it tells that
+    it began.
+    """
     inside = (f"{folder / 'session'}/", *(f"{path}/" for path in confined.sandbox._libraries()))
     walled: set[str] = set()  # processes and their threads
-    for line in trace:
+    ended: dict[str, int] = {}  # when, by line
+    for line_number, line in enumerate(trace):
         process, _, call = line.strip().partition(" ")
         call = call.strip()
-        if call.startswith("+++"):  # it ended; its number will be another's
+        begun = re.search(r"\b(?:clone3?|v?fork)\b.* = (\d+)", call)
+        if call.startswith("+++") or re.search(r"\bexecve\b", call):  # who is walled in starts no program
             walled.discard(process)
+            ended[process] = line_number
         elif re.search(r"landlock_restrict_self\b.* = 0$", call):
             walled.add(process)
-        elif process not in walled:
-            continue
-        elif begun := re.search(r"\bclone\b.* = (\d+)$", call):
+        elif begun and process not in walled:
+            walled.discard(begun[1])
+        elif begun and line_number - ended.get(begun[1], -1000) >= 1000:
             walled.add(begun[1])
-        else:
+        elif process in walled:
             found = re.search(r"\bopen(?:at2?)?\b.* = \d+<(.*)>$", call)
             if found and not f"{found[1]}/".startswith(inside):
                 yield found[1]
@@ -399,7 +406,7 @@ def run_traced() -> int:
             "-o",
             f"/dev/fd/{theirs}",
         ]
-        command += ["-e", "trace=open,openat,openat2,clone,landlock_restrict_self"]
+        command += ["-e", "trace=open,openat,openat2,clone,clone3,fork,vfork,execve,landlock_restrict_self"]
         command += [sys.executable, "-m", "benchmarks.fuzz", *sys.argv[1:]]
         process = subprocess.Popen(command, env={**os.environ, "SPARSEWSI_TRACED": name}, pass_fds=[theirs])
         os.close(theirs)

@@ -30,5 +30,14 @@ def test_what_a_walled_process_or_its_thread_opens_elsewhere_is_seen():
         '8 openat(AT_FDCWD</>, "/etc/shadow", O_RDONLY) = -1 EACCES (Permission denied)',
         "8 +++ exited with 0 +++",
         '8 openat(AT_FDCWD</>, "/etc/group", O_RDONLY) = 3</etc/group>',  # another process of this number
+        "9 +++ exited with 0 +++",
+        "7 clone(child_stack=0x7f, flags=CLONE_VM|CLONE_THREAD) = 9",  # told after its thread has ended
+        '9 openat(AT_FDCWD</>, "/etc/group", O_RDONLY) = 3</etc/group>',
+        "7 clone(child_stack=0x7f, flags=CLONE_VM|CLONE_THREAD) = 10",
+        '10 execve("/usr/bin/python", ["python"], 0x7f /* 9 vars */) = 0',  # its end was not told
+        '10 openat(AT_FDCWD</>, "/etc/group", O_RDONLY) = 3</etc/group>',
+        "7 clone(child_stack=0x7f, flags=CLONE_VM|CLONE_THREAD) = 11",
+        "5 clone3({flags=CLONE_VM|CLONE_THREAD} => {parent_tid=[11]}, 88) = 11",
+        '11 openat(AT_FDCWD</>, "/etc/group", O_RDONLY) = 3</etc/group>',
     ]
     assert list(opened_outside(trace, Path("/made"))) == ["/made/private/b"]

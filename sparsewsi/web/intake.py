@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import stat
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -25,6 +26,7 @@ PLAIN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others may ask for gigabyt
 
 # What zipfile and its decoders raise for archives that are none, or damaged; one file under another is an OSError.
 DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError, EOFError, OSError)
+DAMAGED += (struct.error, IndexError, UnicodeError, OverflowError)  # names that are empty or no text, sizes that lie
 
 PACKED = 1000  # bytes of px per byte of file, for the smallest level alone; JPEG of plain white glass comes to 330
 SEVERAL_FILES = (".mrxs", ".vms", ".vmu", ".dcm")  # the file that is opened is not where the px are

@@ -89,6 +89,24 @@ def test_13_archives_with_links_bombs_or_damage_are_not_unpacked(tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("there", "instead"),
+    [
+        (b"a/b.svs", b"\x00/b.svs"),  # a name ends at a zero
+        ("c/é.svs".encode(), b"c/\xff\xfe.svs"),  # no text
+        (b"PK\x01\x02", b"PK\x01\x03"),
+    ],
+)
+def test_13_an_archive_whose_list_of_files_is_damaged_is_refused(there, instead, tmp_path):
+    path = archive(tmp_path / "a.zip", {"a/b.svs": b"slide", "c/é.svs": b"x"})
+    data = path.read_bytes()
+    assert there in data
+    path.write_bytes(data.replace(there, instead))
+    with pytest.raises(ValueError, match=r"damaged|no slide|leads out"):
+        intake.unpack(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
 def test_13_an_archive_that_may_ask_for_gigabytes_to_be_unpacked_is_refused(method, tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as file:
