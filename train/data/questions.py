@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from string import ascii_uppercase
+from string import ascii_letters, ascii_uppercase
 from typing import Any
 
 from tqdm import tqdm
@@ -37,6 +37,9 @@ from train.data.slides import FeatureFolder, SlideVQADataset, slide_name
 from train.flags import make_parser, run_command
 
 YES_NO = ("Yes", "No")
+NO_TEXT = ("nan", "n/a", "#n/a", "<na>", "null")  # what programs write where there is nothing; "none" may be an answer
+LETTERS = "abcdefgh"  # columns of options
+MORE = "(more)"  # cells of a row of a CSV that is longer than the header
 LONGEST = 500  # characters of a reason; what is longer quotes the file
 
 
@@ -109,8 +112,10 @@ def read(paths: Iterable[str | Path]) -> tuple[list[Record], list[BadRow]]:
                         bad.append(BadRow(file.name, number, str(error)))
             except (OSError, ValueError, csv.Error, RecursionError) as error:
                 number = 1  # a file that cannot be read may hold rows: "no row" would be a second, wrong reason
-                reason = "is no text in UTF-8" if isinstance(error, UnicodeError) else f"cannot be read ({error})"
-                bad.append(BadRow(file.name, 0, f"the file {reason}."))
+                reason = f"cannot be read ({error})."
+                if isinstance(error, UnicodeError):
+                    reason = "is no text in UTF-8: save it as such (in Excel: CSV UTF-8)."
+                bad.append(BadRow(file.name, 0, f"the file {reason}"))
             if not number:
                 bad.append(BadRow(file.name, 0, "the file holds no row."))
     return records, bad
@@ -136,7 +141,7 @@ def _rows(path: Path) -> Iterator[Any]:
         yield from json.loads(text)
     elif (whole := _object(text)) is not None:
         lists = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
-        if len(lists) == 1:  # {"data": [...]}
+        if len(lists) == 1 and not {"conversations", "question"} & set(_fold_keys(whole)):  # {"data": [...]}
             yield from lists[0]
         else:
             yield whole
@@ -150,12 +155,13 @@ def _rows(path: Path) -> Iterator[Any]:
 
 def _csv_rows(text: str) -> Iterator[dict[str, str]]:
     """Rows of a CSV with a header. Raises ValueError where a quotation mark is not closed: it would swallow rows."""
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, restkey=MORE)
     while True:
         line = reader.line_num + 1
         try:
             if line == 1:
                 line += bool(reader.fieldnames)  # reads the header
+                names = Counter(map(_fold, reader.fieldnames or ()))
             row = next(reader)
         except StopIteration:
             return
@@ -163,6 +169,9 @@ def _csv_rows(text: str) -> Iterator[dict[str, str]]:
             raise ValueError(
                 f"a quotation mark opened in line {line} is not closed as it should be; no row from there on was read"
             ) from error
+        twice = [name for name, count in names.items() if name and count > 1]
+        if twice:
+            raise ValueError(f"the header has two columns {twice[0]}: rename or remove one")
         yield row
 
 
@@ -172,44 +181,54 @@ def _object(text: str) -> dict | None:
         whole = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return whole if isinstance(whole, dict) and not {"conversations", "question"} & set(_fold_keys(whole)) else None
+    return whole if isinstance(whole, dict) else None
 
 
 def _fold_keys(row: dict) -> dict[str, Any]:
-    return {str(key).strip().casefold(): value for key, value in row.items()}
+    """A row with its keys in lower case. Raises ValueError where two of them are then the same but not their values."""
+    named: dict[str, Any] = {}
+    for key, value in row.items():
+        if str(named.setdefault(_fold(str(key)), value)) != str(value):
+            raise ValueError(f"the row has two values under {_fold(str(key))}. Rename or remove one.")
+    return named
+
+
+def _fold(name: str) -> str:
+    """The name of a column without case, spaces around it and marks that cannot be seen."""
+    return " ".join(name.replace("\u200b", "").replace("\ufeff", "").split()).casefold()
 
 
 def _records(row: Any, file: Path, number: int) -> list[Record]:
     """The records of one row. Raises ValueError with the reason why it is none."""
     if not isinstance(row, dict):
         raise ValueError(f"the row is no JSON object but {str(row)[:40]!r}.")
+    if any(map(str.strip, row.pop(MORE, ()))):
+        raise ValueError("the row has more cells than the header: a text with a comma in it needs quotation marks.")
     detail, named = "", _fold_keys(row)
     if "conversations" in named:
         slides, asked = _slides(named.get("image")), _conversation(named["conversations"], _category(file))
     elif {"slide", "question", "a", "b", "answer"} <= set(named):
-        options = tuple(_text(named.get(letter)) for letter in "abcd")
+        options = tuple(_text(named[letter]) for letter in LETTERS if letter in named)
         category = _text(named.get("broad category")) or _text(named.get("task"))
         slides, detail = _slides(named["slide"]), _text(named.get("narrow category"))
         asked = [_question(named["question"], options, named["answer"], category, lettered=True)]
-    elif {"id", "question", "answer"} <= set(named):
-        options = _options(named.get("choice"))
-        slides = _slides(named["id"])
-        asked = [_question(named["question"], options, named["answer"], "closed" if options else "open")]
-    elif {"slide", "question", "answer"} <= set(named):
-        options = _options(named.get("options"))
-        slides = _slides(named["slide"])
-        asked = [_question(named["question"], options, named["answer"], _text(named.get("category")))]
+    elif {"question", "answer"} <= set(named) and ("slide" in named or "id" in named):
+        options, lettered = _options(named)
+        category = _text(named.get("category")) if "slide" in named else "closed" if options else "open"
+        slides = _slides(named["slide"] if "slide" in named else named["id"])
+        asked = [_question(named["question"], options, named["answer"], category, lettered)]
     else:
         keys = ", ".join(str(key) for key in row)
-        hint = " The columns are to be set off by commas, not semicolons." if ";" in keys and len(row) == 1 else ""
+        mark = next((name for sign, name in ((";", "semicolons"), ("\t", "tabs")) if sign in keys), "")
+        hint = f" The columns are to be set off by commas, not {mark}." if mark and len(row) == 1 else ""
         raise ValueError(f"the row has the keys {keys}, which no known format has (docs/data.md lists them).{hint}")
     return [Record(slides, question, file.name, number, detail) for question in asked]
 
 
 def _text(value: Any) -> str:
-    """A cell as text; what is no text and no number is none, NaN among them."""
+    """A cell as text; what is no text and no number is none, nor is what stands for nothing (NO_TEXT)."""
     text = str(value).strip() if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
-    return "" if text.casefold() == "nan" else text
+    return "" if text.casefold() in NO_TEXT else text
 
 
 def _slides(value: Any) -> tuple[str, ...]:
@@ -225,12 +244,28 @@ def _category(file: Path) -> str:
     return re.sub(r"(_TF_question|_choice)?(_test|_train|_val)?$", "", file.stem).replace("_", " ")
 
 
-def _options(value: Any) -> tuple[str, ...]:
+def _options(named: dict[str, Any]) -> tuple[tuple[str, ...], bool]:
+    """The options of a row, which may stand under several names, and whether by letter; none for an open question."""
+    columns = [found for name in named if (found := re.fullmatch(r"(?:option|choice)[ _.-]?([a-h]|\d)", name))]
+    if columns:
+        return tuple(_text(named[column[0]]) for column in columns), columns[0][1].isalpha()
+    value = next((named[name] for name in ("options", "choice", "choices") if name in named), None)
     if value is None or value == "" or value != value:  # NaN differs from itself
-        return ()
-    if not isinstance(value, list):
-        raise ValueError(f"the options must be a list, got {str(value)[:40]!r}.")
-    return tuple(_text(option) for option in value)
+        answer = same_text(_text(named["answer"]))
+        other = (
+            name for name, item in named.items() if isinstance(item, list) and answer in map(same_text, map(str, item))
+        )
+        if name := next(other, ""):
+            raise ValueError(
+                f"the answer is one of the texts under {name}: call them options if that is what they are."
+            )
+        return (), False
+    if not isinstance(value, list) or not all(isinstance(item, str | int | float | None) for item in value):
+        raise ValueError(f"the options must be a list of texts, got {str(value)[:40]!r}.")
+    options = tuple(str(item) if isinstance(item, bool) else _text(item) for item in value)
+    if options and not any(options):
+        raise ValueError("all options are empty.")
+    return options, False
 
 
 def _conversation(turns: Any, category: str) -> list[Question]:
@@ -256,11 +291,22 @@ def _conversation(turns: Any, category: str) -> list[Question]:
 # Marks of options that are options for sure, and those that are if the answer is one of them.
 _MARKS = (r"(?<!\S)\(?([A-Z])\)", r"^\s*\(?([A-Z])\.")
 _LIKELY_MARKS = (
-    r"^\s*([A-Z])\s*[:\-\u2013\u2014](?=\s)",
+    # - **Option A.** x, [A] x, A: x, A - x, and the full-width signs of Chinese text, which no space follows
+    r"^\s*(?:[-*\u2022]\s+)?(?:\*\*)?[\[(<]?(?:[Oo]ption\s+)?([A-Z])\s*(?:[\u3001\uff0e\uff1a\uff09]|[.:)\]>\-\u2013\u2014]+(?:\*\*)?(?=\s))",
+    r"(?<!\S)[\[(]?([A-Z])[.:)\]](?=\s)",
     r"(?<!\S)\(?([a-z])\)",
     r"^\s*([a-z])\s*[.:\-\u2013\u2014](?=\s)",
+    r"(?<!\S)([a-z])[.:](?=\s)",
     r"^\s*\(?([0-9]{1,2})\s*[.):\-\u2013\u2014](?=\s)",
     r"(?<!\S)\(?([0-9]{1,2})\)(?=\s)",
+    r"^\s*([A-Z])\s+(?=\S)",
+)
+_STATED = re.compile(r"[\[(<*]*(\w{1,2})[\])>*]*\s*[.):]?[\])>*]*(?:\s+(.+))?", re.DOTALL)  # (mark, text) of an answer
+# What is asked of whoever answers, behind the last option.
+_INSTRUCTION = re.compile(
+    r"(?:\n|(?<=[.;:?!])\s|\s(?=Please\b))\s*((?:please\s+)?(?:answer|select|choose|pick|respond|reply|give|output|provide)\b"
+    r".*\b(?:letter|options?|choices?|answers?)\b.*)$",
+    re.DOTALL | re.IGNORECASE,
 )
 
 
@@ -283,7 +329,7 @@ def _find_options(text: str, answer: str) -> tuple[str, tuple[str, ...], str]:
         if found is None:
             continue
         question, options, marks = found
-        stated = re.fullmatch(r"\(?(\w{1,2})\)?\s*[.):]?(?:\s+(.+))?", answer, re.DOTALL)
+        stated = _STATED.fullmatch(answer)
         for mark, option in zip(marks, options):
             if same_text(answer) == same_text(option):
                 return question, options, option
@@ -304,8 +350,48 @@ def _split_at(marker: str, text: str) -> tuple[str, tuple[str, ...], list[str]] 
     if len(marks) < 2:
         return None
     ends = [*(mark.start() for mark in marks[1:]), len(text)]
-    options = tuple(text[mark.end() : end].strip() for mark, end in zip(marks, ends))
-    return text[: marks[0].start()].strip(), options, [mark[1] for mark in marks]
+    options = [text[mark.end() : end].strip() for mark, end in zip(marks, ends)]
+    options[-1], rest = _cut_last(options[-1], not any("\n" in option for option in options[:-1]))
+    for sign in (";", ","):
+        if all(option.endswith(sign) for option in options[:-1]):
+            options = [option.removesuffix(sign).rstrip() for option in options]
+    question = "\n".join(part for part in (text[: marks[0].start()].strip(), rest) if part)
+    return question, tuple(options), [mark[1] for mark in marks]
+
+
+def _cut_last(option: str, one_line: bool) -> tuple[str, str]:
+    """The last option of a question, and what is written behind it: an instruction, or more lines where the others have
+    one_line each and it does not go on in lower case.
+    """
+    first, _, rest = option.partition("\n")
+    if one_line and first.strip() and rest.strip() and not rest.lstrip()[0].islower():
+        return first.strip(), rest.strip()
+    found = _INSTRUCTION.search(option)
+    return (option[: found.start()].strip(), found[1].strip()) if found and found.start() else (option, "")
+
+
+def _take_marks(options: tuple[str, ...], answer: str) -> tuple[tuple[str, ...], str, bool]:
+    """(options without marks of their own, as `A. x`, the answer without it, whether there were any).
+
+    Raises ValueError where all bear a letter, but not in order: the letters they are asked under would be others.
+    """
+    found = [re.fullmatch(r"[\[(]?([A-Za-z]|\d{1,2})[.):\]]\s+(.+)", option, re.DOTALL) for option in options if option]
+    if len(found) < 2 or not all(found):
+        return options, answer, False
+    marks = [mark[1].upper() for mark in found if mark]
+    wanted = [
+        str(i + 1) if marks[0].isdigit() else ascii_uppercase[i % 26] for i, option in enumerate(options) if option
+    ]
+    if marks != wanted:
+        if set(marks) <= set(ascii_uppercase[: len(options)]):
+            raise ValueError(f"the options are marked {', '.join(marks)}: write them in order, or without marks.")
+        return options, answer, False
+    texts = iter(mark[2].strip() for mark in found if mark)
+    bare = tuple(next(texts) if option else "" for option in options)
+    answer = next(
+        (text for text, option in zip(bare, options) if option and same_text(option) == same_text(answer)), answer
+    )
+    return bare, answer, True
 
 
 def _question(question: Any, options: tuple[str, ...], answer: Any, category: str, lettered: bool = False) -> Question:
@@ -313,7 +399,11 @@ def _question(question: Any, options: tuple[str, ...], answer: Any, category: st
 
     lettered: the answer is the letter of an option, alone or before its text; else the text of an option.
     """
-    text, answer = _text(question), _text(answer)
+    if isinstance(answer, list | dict):
+        raise ValueError(f"the answer must be a text, got {str(answer)[:40]!r}.")
+    text, answer = _text(question), str(answer) if isinstance(answer, bool) else _text(answer)
+    options, answer, marked = _take_marks(options, answer)
+    lettered |= marked
     while options and not options[-1]:
         options = options[:-1]
     if not text:
@@ -327,7 +417,7 @@ def _question(question: Any, options: tuple[str, ...], answer: Any, category: st
     if twice:
         raise ValueError(f"two options are the same text, {twice[0]!r}.")
     if not options:
-        if re.fullmatch(r"\(?[A-Za-z]\)?[.):]?" if lettered else "[A-H]", answer):
+        if re.fullmatch(r"[\[(<*]*[A-Za-z][\])>*.:]*" if lettered else r"[\[(<*]*[A-H][\])>*.:]*", answer):
             raise ValueError(f"the answer is the letter {answer!r}, but no options are found in the question.")
         return Question(text, answer, (), category)
     found = _chosen(answer, options, lettered)
@@ -338,7 +428,7 @@ def _question(question: Any, options: tuple[str, ...], answer: Any, category: st
 
 def _chosen(answer: str, options: tuple[str, ...], lettered: bool) -> str | None:
     """The option a stated answer means."""
-    if lettered and (mark := re.fullmatch(r"\(?([A-Za-z])\)?[.):]?(?:\s+(.+))?", answer, re.DOTALL)):
+    if lettered and (mark := _STATED.fullmatch(answer)) and len(mark[1]) == 1 and mark[1] in ascii_letters:
         number = ascii_uppercase.index(mark[1].upper())
         option = options[number] if number < len(options) else ""
         if option and (mark[2] is None or same_text(mark[2]) == same_text(option)):

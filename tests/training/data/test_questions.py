@@ -156,7 +156,7 @@ def test_bad_rows_are_named_and_the_others_read(tmp_path: Path) -> None:
 
 
 def test_what_is_not_told_apart_or_not_there_is_a_bad_row(tmp_path: Path) -> None:
-    turns = [{"from": "human", "value": "Which grade? A. low B. high"}, {"from": "gpt", "value": "A. low"}]
+    turns = [{"from": "human", "value": "Which grade? A. low B. high"}, {"from": "gpt", "value": "A. lower"}]
     line = write(tmp_path / "line.json", [{"image": "x", "conversations": turns}])
     empty = write(tmp_path / "empty.json", [])
     wrapped = {"data": [{"slide": "x", "question": "q", "answer": "a"}] * 2}
@@ -439,6 +439,12 @@ def asked(tmp_path: Path, text: str, answer: str) -> tuple[list[Record], list[Ba
         ("Grade?\n1) low\n2) high\n3) none", "3.", ("low", "high", "none"), "none"),
         ("Grade?\na. low\nb. high", "high", ("low", "high"), "high"),
         ("Grade?\n(A) low\n(B) high", "A", ("low", "high"), "low"),
+        ("Grade? A. low B. high", "high", ("low", "high"), "high"),
+        ("Grade?\n[A] low\n[B] high", "[B]", ("low", "high"), "high"),
+        ("Grade?\n- **A.** low\n- **B.** high", "**A.** low", ("low", "high"), "low"),
+        ("Grade?\nOption A: low\nOption B: high", "B", ("low", "high"), "high"),
+        ("Grade?\nA\u3001low\nB\u3001high", "high", ("low", "high"), "high"),
+        ("Grade? (A) low; (B) high; (C) none", "B", ("low", "high", "none"), "high"),
     ],
 )
 def test_marks_of_options_are_read_as_they_are_written(tmp_path, text, answer, options, right) -> None:
@@ -447,6 +453,93 @@ def test_marks_of_options_are_read_as_they_are_written(tmp_path, text, answer, o
     assert [(r.question.question, r.question.options, r.question.answer) for r in records] == [
         ("Grade?", options, right)
     ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Grade?\nA. low\nB. high\nAnswer with the option's letter from the given choices directly.",
+        "Grade? A) low B) high\nSelect one option.",
+        "Grade? A) low B) high Please choose the right answer.",
+        "Grade?\nA) low\nB) high\n\nThe stain is H&E.",
+    ],
+)
+def test_what_stands_behind_the_last_option_belongs_to_the_question(tmp_path, text) -> None:
+    (record,), bad = asked(tmp_path, text, "B")
+    assert bad == []
+    assert (record.question.options, record.question.answer) == (("low", "high"), "high")
+    assert record.question.question.split("\n")[1] in text
+
+
+def test_an_option_may_run_over_two_lines(tmp_path) -> None:
+    (record,), _ = asked(tmp_path, "Grade?\nA) low\nB) high, with\nnecrosis", "A")
+    assert record.question.options == ("low", "high, with\nnecrosis")
+
+
+ROW = {"slide": "S1", "question": "Grade?", "answer": "low"}
+OTHERWISE = [
+    {"choices": ["low", "high"]},
+    {"Choice": ["low", "high", None]},
+    {"options": ["A. low", "B. high"]},
+    {"options": ["A. low", "B. high"], "answer": "A. low"},
+    {"options": ["(a) low", "(b) high"], "answer": "A"},
+    {"option_a": "low", "option_b": "high", "answer": "A"},
+    {"a": "low", "b": "high", "c": "N/A", "d": "#N/A", "answer": "a"},
+    {"a": "A. low", "b": "B. high", "answer": "A"},
+]
+
+
+@pytest.mark.parametrize("change", OTHERWISE, ids=str)
+def test_options_are_found_where_they_stand(tmp_path, change) -> None:
+    records, bad = read([write(tmp_path / "q.json", [ROW | change])])
+    assert bad == []
+    assert [(r.question.options, r.question.answer) for r in records] == [(("low", "high"), "low")]
+
+
+def test_every_lettered_column_is_an_option(tmp_path) -> None:
+    records, bad = read([write(tmp_path / "q.csv", "slide,question,a,b,c,d,e,answer\nS1,Grade?,1,2,3,4,x,E\n")])
+    assert bad == []
+    assert records[0].question.options == ("1", "2", "3", "4", "x")
+
+
+NOT_ASKED = [
+    ({"options": ["B. high", "A. low"], "answer": "A. low"}, "marked B, A"),
+    ({"options": {"A": "low", "B": "high"}}, "list of texts"),
+    ({"options": [{"text": "low"}, {"text": "high"}]}, "list of texts"),
+    ({"options": ["", None]}, "all options are empty"),
+    ({"candidates": ["low", "high"]}, "candidates"),
+    ({"answer": ["low"]}, "must be a text"),
+    ({"Answer": "high"}, "two values under answer"),
+    ({"slide": "N/A"}, "no slide"),
+    ({"answer": "N/A"}, "empty"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), NOT_ASKED, ids=str)
+def test_a_question_is_not_asked_as_another(tmp_path, change, words) -> None:
+    records, (bad,) = read([write(tmp_path / "q.json", [ROW | change])])
+    assert records == []
+    assert words in bad.reason
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("slide,question,answer\nS1,Is it high, and where?,no\n", "more cells"),
+        ("slide,question,a,b,answer\nS1,Grade, if any?,low,high,a\n", "more cells"),
+        ("slide,question,a,b,answer,Answer\nS1,Grade?,low,high,a,b\n", "two columns answer"),
+        ("slide\tquestion\tanswer\nS1\tGrade?\tlow\n", "not tabs"),
+    ],
+)
+def test_cells_that_are_not_under_their_column_are_not_taken_for_it(tmp_path, text, words) -> None:
+    records, bad = read([write(tmp_path / "q.csv", text)])
+    assert records == []
+    assert words in bad[0].reason
+
+
+def test_empty_cells_behind_a_row_do_not_matter(tmp_path) -> None:
+    records, bad = read([write(tmp_path / "q.csv", "\ufeffslide\u200b,question,answer\nS1,Grade?,low grade,,\n")])
+    assert (len(records), bad) == (1, [])
 
 
 @pytest.mark.parametrize("answer", ["B", "c.", "(d)"])
