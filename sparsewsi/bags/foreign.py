@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sparsewsi.bags.bag import UNKNOWN_ENCODER, Bag, describe, from_facts, read_own
 from sparsewsi.files import as_path, replacing
+from sparsewsi.slides.resolution import PLAUSIBLE_MPP
 
 _NOMINAL_PATCH_SIZE = 256  # level-0 px; only for files that say nothing about size and position
 
@@ -110,7 +111,7 @@ def _read_any(path: Path, head: bytes, encoder: str | None, slide_mpp: float | N
             return _fill_in(found, encoder, slide_mpp)
     elif head.startswith(b"PK") and head[30:].split(b".npy")[0] != head[30:]:
         found = _read_npz(path)
-    elif head.startswith((b"PK", b"\x80\x02")):
+    elif head.startswith((b"PK", b"\x80")):
         found = _read_pt(path, encoder, slide_mpp)
     elif head.startswith(b"\x93NUMPY"):
         found = _read_npy(path, allow_pickle)
@@ -145,12 +146,20 @@ def _to_bag(found: _Foreign, path: Path) -> Bag:
     features, notes = found.features, [found.note] if found.note else []
     if features.ndim == 3 and features.shape[0] == 1:  # (1, N, D), a batch of one slide
         features = features[0]
-    if features.ndim == 1:
+    if features.ndim == 1 and features.dtype.kind == "f":
         raise ValueError(f"{path.name} holds one vector of {len(features)} numbers: a whole slide's, not its patches'.")
     if features.ndim != 2 or not np.issubdtype(features.dtype, np.floating):
         raise ValueError(f"{path.name}: features must be floating-point (N, D), got {features.dtype} {features.shape}.")
     if features.shape[1] == 0:
         raise ValueError(f"{path.name}: features have no columns, got {features.shape}.")
+    if features.dtype.itemsize > 8:
+        features = features.astype(np.float64)  # which torch knows
+    blank = int((~features[features[:, 0] == 0].any(1)).sum())
+    if blank:
+        notes.append(
+            f"The features of {blank} of {len(features)} patches are all zero, as a killed job leaves them: if one "
+            "made the file, make it again."
+        )
 
     size = found.patch_size
     if found.coords is None:
@@ -165,17 +174,23 @@ def _to_bag(found: _Foreign, path: Path) -> Bag:
         if coords.ndim == 3 and coords.shape[0] == 1:
             coords = coords[0]
         if coords.ndim != 2 or coords.shape[1] < 2 or len(coords) != len(features):
+            turned = coords.ndim == 2 and features.shape[1] == len(coords)
             raise ValueError(
                 f"{path.name}: {features.shape[0]} features but coords of shape {coords.shape}; they must be (N, 2) "
-                "with the same N. The file may come from a killed job."
+                f"with the same N. {'Features are stored as (D, N).' if turned else 'It may come from a killed job.'}"
             )
+        if coords.shape[1] == 3:
+            raise ValueError(f"{path.name}: coords are {coords.shape}, which two are x and y? Write these alone.")
         coords = coords[:, :2]
         if coords.dtype.kind not in "iuf":
             raise ValueError(f"{path.name}: coords are {coords.dtype}, not numbers.")
         if not np.isfinite(coords).all() or np.abs(coords).max(initial=0) > 2**31 - 1:
             raise ValueError(f"{path.name}: coords are not finite or beyond 32 bits, so they are no pixel positions.")
+        step = _grid_step(coords)
+        if len(coords) > 1 and (step is None or step <= 1):
+            what = "all the same" if step is None else "a px or less apart, so they seem to count patches"
+            notes.append(f"The coordinates are {what}: where patches lie on the slide is not known.")
         if size is None:
-            step = _grid_step(coords)
             size = step or _NOMINAL_PATCH_SIZE
             notes.append(
                 f"The file states no patch size: {round(size)} level-0 px "
@@ -228,10 +243,21 @@ def _raster_index(count: int) -> np.ndarray:
 
 
 def _grid_step(coords: np.ndarray) -> float | None:
-    """Smallest distance between two columns or two rows of patches; None for fewer than two of each."""
-    steps = [np.diff(np.unique(coords[:, axis])) for axis in (0, 1)]
-    steps = [step.min() for step in steps if len(step)]
-    return float(min(steps)) if steps else None
+    """Distance between neighbours of a row or a column; None where all patches are at one place.
+
+    CLAM lays a grid over each piece of tissue, and these do not fit each other: the smallest distance that is common.
+    """
+    steps = []
+    for along, across in ((0, 1), (1, 0)):
+        places = coords[np.lexsort((coords[:, along], coords[:, across]))]
+        steps.append(np.diff(places[:, along])[np.diff(places[:, across]) == 0])
+    found = np.concatenate(steps)
+    if not (found > 0).any():  # no two are in one row or column
+        found = np.concatenate([np.diff(np.unique(coords[:, axis])) for axis in (0, 1)])
+    values, counts = np.unique(found[found > 0], return_counts=True)
+    if not len(values):
+        return None
+    return float(values[counts >= min(counts.max(), 0.1 * counts.sum())][0])
 
 
 def _read_h5(path: Path, encoder: str | None, slide_mpp: float | None) -> _Foreign | Bag:
@@ -253,6 +279,7 @@ def _read_h5(path: Path, encoder: str | None, slide_mpp: float | None) -> _Forei
             found = _Foreign(
                 features=_read_features(data, path),
                 coords=_to_native(coords[:]) if coords is not None else None,
+                note="" if coords is not None else _name_others(file, data),
                 encoder=chosen or _find_encoder(facts, dict(data.attrs), path),
             )
     except (ValueError, MemoryError):
@@ -294,6 +321,8 @@ def _read_features(data: h5py.Dataset, path: Path) -> np.ndarray:
 
     Raises ValueError for a file that promises far more than it holds.
     """
+    if not data.shape:
+        raise ValueError(f"{path.name} holds a single value as its features, or none. Make it again.")
     if data.size and data.nbytes > _MOST_RATIO * max(data.id.get_storage_size(), path.stat().st_size):
         raise ValueError(f"{path.name} states features of {data.shape} but holds hardly any data. Make it again.")
     if data.dtype.kind != "f" or data.ndim != 2:
@@ -342,6 +371,12 @@ def _find_features(file: h5py.File, path: Path, encoder: str | None) -> tuple[h5
     )
 
 
+def _name_others(file: h5py.File, features: h5py.Dataset) -> str:
+    """A sentence on what may be the coordinates of a file without coords, under another name."""
+    names = [_text(name) for name, item in file.items() if isinstance(item, h5py.Dataset) and item != features]
+    return f"Coordinates are read from `coords`; the file holds {', '.join(names)} instead." if names else ""
+
+
 def _find_encoder(facts: dict[str, Any], own: dict[str, Any], path: Path) -> str | None:
     for key in ("encoder", "encoder_name", "patch_encoder", "extractor"):
         value = own.get(key, facts.get(key))
@@ -381,9 +416,9 @@ def _convert_stamp_units(found: _Foreign, facts: dict[str, Any], path: Path, sli
 
 def _add_pixel_facts(found: _Foreign, facts: dict[str, Any]) -> _Foreign:
     """TRIDENT, AtlasPatch, CLAM, or no attributes at all: coordinates in level-0 px."""
-    side, side_level0 = _number(facts.get("patch_size")), _number(facts.get("patch_size_level0"))
-    magnification = _number(facts.get("target_magnification"))
-    magnification_level0 = _number(facts.get("level0_magnification"))
+    side, side_level0 = _positive(facts.get("patch_size")), _positive(facts.get("patch_size_level0"))
+    magnification = _magnification(facts.get("target_magnification"))
+    magnification_level0 = _magnification(facts.get("level0_magnification"))
     if side_level0 is None and side is not None:
         if magnification and magnification_level0:
             side_level0 = side * magnification_level0 / magnification
@@ -416,23 +451,47 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def _positive(value: Any) -> float | None:
+    number = _number(value)
+    return number if number is not None and number > 0 else None
+
+
+def _magnification(value: Any) -> float | None:
+    """A magnification that a slide may have, written as 20 or 20x."""
+    number = _positive(_text(value).strip("xX ") if isinstance(value, str | bytes) else value)
+    return number if number and PLAUSIBLE_MPP[0] <= 10 / number <= PLAUSIBLE_MPP[1] else None
+
+
 def _read_pt(path: Path, encoder: str | None, slide_mpp: float | None) -> _Foreign:
     """CLAM's pt_files/<slide>.pt: the features alone; coordinates from the h5 beside it or in h5_files/."""
+    with path.open("rb") as file:
+        head = file.read(2)
+    packed = head == b"PK"
+    if packed and not zipfile.is_zipfile(path):
+        raise ValueError(f"{path.name} is cut short or damaged. Copy it again.")
+    if packed and not any(name.endswith("data.pkl") for name in _names_in(path)):
+        raise ValueError(f"{path.name} is a zip archive without features of its own. Unpack it first.")
     try:
+        if head[:1] == b"\x80" and head != b"\x80\x02":
+            raise ValueError("a pickle that torch did not write")
         data = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises half a dozen types for a file that is not tensors alone
         raise ValueError(
-            f"{path.name} cannot be read as tensors alone ({type(error).__name__}). Pickled objects are never loaded."
+            f"{path.name} cannot be read as tensors alone ({type(error).__name__}). Pickled objects are never loaded: "
+            "save the features as a tensor, or as h5 or npy."
         ) from error
     if isinstance(data, dict) and isinstance(data.get("features"), Tensor):
         coords = data.get("coords")
-        return _Foreign(
-            _array(data["features"].float(), path),
-            _array(coords.double(), path) if isinstance(coords, Tensor) else None,
-        )
+        if coords is not None:
+            try:
+                coords = torch.as_tensor(coords)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"{path.name}: coords are a {type(coords).__name__}, no tensor (N, 2).") from error
+            coords = _array(coords, path).astype(np.float64)
+        return _Foreign(_array(data["features"], path), coords)
     if not isinstance(data, Tensor):
         raise ValueError(f"{path.name} holds a {type(data).__name__}; a tensor (N, D) of features is needed.")
-    features = _array(data.float(), path)
+    features = _array(data, path)
     for sibling in (path.with_suffix(".h5"), path.parent.parent / "h5_files" / f"{path.stem}.h5"):
         if sibling.is_file():
             beside = _read_h5(sibling, encoder, slide_mpp)
@@ -443,23 +502,36 @@ def _read_pt(path: Path, encoder: str | None, slide_mpp: float | None) -> _Forei
 
 
 def _array(tensor: Tensor, path: Path) -> np.ndarray:
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{path.name} holds a sparse tensor; a dense one (N, D) of features is needed.")
-    return tensor.detach().numpy()
+    """The tensor's numbers, of the types that NumPy lacks as float32."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        kind = "quantised" if tensor.is_quantized else "sparse" if tensor.layout != torch.strided else "empty (meta)"
+        raise ValueError(f"{path.name} holds a {kind} tensor; a dense one (N, D) of features is needed.")
+    tensor = tensor.detach().resolve_conj()
+    known = not tensor.is_floating_point() or tensor.dtype in (torch.float16, torch.float32, torch.float64)
+    return (tensor if known else tensor.float()).numpy()
+
+
+def _names_in(path: Path) -> list[str]:
+    with zipfile.ZipFile(path) as archive:
+        return archive.namelist()
 
 
 def _read_npz(path: Path) -> _Foreign:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             names = list(arrays)
-            chosen = next((name for name in ("features", "feats", "feature") if name in names), None)
-            if chosen is None and len(names) != 1:
-                raise ValueError(f"{path.name} holds the arrays {', '.join(names)}; one must be called features.")
-            return _Foreign(
-                _to_native(arrays[chosen or names[0]]), _to_native(arrays["coords"]) if "coords" in names else None
-            )
+            alone = names[0] if len(names) == 1 else None
+            chosen = next((name for name in ("features", "feats", "feature") if name in names), alone)
+            if chosen is not None:
+                coords = _to_native(arrays["coords"]) if "coords" in names else None
+                return _Foreign(_to_native(arrays[chosen]), coords)
     except (zipfile.BadZipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path.name} is a broken npz file ({error}). Make it again.") from error
+    except ValueError as error:
+        if "allow_pickle" not in str(error):
+            raise ValueError(f"{path.name} is a broken npz file ({error}). Make it again.") from error
+        raise ValueError(f"{path.name} holds pickled objects, which are never loaded. Save plain arrays.") from error
+    raise ValueError(f"{path.name} holds the arrays {', '.join(names)}; one must be called features.")
 
 
 def _read_npy(path: Path, allow_pickle: bool) -> _Foreign:
@@ -500,11 +572,13 @@ def _read_csv(path: Path) -> _Foreign:
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path.name} is not a text file of comma-separated values ({error}).") from error
     width = len(first)
-    if width < _SLIDECHAT_DIM:
+    sign = next((name for sign, name in ((";", "semicolons"), ("\t", "tabs")) if sign in "".join(first)), "")
+    if width < _SLIDECHAT_DIM or sign:
         raise ValueError(
-            f"{path.name} has {width} columns; a SlideChat feature file has at least {_SLIDECHAT_DIM}, one row a patch."
+            f"{path.name} has {width} columns{f', or is set off by {sign}' if sign else ''}; a SlideChat feature file "
+            f"has at least {_SLIDECHAT_DIM}, with commas between, one row a patch."
         )
-    start = 2 if width > _SLIDECHAT_DIM + 1 else 0
+    start = _find_start(first, second, path)
     columns = range(start, start + _SLIDECHAT_DIM)
     skip = int(_is_header(first, columns))
     if skip and not second:
@@ -529,7 +603,27 @@ def _read_csv(path: Path) -> _Foreign:
     names = [row[texts[-1]] for row in _read_rows(path, width)][skip:] if texts else []
     if texts and len(names) != len(features):
         raise ValueError(f"{path.name}: {len(features)} rows of features but {len(names)} names. Make it again.")
-    return _Foreign(features, _coords_from_names(names) if texts else None)
+    coords = _coords_from_names(names) if texts else None
+    if skip and [cell.strip().lower() for cell in first[:2]] == ["x", "y"] and start == 2:
+        coords = np.loadtxt(path, delimiter=",", usecols=(0, 1), skiprows=1, ndmin=2, encoding="utf-8-sig")
+    return _Foreign(features, coords)
+
+
+def _find_start(first: list[str], second: list[str], path: Path) -> int:
+    """The first column of features. Raises ValueError for columns of numbers that would be taken for others."""
+    names = [cell.strip() for cell in first]
+    counted = next((i for i in range(min(3, len(names) - 1)) if names[i : i + 2] == ["0", "1"]), None)
+    if counted is not None and second[counted : counted + 2] != ["1", "2"]:  # a header of pandas
+        return counted
+    start, sample = 2 if len(first) > _SLIDECHAT_DIM + 1 else 0, second or first
+    behind = sum(map(_is_number, sample[start + _SLIDECHAT_DIM :]))
+    if behind > (8 if start else 0):
+        what = f"{behind} more columns of numbers than" if start else "a column of numbers besides"
+        raise ValueError(
+            f"{path.name} has {what} the {_SLIDECHAT_DIM} features of SlideChat's CONCH. Write the features alone, or "
+            "those of another encoder as h5 or npy."
+        )
+    return start
 
 
 def _read_rows(path: Path, width: int) -> Iterator[list[str]]:

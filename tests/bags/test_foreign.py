@@ -1,7 +1,9 @@
 """Feature files of other tools are read as they are; what is no bag is refused in words."""
 
 import pickle
+import re
 import warnings
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -390,7 +392,7 @@ def test_files_that_are_no_bags(bag: Bag, tmp_path: Path):
     for name in ("a.safetensors", "a.h5", "a.pt", "a.npy"):
         whole = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(whole[: len(whole) - 40])
-        with pytest.raises(ValueError, match=rf"{name}.*(broken|truncated|cannot be read)"):
+        with pytest.raises(ValueError, match=rf"{name}.*(broken|truncated|cut short)"):
             load_bag(tmp_path / name)
     (tmp_path / "empty.h5").touch()
     with pytest.raises(ValueError, match="is empty"):
@@ -566,3 +568,134 @@ def test_an_npy_whose_header_is_damaged_is_a_sentence(tmp_path, header):
     (tmp_path / "a.npy").write_bytes(b"\x93NUMPY\x01\0" + len(text).to_bytes(2, "little") + text + bytes(64))
     with pytest.raises(ValueError, match="broken npy file"):
         load_bag(tmp_path / "a.npy")
+
+
+# ---- what other programs leave behind
+
+
+def made(path: Path, features: Any, coords: Any, **facts: Any) -> Path:
+    with h5py.File(path, "w") as file:
+        file["features"], file["coords"] = features, coords
+        file["coords"].attrs.update(facts)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda f, c: (f, np.column_stack([c[:, 0] * 0, c])), "which two are x and y"),
+        (lambda f, c: (f.T, c), "(D, N)"),
+        (lambda f, c: (np.float32(1), c), "single value"),
+    ],
+)
+def test_what_is_no_place_or_no_feature_is_not_taken_for_one(tmp_path: Path, change, words: str):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load_bag(made(tmp_path / "a.h5", *change(*_foreign())))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda f, c: (f, c // 512), "count patches"),
+        (lambda f, c: (f, c / c.max()), "a px or less apart"),
+        (lambda f, c: (f, c * 0 + 7), "all the same"),
+        (lambda f, c: (np.where(np.arange(12)[:, None] < 3, 0, f), c), "3 of 12 patches are all zero"),
+    ],
+)
+def test_doubtful_places_and_features_are_told(tmp_path: Path, change, words: str):
+    with pytest.warns(UserWarning, match=words):
+        assert words in load_bag(made(tmp_path / "a.h5", *change(*_foreign()), patch_size_level0=512)).note
+
+
+@pytest.mark.parametrize("facts", [{}, {"patch_size": -256}, {"patch_size_level0": 0, "patch_level": 0}])
+@pytest.mark.parametrize("offset", [(131, 59), (1, 0), (300, 511)])
+def test_grids_that_do_not_fit_each_other_have_one_step(tmp_path: Path, facts, offset):
+    features, coords = _foreign()
+    coords[6:] += offset  # CLAM lays a grid over each contour
+    with pytest.warns(UserWarning, match="512 level-0 px is the step"):
+        assert load_bag(made(tmp_path / "a.h5", features, coords, **facts)).patch_size == 512
+
+
+@pytest.mark.parametrize(
+    ("facts", "mpp"), [({"target_magnification": "20x"}, 0.5), ({"target_magnification": 20_000}, None), ({}, None)]
+)
+def test_a_magnification_is_one_that_slides_have(tmp_path: Path, facts, mpp):
+    bag = load_bag(made(tmp_path / "a.h5", *_foreign(), patch_size_level0=512, level0_magnification=-1, **facts))
+    assert (bag.mpp, bag.slide_mpp) == (mpp, None)
+
+
+def test_coordinates_under_another_name_are_told(tmp_path: Path):
+    features, coords = _foreign()
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["features"], file["locations"] = features, coords
+    with pytest.warns(UserWarning, match="`coords`; the file holds locations"):
+        load_bag(tmp_path / "a.h5")
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_pickle_is_called_one(tmp_path: Path, protocol: int):
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"features": np.ones((3, 4))}, protocol=protocol))
+    with pytest.raises(ValueError, match="Pickled objects are never loaded"):
+        load_bag(tmp_path / "a.pkl")
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (torch.ones(3, 4, dtype=torch.int8), "floating-point"),
+        (torch.ones(3, 4, dtype=torch.complex64), "floating-point"),
+        (torch.ones(3, 4, device="meta"), "empty (meta)"),
+        ({"features": torch.ones(3, 4), "coords": [[0, 0], [1]]}, "no tensor (N, 2)"),
+    ],
+)
+def test_tensors_that_are_no_features_are_a_sentence(tmp_path: Path, value, words: str):
+    torch.save(value, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load_bag(tmp_path / "a.pt")
+
+
+def test_a_zip_that_is_cut_short_or_holds_something_else_is_no_pickle(tmp_path: Path):
+    torch.save(torch.ones(30, 40), tmp_path / "a.pt")
+    whole = (tmp_path / "a.pt").read_bytes()
+    (tmp_path / "a.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="cut short"):
+        load_bag(tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        archive.writestr("a.h5", b"x")
+    with pytest.raises(ValueError, match="Unpack it"):
+        load_bag(tmp_path / "b.zip")
+    np.savez(tmp_path / "c.npz", features=np.array([None], object))
+    with pytest.raises(ValueError, match=r"c\.npz holds pickled"):
+        load_bag(tmp_path / "c.npz")
+
+
+def test_a_type_that_torch_lacks_is_read(tmp_path: Path):
+    features, _ = _foreign()
+    np.save(tmp_path / "a.npy", features.astype(np.longdouble))
+    with pytest.warns(UserWarning, match="no coordinates"):
+        assert np.array_equal(load_bag(tmp_path / "a.npy").features.numpy(), features.astype(np.float16))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ((range(12),), (), "a column of numbers besides"),
+        ((), ([1] * 12,), "a column of numbers besides"),
+        ((), [range(1, 13)] * 512, "more columns of numbers"),
+    ],
+)
+def test_columns_of_a_csv_are_not_taken_for_their_neighbours(tmp_path: Path, before, after, words: str):
+    _write_csv(tmp_path / "a.csv", _foreign(dim=512)[0], None, before=before, after=after)
+    with pytest.raises(ValueError, match=words):
+        load_bag(tmp_path / "a.csv")
+
+
+def test_a_csv_may_have_pandas_index_or_x_and_y(tmp_path: Path):
+    features, coords = _foreign(dim=512)
+    names = [f"{x}_{y}.png" for x, y in coords]
+    header = ["", *map(str, range(512)), "name"]
+    _write_csv(tmp_path / "a.csv", features, header, before=(range(12),), after=(names,))
+    _write_csv(tmp_path / "b.csv", features, ["x", "Y", *(f"f{i}" for i in range(512))], before=tuple(coords.T))
+    for name in ("a.csv", "b.csv"):
+        with pytest.warns(UserWarning, match="512 level-0 px"):
+            _assert_rows(load_bag(tmp_path / name), features, coords)
