@@ -2,13 +2,16 @@
 
     python -m benchmarks.pictures --model assets/demo-model --out assets/readme
 
+    python -m benchmarks.pictures --states screenshots/states
     python -m benchmarks.pictures --cards sparsewsi/web/viewer/cards
 
 Needs Chromium and Playwright. Starts the app on a free port and ends it; the example is generated on first use.
---cards draws the pictures of the gallery instead: the example phantom, and patches of the tissues that a phantom has.
+--states makes pictures of every state of the page, of five sizes and in both themes, to be looked at. --cards draws the
+pictures of the gallery: the example phantom, and patches of the tissues that a phantom has.
 """
 
 import argparse
+import itertools
 import re
 import shutil
 import socket
@@ -26,6 +29,8 @@ from sparsewsi.phantom.paint import patches
 from sparsewsi.slides.slide import open_slide
 
 SIZE = (1440, 900)  # px
+SIZES = ((1920, 1080), (1440, 900), (1280, 720), (768, 1024), (390, 844))
+UNUSUAL = "0.96"  # um/px of the example, at which it has 4,000 patches and none is cached
 QUALITY = 80
 PATIENCE = 300_000  # ms
 QUESTION = 2  # of the questions to start with: which of these tissues is present
@@ -53,14 +58,41 @@ def running(model: str) -> Iterator[str]:
         process.wait(30)
 
 
-def draw(address: str, out: Path) -> None:
-    """Open, ask, follow the evidence, read the map, ask what if; a picture of each."""
+@contextmanager
+def browse(address: str) -> Iterator:
+    """The page in a browser, once it listens."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": SIZE[0], "height": SIZE[1]})
         page.set_default_timeout(PATIENCE)
+        with page.expect_request(re.compile("/queue/join")):
+            page.goto(address)
+        yield page
+        browser.close()
+
+
+def show_tab(page, name: str) -> None:
+    page.click(f'[role=tab][data-tab="{name}"]')
+
+
+def open_phantom(page) -> None:
+    page.click("#phantom")
+    page.wait_for_selector(".item")
+    page.wait_for_function("document.querySelector('.features .title').textContent.includes('UMAP')")
+
+
+def ask(page) -> None:
+    page.locator("#examples .gallery-item").nth(QUESTION).click()
+    page.wait_for_function("document.querySelector('#options textarea').value.includes('\\n')")
+    page.press("#question textarea", "Enter")
+    page.wait_for_selector('#chat .bot a[href*="#patch-"]')
+
+
+def draw(address: str, out: Path) -> None:
+    """Open, ask, follow the evidence, read the map, ask what if; a picture of each."""
+    with browse(address) as page:
 
         def shoot(name: str) -> None:
             page.wait_for_function("document.querySelector('.viewer').dataset.waiting === '0'")
@@ -70,23 +102,74 @@ def draw(address: str, out: Path) -> None:
             Image.open(raw).convert("RGB").save(out / f"{name}.jpg", quality=QUALITY, optimize=True)
             raw.unlink()
 
-        with page.expect_request(re.compile("/queue/join")):
-            page.goto(address)
-        page.click("#phantom")
-        page.wait_for_selector(".item")
-        page.wait_for_function("document.querySelector('.features .title').textContent.includes('UMAP')")
-        page.locator("#examples .gallery-item").nth(QUESTION).click()
-        page.wait_for_function("document.querySelector('#options textarea').value.includes('\\n')")
-        page.press("#question textarea", "Enter")
-        page.wait_for_selector('#chat .bot a[href*="#patch-"]')
+        open_phantom(page)
+        ask(page)
         shoot("app")
         page.locator('#chat .bot a[href*="#patch-"]').first.click()
         shoot("app-evidence")
         page.focus(".slide")
         page.keyboard.press("0")
-        page.click('[role=tab][data-tab="map"]')
+        show_tab(page, "map")
         shoot("app-map")
-        browser.close()
+
+
+def draw_states(address: str, out: Path) -> None:
+    """Every state of the page, as it looks in each of SIZES, light and dark."""
+    out.mkdir(parents=True, exist_ok=True)
+    with browse(address) as page:
+
+        def shoot(state: str) -> None:
+            for theme, (width, height) in itertools.product(("light", "dark"), SIZES):
+                page.evaluate("dark => document.body.classList.toggle('dark', dark)", theme == "dark")
+                page.set_viewport_size({"width": width, "height": height})
+                page.wait_for_timeout(700)
+                page.screenshot(path=out / f"{state}-{width}x{height}-{theme}.png", full_page=width < 900)
+            page.set_viewport_size({"width": SIZE[0], "height": SIZE[1]})
+
+        page.wait_for_selector("#phantom")
+        shoot("1-empty")
+        page.fill("#mpp input, #mpp textarea", UNUSUAL)
+        page.click("#phantom")
+        page.wait_for_selector(".viewer[data-provisional]")
+        shoot("2-working")
+        page.click('[data-do="cancel"]')
+        page.wait_for_selector(".failed:not([hidden])")
+        shoot("3-cancelled")
+        page.click("#open-menu")
+        shoot("4-menu")
+        open_phantom(page)
+        shoot("5-open")
+        ask(page)
+        shoot("6-answer")
+        page.locator('#chat .bot a[href*="#patch-"]').first.click()
+        show_tab(page, "patches")
+        shoot("7-evidence")
+        page.focus(".slide")
+        page.keyboard.press("0")
+        show_tab(page, "map")
+        page.select_option(".features select", "word")
+        shoot("8-map")
+        page.focus(".slide")
+        page.keyboard.press("h")
+        page.click('[data-do="layers"]')
+        shoot("9-layers")
+        page.click('[data-do="layers"]')
+        page.focus(".slide")
+        page.keyboard.press("h")
+        show_tab(page, "what-if")
+        page.locator("#selector input").click()
+        page.get_by_role("option", name="random").click()
+        page.click("#again")
+        page.wait_for_selector("#compare .compare > div >> nth=1 >> a")
+        shoot("10-what-if")
+        page.click("#own")
+        page.wait_for_selector(".badge", state="hidden")
+        page.locator("#selector input").click()
+        page.get_by_role("option", name="random").click()
+        page.click("#both")
+        show_tab(page, "ask")
+        page.wait_for_selector("#chat .compare .other a")
+        shoot("11-side-by-side")
 
 
 def draw_cards(out: Path) -> None:
@@ -109,10 +192,13 @@ def main() -> None:
     parser.add_argument("--model", default="assets/demo-model")
     parser.add_argument("--out", type=Path, default=Path("assets/readme"))
     parser.add_argument("--cards", type=Path, help="folder for the pictures of the gallery, which are drawn instead")
+    parser.add_argument("--states", type=Path, help="folder for pictures of every state, which are made instead")
     given = parser.parse_args()
     if given.cards:
         return draw_cards(given.cards)
     with running(given.model) as address:
+        if given.states:
+            return draw_states(address, given.states)
         draw(address, given.out)
     for path in sorted(given.out.glob("app*.jpg")):
         print(f"{path}: {path.stat().st_size / 1000:.0f} kB")

@@ -5,6 +5,11 @@
 
 Prints the steps from opening the page to the first word of an answer, seconds per session, errors, and with --pid the
 app's memory before and after and its processor seconds (Linux only).
+
+    python -m benchmarks.sessions http://127.0.0.1:7860 --beside-encoding --pid $!
+
+One session encodes 4,000 patches while three others chat: when each question's first word came; then the first one
+leaves: when its processor time is free again. Run it on the two cores that it is about, and nothing else on them.
 """
 
 from __future__ import annotations
@@ -12,9 +17,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import threading
 import time
 import uuid
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from pathlib import Path
 
 import httpx
@@ -38,13 +46,9 @@ class Page:
 
         Raises ValueError with the sentence that the page would show.
         """
-        body = {"data": data, "fn_index": self.handlers[name], "session_hash": self.session, "event_data": told}
-        self.client.post(f"{self.address}/gradio_api/queue/join", json=body).raise_for_status()
-        with self.client.stream(
-            "GET", f"{self.address}/gradio_api/queue/data", params={"session_hash": self.session}
-        ) as lines:
-            for line in lines.iter_lines():
-                event = json.loads(line.removeprefix("data:")) if line.startswith("data:") else {}
+        with closing(self.listen(name, *data, told=told)) as said:
+            for line in said:
+                event = json.loads(line)
                 if first and event.get("msg") == "process_generating":
                     return event["output"]["data"]
                 if event.get("msg") == "process_completed":
@@ -52,6 +56,40 @@ class Page:
                         raise ValueError(event["output"].get("error"))
                     return event["output"]["data"]
         raise ValueError("The connection ended.")
+
+    def listen(self, name: str, *data: object, told: dict | None = None) -> Generator[str]:
+        """What the server says of a handler, as JSON, until the caller has heard enough and closes the connection."""
+        body = {"data": data, "fn_index": self.handlers[name], "session_hash": self.session, "event_data": told}
+        self.client.post(f"{self.address}/gradio_api/queue/join", json=body).raise_for_status()
+        with self.client.stream(
+            "GET", f"{self.address}/gradio_api/queue/data", params={"session_hash": self.session}
+        ) as lines:
+            yield from (line.removeprefix("data:") for line in lines.iter_lines() if line.startswith("data:"))
+
+
+class Chat(Page):
+    """Somebody who has opened the phantom and asks about it, one question after the other."""
+
+    def __init__(self, address: str):
+        super().__init__(address)
+        self.call("on_choose", False, told={"name": "phantom"})
+        self.call("on_slide", None, "", None, None, None)
+        self.call("on_slide_shown", None, None, [])
+
+    def first_word(self) -> float:
+        """Seconds from a question to the first word of its answer, which is then read to its end."""
+        began = time.perf_counter()
+        chat = self.call("on_question", QUESTION[0], "\n".join(QUESTION[1]), "", None, None, [], None)[0]
+        heard = 0.0
+        with closing(self.listen("on_asked", None, chat, None, None)) as said:
+            for line in said:
+                event = json.loads(line)
+                if event.get("msg") == "process_generating" and not heard:
+                    heard = time.perf_counter() - began
+                if event.get("msg") == "process_completed":
+                    break
+        self.call("on_answered")
+        return heard
 
 
 def first_word(address: str, pid: int | None) -> None:
@@ -90,6 +128,63 @@ def session(address: str) -> float:
     return time.perf_counter() - began
 
 
+ENCODED = "0.96"  # um/px: at this resolution the example has 4,000 patches, and none of them is cached
+CHATS, QUESTIONS = 3, 5
+
+
+def beside_encoding(address: str, pid: int) -> None:
+    """Print how long three sessions wait for first words while a fourth one encodes, and how soon that one is gone."""
+    process = psutil.Process(pid)
+    chats = [Chat(address) for _ in range(CHATS)]
+    encoder = Page(address)
+    encoder.call("on_choose", False, told={"name": "phantom"})
+    encoder.call("on_slide", None, ENCODED, None, None, None)
+    alive = threading.Event()
+    alive.set()
+    patches: list[str] = []
+
+    def encode() -> None:
+        for event in encoder.listen("on_slide_shown", None, None, []):
+            patches.extend(re.findall(r'"done"(?:\]?, ?|: ?)([0-9]+)', event)[-1:])  # whole, then as what changed
+            if not alive.is_set():
+                return  # which closes the connection, as a closed tab does
+
+    work = threading.Thread(target=encode, daemon=True)
+    work.start()
+    while not any(map(int, patches)) and work.is_alive():
+        time.sleep(0.1)
+    with ThreadPoolExecutor(CHATS) as pool:
+        waits = list(pool.map(lambda chat: [chat.first_word() for _ in range(QUESTIONS)], chats))
+    for number, waited in enumerate(waits, 1):
+        print(f"session {number}: first words after {', '.join(f'{one:.1f}' for one in waited)} s")
+    every = sorted(one for waited in waits for one in waited)
+    print(f"{len(every)} questions: median {every[len(every) // 2]:.1f} s, longest {every[-1]:.1f} s (limit 5 s)")
+    print(f"encoded meanwhile: {patches[-1] if patches else 'nothing'} patches; still at it: {work.is_alive()}")
+    alive.clear()
+    left = time.perf_counter()
+    work.join(10)
+    print(f"left: processor free after {seconds_until_idle(process, left):.1f} s (limit 2 s)")
+
+
+def seconds_until_idle(process: psutil.Process, since: float, most: float = 30) -> float:
+    """Until the app spends less than a tenth of a processor, over half a second; the time that this began."""
+    while time.perf_counter() - since < most:
+        began, before = time.perf_counter(), busy_seconds(process)
+        time.sleep(0.5)
+        if busy_seconds(process) - before < 0.1 * 0.5:
+            return began - since
+    return float("inf")
+
+
+def busy_seconds(process: psutil.Process) -> float:
+    """Processor seconds of the app and of the processes that read slides for it."""
+    total = 0.0
+    for one in [process, *process.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            total += sum(one.cpu_times()[:2])
+    return total
+
+
 def resident(pid: int) -> float:
     """MB of memory that a process holds."""
     found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
@@ -103,7 +198,12 @@ def main() -> None:
     parser.add_argument("--sessions", type=int, default=20)
     parser.add_argument("--at-once", type=int, default=4)
     parser.add_argument("--pid", type=int)
+    parser.add_argument("--beside-encoding", action="store_true", help="three sessions chat while one encodes")
     options = parser.parse_args()
+    if options.beside_encoding:
+        if not options.pid:
+            parser.error("--beside-encoding needs --pid, the app's process.")
+        return beside_encoding(options.address, options.pid)
     for which in ("first visit", "second visit"):
         print(f"from opening the page, {which}:")
         first_word(options.address, options.pid)

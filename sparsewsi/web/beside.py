@@ -77,7 +77,7 @@ class Comparing(Handlers):
         return {
             page.aside: aside,
             page.right: right,
-            page.other: gr.HTML(**props, compared=right.label),
+            page.other: gr.HTML(**props, compared=right.label, visible=True),
             page.view: gr.HTML(compared=name_selection(opened.case)),
             page.chat: [show_question(question), chat[last]] if question else [],
             page.questions: {0: question} if question else {},
@@ -153,4 +153,8 @@ class Comparing(Handlers):
     def on_left(self) -> Changes:
         """The right one goes."""
         page = self.page
-        return {page.right: None, page.other: gr.HTML(**dict.fromkeys(NOTHING)), page.view: gr.HTML(compared="")}
+        return {
+            page.right: None,
+            page.other: gr.HTML(**dict.fromkeys(NOTHING), visible=False),
+            page.view: gr.HTML(compared=""),
+        }

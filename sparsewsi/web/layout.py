@@ -79,7 +79,7 @@ def lay_out(desk: Desk) -> tuple[gr.Blocks, Page]:
         }
         with gr.Column(elem_id="room"):
             facts = _lay_out_bar(desk)
-            view, other = slide_viewer(elem_id="view"), slide_viewer(elem_id="other")
+            view, other = slide_viewer(elem_id="view"), slide_viewer(elem_id="other", visible=False)
             talk = _lay_out_chat(desk)
             rest = _lay_out_what_if()
             sources = _lay_out_sources(desk)

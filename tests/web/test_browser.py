@@ -7,7 +7,9 @@ Pictures of every state go to screenshots/, for people to look at, and how long 
 
 import contextlib
 import csv
+import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -29,6 +31,8 @@ import pytest
 from sparsewsi import phantom
 from sparsewsi.model.embedded import embedded_folder
 from sparsewsi.report.phantom import PRESENT_QUESTION, QUESTIONS
+from sparsewsi.web.desk import Desk
+from sparsewsi.web.gallery import read_gallery
 from sparsewsi.web.page import build_page
 from sparsewsi.web.serve import launch_settings
 
@@ -413,7 +417,7 @@ def test_two_selectors_stand_side_by_side_move_together_and_get_one_question(rea
         reading.screenshot(path=served.looks / "side-by-side.png")
     finally:
         reading.click(".aside [data-do=leave]")
-        reading.wait_for_selector("#other", state="hidden")
+        reading.wait_for_selector("#other", state="detached")
     reading.wait_for_function(f"document.querySelector('.count').innerText.startsWith('{served.kept} of ')")
     assert reading.locator("#chat .compare").count() == 0
     wait_until_weighed(reading, 1)
@@ -675,6 +679,158 @@ def test_14_keyboard_alone_asks_walks_the_evidence_and_marks(reading, served):
     reading.wait_for_function("![...document.querySelectorAll('.item u')].some(u => /[+−]/.test(u.textContent))")
 
 
+# ---- what was seen when it was tried as a pathologist would: none of it again
+
+
+@contextlib.contextmanager
+def asking(page, question: str, options: str = "") -> Iterator:
+    """The answer to one more question, which is taken back at the end."""
+    wait_until_weighed(page, 1)
+    try:
+        page.fill("#options textarea", options)
+        ask(page, question)
+        wait_until_weighed(page, 2)
+        yield page.locator("#chat .bot-row").last
+    finally:
+        undo(page, question)
+        page.fill("#question textarea", "")
+        page.fill("#options textarea", "")
+        wait_until_weighed(page, 1)
+
+
+def test_seen_a_bold_answer_that_was_no_option(reading, served):
+    with asking(reading, "Which of these is it?", "ductal\nlobular\nfibroadenoma") as answer:
+        first = answer.inner_text().splitlines()[0]
+        named = [option for option in ("ductal", "lobular", "fibroadenoma") if option in first]
+        assert named, first
+        shares = [
+            float(share) for share in re.findall(r"([0-9]+)%", " ".join(answer.locator(".bars b").all_inner_texts()))
+        ]
+        assert len(shares) == 3
+        assert answer.locator(".bars > span").first.inner_text() in first, "the likeliest"
+
+
+def test_seen_confident_prose_where_the_model_cannot_answer(reading, served):
+    if served.name != "real":
+        pytest.skip("the untrained model states no limits")
+    with asking(reading, "What grade is the tumour?") as answer:
+        assert "cannot answer that" in answer.inner_text()
+        assert answer.locator("a.chip").count() >= 3
+        assert answer.locator(".rests, a[href*='#patch-']").count() == 0
+    with asking(reading, "Where is the carcinoma?") as answer:
+        assert re.match(r"Here: |The model does not find carcinoma", answer.inner_text())
+    with asking(reading, "What organ is this?") as answer:
+        assert re.search(r"Of such answers \d+%|ot sure", answer.inner_text()), "how often such answers are right"
+
+
+def test_seen_a_question_answered_from_other_patches_than_those_on_the_slide(reading, served):
+    try:
+        show_tab(reading, "what-if")
+        ask_with(reading, 16)
+        show_tab(reading, "ask")
+        ask(reading, "Which tissue?")
+        reading.wait_for_function(f"{ANSWERS} === 2")
+        wait_until_weighed(reading, 2)
+        shown = set(reading.locator(".item b").all_inner_texts())
+        assert len(shown) == 16
+        links = reading.locator("#chat .bot-row").last.locator("a[href*='#patch-']").all()
+        assert {f"#{link.get_attribute('href').partition('#patch-')[2]}" for link in links} <= shown
+        assert reading.inner_text(".badge").startswith("What if: 16 learned patches")
+    finally:
+        began = time.time()
+        reading.click(".aside [data-do=leave]")
+        reading.wait_for_function(f"document.querySelector('.count').innerText.startsWith('{served.kept} of ')")
+        waited(served, "what if left, everything as before", time.time() - began, 2)
+    assert reading.locator("#chat .user-row").count() == 1
+    assert served.question in reading.inner_text("#chat")
+
+
+def test_seen_drop_all_could_not_be_undone(reading, served):
+    reading.locator(".item").first.click()
+    show_tab(reading, "patches")
+    try:
+        reading.click('[data-do="likes"]')
+        reading.wait_for_selector(".members:not([hidden])")
+        reading.click('[data-do="drop-all"]')
+        reading.wait_for_function("!document.querySelector('#picked').innerText.includes('dropped: 0')")
+        reading.click('[data-do="unpick"]')
+        reading.wait_for_function("document.querySelector('#picked').innerText.includes('dropped: 0')")
+    finally:
+        reading.click('[data-do="clear"]')
+        show_tab(reading, "ask")
+
+
+def test_seen_the_map_over_the_strip_at_768_px(reading, served):
+    try:
+        show_tab(reading, "map")
+        for width in (768, 390):
+            reading.set_viewport_size({"width": width, "height": 1024})
+            reading.wait_for_timeout(300)
+            boxes = [reading.locator(part).bounding_box() for part in (".stage", ".film", ".map")]
+            assert [box["y"] for box in boxes] == sorted(box["y"] for box in boxes)
+            assert all(one["y"] + one["height"] <= two["y"] + 1 for one, two in itertools.pairwise(boxes))
+    finally:
+        reading.set_viewport_size({"width": 1440, "height": 900})
+        show_tab(reading, "ask")
+
+
+def test_seen_a_long_question_cut_without_a_word(reading, served):
+    long = "Which tissue? " * 200
+    try:
+        ask(reading, long)
+        reading.wait_for_selector(".toast-body >> text=more than the 2,000 allowed")
+        assert reading.input_value("#question textarea") == long, "nothing of it is lost"
+        assert reading.locator("#chat .user-row").count() == 1
+    finally:
+        reading.fill("#question textarea", "")
+
+
+def test_seen_the_same_notice_under_every_answer_and_sentences_nobody_reads(reading, served):
+    said = reading.inner_text("#chat")
+    assert "not for diagnosis" not in said
+    assert "they repeat each other" not in said
+    assert not re.search(r"#[0-9]+ 1x", said)
+    assert reading.locator("#notice").count() == 1
+    titles = " ".join(item.get_attribute("title") for item in reading.locator(".item").all())
+    assert not re.search(r"\b1(\.0[0-4]?)?× less", titles), "an effect of one is no effect"
+
+
+def test_seen_a_doubt_that_fired_on_every_slide(reading, served):
+    if served.name == "real":
+        assert not re.search(r"[Rr]ank \d+ is as good as", reading.inner_text("#doubts"))
+
+
+def test_seen_an_empty_page_below_the_fold_and_three_accents(reading, served):
+    accents = reading.evaluate(
+        """() => [...document.querySelectorAll('#open-menu, .tabs [aria-selected=true], .rests')].map(part => {
+          const style = getComputedStyle(part);
+          return part.matches('.tabs *') ? style.boxShadow.match(/rgb[^)]*[)]/)[0] : style.backgroundColor;
+        })"""
+    )
+    assert accents[0] == accents[1]
+    sizes = reading.evaluate(
+        """() => [...new Set([...document.querySelectorAll('#room *')].filter(part => part.checkVisibility() &&
+          [...part.childNodes].some(node => node.nodeType === 3 && node.data.trim())
+        ).map(part => parseFloat(getComputedStyle(part).fontSize)))].sort()"""
+    )
+    assert len(sizes) <= 6, f"one scale of type: {sizes}"
+    assert reading.evaluate("document.documentElement.scrollHeight") <= 900
+
+
+def test_seen_what_failed_still_called_being_analysed(browser, served, tmp_path):
+    from PIL import Image
+
+    Image.effect_noise((900, 900), 60).convert("RGB").save(tmp_path / "no-scale.png")
+    page = open_page(browser, served)
+    open_by_path(page, tmp_path / "no-scale.png")
+    page.wait_for_selector(".failed:not([hidden])")
+    assert "not analysed" in page.inner_text("#facts")
+    assert "being analysed" not in page.inner_text("#room")
+    assert len(page.inner_text(".failed")) > 20, "the sentence stays on the slide"
+    page.wait_for_function("document.querySelector('#path textarea, #path input').value === ''")  # of the slide before
+    page.close()
+
+
 @pytest.fixture(scope="session")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A slide whose analysis takes long enough to be seen."""
@@ -690,12 +846,19 @@ def test_work_is_told_waited_for_cancelled_and_replaced(browser, served, large, 
     began = time.time()
     open_by_path(page, large)
     page.wait_for_function("document.querySelector('.viewer').dataset.scale")
+    waited(served, "large slide: open to first look at tissue", time.time() - began)
+    page.wait_for_function("document.querySelector('.work').innerText.includes('patches')")
+    page.wait_for_selector(".viewer[data-provisional]")
+    waited(served, "large slide: open to provisional patches", time.time() - began)
+    page.screenshot(path=served.looks / "provisional.png")
+    began = time.time()
     page.locator('[data-do="cancel"]').click(timeout=20_000)
     page.wait_for_function("document.querySelector('#facts').innerText.includes('cancelled')")
-    waited(served, "open, cancel, free", time.time() - began)
+    waited(served, "cancel to free", time.time() - began, 5)
     assert page.locator(".item").count() == 0
     open_by_path(page, large)
     page.wait_for_selector(".work:not([hidden])")
+    began = time.time()
     open_by_path(page, second)  # while the first is analysed
     page.wait_for_function("document.querySelector('#path textarea, #path input').value === ''")  # it is shown
     page.fill("#question textarea", served.question)
@@ -704,8 +867,92 @@ def test_work_is_told_waited_for_cancelled_and_replaced(browser, served, large, 
     page.wait_for_selector(".item")
     waited(served, "second slide while the first is analysed, to its patches", time.time() - began)
     page.wait_for_selector('#chat a[href*="#patch-"]')
+    waited(served, "question typed early, to its answer", time.time() - began)
     assert page.locator("#chat .user-row").count() == 1
+    open_by_path(page, large)
+    page.wait_for_selector(".work:not([hidden])")
+    began = time.time()
+    with page.expect_request(re.compile("/queue/join")):
+        page.reload()
+    open_slide_on(page, served)
+    page.wait_for_selector(".item")
+    waited(served, "a slide after a reload during an analysis, to its patches", time.time() - began)
     assert not page.problems
+    page.close()
+
+
+def test_the_readers_own_impression_goes_before_the_answer_and_into_the_log(reading, served):
+    """Second read."""
+    wait_until_weighed(reading, 1)
+    reading.fill("#impression textarea", "Looks benign to me")
+    began = time.time()
+    with asking(reading, "Which tissue?", "fat\nmucin") as answer:
+        waited(served, "second read, to the answer beside the impression", time.time() - began)
+        assert "Your impression before: Looks benign to me" in answer.inner_text()
+        assert "Looks benign to me" in download(reading, "log.jsonl")
+        assert "Looks benign to me" in download(reading, "report.html")
+
+
+@pytest.fixture
+def stand_in_gallery(tiny_model, cached_phantom, tmp_path, monkeypatch) -> Iterator[tuple[str, Path]]:
+    """A page whose gallery's slides lie on a server of this machine, in place of those of the Pathology Atlas."""
+    import functools
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    folder = tmp_path / "server"
+    write_deep_zoom(folder, phantom.render(phantom.phantom_map(4, 2048), 0, 0, 2048, 2048))
+    serving = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    threading.Thread(target=serving.serve_forever, args=(0.05,), daemon=True).start()
+    address = f"http://127.0.0.1:{serving.server_port}/HE.dzi"
+    sample = dataclasses.replace(read_gallery()[0], address=address, mpp=0.5)
+    monkeypatch.setenv("SPARSEWSI_CACHE", str(cached_phantom))
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    for module in ("handlers", "desk"):
+        monkeypatch.setattr(f"sparsewsi.web.{module}.find_sample", lambda _what: sample)
+    (tmp_path / "desk").mkdir()
+    desk = Desk(str(tiny_model), tmp_path / "desk", allow_paths=True)
+    demo = build_page(desk)
+    demo.launch(**launch_settings(desk, "127.0.0.1", free_port(), None), quiet=True, prevent_thread_lock=True)
+    yield str(demo.local_url), sample
+    demo.close(verbose=False)
+    serving.shutdown()
+    serving.server_close()
+
+
+def write_deep_zoom(folder: Path, pixels: np.ndarray, tile: int = 256) -> None:
+    from PIL import Image
+
+    picture = Image.fromarray(pixels)
+    for level in range((max(picture.size) - 1).bit_length(), -1, -1):
+        (folder / "HE_files" / str(level)).mkdir(parents=True)
+        for column, row in itertools.product(*(range(-(-side // tile)) for side in picture.size)):
+            box = (column * tile, row * tile, (column + 1) * tile, (row + 1) * tile)
+            part = picture.crop((*box[:2], *map(min, box[2:], picture.size)))
+            part.save(folder / "HE_files" / str(level) / f"{column}_{row}.jpeg", quality=85)
+        picture = picture.resize(tuple(max(1, -(-side // 2)) for side in picture.size), Image.Resampling.BOX)
+    (folder / "HE.dzi").write_text(
+        f'<Image xmlns="http://schemas.microsoft.com/deepzoom/2008" Format="jpeg" Overlap="0" TileSize="{tile}">'
+        f'<Size Width="{pixels.shape[1]}" Height="{pixels.shape[0]}"/></Image>'
+    )
+
+
+def test_a_slide_of_the_gallery_is_read_from_its_server_and_says_what_is_published(browser, stand_in_gallery):
+    (url, sample), page = stand_in_gallery, new_page(browser)
+    with page.expect_request(re.compile("/queue/join")):
+        page.goto(url)
+    page.click("#gallery .public summary")
+    began = time.time()
+    page.locator("#gallery .sample").first.click()
+    page.wait_for_selector(".item")
+    LATENCIES.setdefault("slide of the gallery (server on this machine), to its patches", {})["phantom"] = (
+        f"{time.time() - began:.1f} s"
+    )
+    page.click("#doubts .about summary")
+    assert sample.diagnosis in page.inner_text("#doubts")
     page.close()
 
 

@@ -157,6 +157,9 @@ function openWork() {
   if (work && work.coords) tissue = { xy: new Int32Array(bytes(work.coords)), side: work.side, kept: [] };
   if (tissue && work && work.kept) tissue.kept = new Int32Array(bytes(work.kept));
   if (!going) tissue = null;
+  const provisional = !!tissue && tissue.kept.length > 0;
+  root.toggleAttribute("data-provisional", provisional);
+  if (provisional) $(".work b").append(" · kept so far, provisional");
   draw();
 }
 

@@ -36,3 +36,5 @@ if (props.bag) openBag();
 if (props.map) openMap();
 if (props.words) openWords();
 if (props.files) openFiles();
+if (props.evidence) openEvidence();
+if (props.compared) openWhatIf();

@@ -11,6 +11,8 @@ function showAll() {
   act("region").disabled = !bag;
   for (const name of ["boxes", "foci", "heat"]) act(name).disabled = !bag;
   if (!bag) {
+    strip.replaceChildren();
+    $(".sheet").replaceChildren();
     $(".members").hidden = $(".inspect").hidden = $(".card").hidden = true;
     linkPictures();
     drawMap();
