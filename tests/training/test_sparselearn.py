@@ -449,13 +449,13 @@ def test_the_denoiser_starts_as_the_identity():
 
 
 def test_a_token_never_sees_another():
-    x = torch.randn(9, 16)
+    x = torch.randn(9, 16, generator=torch.Generator().manual_seed(0))
     changed = x.clone()
-    changed[4] += 10
+    changed[4, ::2] += 10  # not all of them, which LayerNorm would take back
     seen = trained_like(Denoiser(16, 4))(changed) - trained_like(Denoiser(16, 4))(x)
     assert (seen.abs().sum(1) > 0).tolist() == [i == 4 for i in range(9)]
     leaked = trained_like(Denoiser(16, 4, "global"))(changed) - trained_like(Denoiser(16, 4, "global"))(x)
-    assert (leaked.abs().sum(1) > 0).all()
+    assert (leaked.abs().sum(1) > 1e-3).all()
 
 
 def test_the_global_denoiser_sees_no_padding():
