@@ -1,21 +1,31 @@
 """Weights from the Hugging Face hub or a folder: a sentence where they cannot be had, or are not the model's own."""
 
+import contextlib
 import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 
-def fetch_file(name: str, repo: str, file: str) -> Path:
-    """A file of a hub repository, from the cache or fetched. Raises ValueError, in words, when it cannot be had."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+def fetch_file(name: str, repo: str, *files: str) -> Path:
+    """The first of these files that a hub repository has, from the cache or fetched.
 
-    cached = try_to_load_from_cache(repo, file)
-    if isinstance(cached, str):
-        return Path(cached)
+    Raises ValueError, in words, when none can be had.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError
+
+    for file in files:
+        cached = try_to_load_from_cache(repo, file)
+        if isinstance(cached, str):
+            return Path(cached)
     require_hub(name, repo)
+    *others, last = files
     try:
-        return Path(hf_hub_download(repo, file))
+        for file in others:
+            with contextlib.suppress(EntryNotFoundError):
+                return Path(hf_hub_download(repo, file))
+        return Path(hf_hub_download(repo, last))
     except Exception as error:
         raise explain_refusal(name, repo, error) from error
 

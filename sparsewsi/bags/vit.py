@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sparsewsi.bags.hub import check_keys, check_pointers, explain_refusal, fetch_file, first_line, require_hub
@@ -268,9 +269,12 @@ def stretch_positions(stored: Tensor, wanted: int) -> Tensor:
 def load_hub_vit(name: str, device: torch.device) -> PatchEncoder:
     spec = HUB_VITS[name]
     model = build_vit(name, spec)
-    path = fetch_file(name, spec.repo, spec.file)
+    path = fetch_file(name, spec.repo, spec.file, "model.safetensors")
     try:
-        stored: dict[str, Tensor] = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        if path.suffix == ".safetensors":
+            stored: dict[str, Tensor] = load_file(path)
+        else:
+            stored = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:  # torch raises half a dozen types for a file that is not tensors alone
         raise ValueError(f"The weights of {name} cannot be read ({error}). Delete {path} and try again.") from error
     stored = rename_weights(stored, spec)

@@ -3,7 +3,7 @@
 import urllib.error
 
 import pytest
-from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError
 
 from sparsewsi.bags import hub
 from sparsewsi.bags.encoders import load_encoder
@@ -34,3 +34,20 @@ def test_a_gated_model_names_the_way_in(monkeypatch):
     monkeypatch.setattr(hub, "require_hub", lambda name, repo: None)
     with pytest.raises(ValueError, match=r"conch is gated: accept its terms at .*MahmoodLab/CONCH.*hf auth login"):
         fetch_file("conch", "MahmoodLab/CONCH", "pytorch_model.bin")
+
+
+def test_the_first_file_that_a_repository_has_is_taken(monkeypatch, tmp_path):
+    def download(repo, file):
+        if file != "model.safetensors":
+            error = EntryNotFoundError.__new__(EntryNotFoundError)
+            Exception.__init__(error, f"404 Client Error: {file}")
+            raise error
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args, **kwargs: None)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr(hub, "require_hub", lambda name, repo: None)
+    files = ("pytorch_model.bin", "model.safetensors")
+    assert fetch_file("keep", "Astaxanthin/KEEP", *files) == tmp_path / "model.safetensors"
+    with pytest.raises(ValueError, match="keep"):
+        fetch_file("keep", "Astaxanthin/KEEP", files[0])
