@@ -212,9 +212,9 @@ def served(model: str, home: Path, *flags: str) -> Iterator[tuple[str, psutil.Pr
 def opened(page: Page, path: Path) -> str:
     """The sentence about a slide: what is wrong with it, or what the page says of it."""
     try:
-        page.call("on_typed_path", str(path))
-        page.call("on_slide", None, "")
-        return str(page.call("on_slide_shown", None, None, "", None)[2])
+        page.call("on_typed_path", str(path), False)
+        page.call("on_slide", None, "", None, None, None)
+        return str(page.call("on_slide_shown", None, None, [])[2])
     except ValueError as error:
         return str(error)
 
@@ -283,9 +283,8 @@ class Visitor(Page):
 
     def __init__(self, address: str, mpp: str = ""):
         super().__init__(address)
-        self.call("on_choose", told={"name": "phantom"})
-        self.call("on_slide", None, mpp)
-        self.mpp = mpp
+        self.call("on_choose", False, told={"name": "phantom"})
+        self.call("on_slide", None, mpp, None, None, None)
 
     def join(self, name: str, *data: object, told: dict | None = None) -> None:
         body = {"data": data, "fn_index": self.handlers[name], "session_hash": self.session, "event_data": told}
@@ -305,7 +304,7 @@ class Visitor(Page):
 
     def asked(self) -> list:
         """The chat with a question that calls for a long answer."""
-        self.call("on_slide_shown", None, None, self.mpp, None)
+        self.call("on_slide_shown", None, None, [])
         return self.call(
             "on_question", "Describe everything that you see in great detail.", "", "", None, None, [], None
         )[0]
@@ -315,7 +314,7 @@ def gone(address: str, process: psutil.Process, doing: str) -> str:
     """Who asks for something and leaves in the middle of it; what the app still does three seconds later."""
     visitor = Visitor(address, "0.3" if doing == "analysing" else "")  # at another resolution nothing is cached
     if doing == "analysing":
-        visitor.join("on_slide_shown", None, None, visitor.mpp, None)
+        visitor.join("on_slide_shown", None, None, [])
         visitor.leave_after(4)
     else:
         chat = visitor.asked()
@@ -341,7 +340,7 @@ def told(address: str, event: str, data: dict, times: int = 1) -> str:
     """Events of the viewer."""
     visitor = Visitor(address)
     if event == "on_picks":
-        visitor.call("on_slide_shown", None, None, "", None)
+        visitor.call("on_slide_shown", None, None, [])
     answers: Counter[str] = Counter()
     for _ in range(times):
         try:
@@ -368,11 +367,11 @@ def regions(address: str, folder: Path, kind: str) -> str:
     path = folder / f"{kind}.geojson"
     path.write_text(json.dumps({"type": "Feature", "geometry": geometry}))
     visitor = Visitor(address)
-    visitor.call("on_slide_shown", None, None, "", None)
+    visitor.call("on_slide_shown", None, None, [])
     with path.open("rb") as file:
         sent = visitor.client.post(f"{address}/gradio_api/upload", files={"files": (path.name, file)})
     try:
-        visitor.call("on_regions", {"path": sent.json()[0], "meta": {"_type": "gradio.FileData"}}, None)
+        visitor.call("on_regions", {"path": sent.json()[0], "meta": {"_type": "gradio.FileData"}}, None, None)
         return "taken"
     except ValueError as error:
         return str(error)

@@ -51,8 +51,8 @@ class Stranger(Page):
 
     def open(self, path: Path) -> str:
         """Upload and show a slide; returns its token."""
-        self.call("on_upload", {"path": self.upload(path), "meta": {"_type": "gradio.FileData"}})
-        return self.call("on_slide", None, "0.5")[1]["props"]["slide"]["token"]
+        self.call("on_upload", [{"path": self.upload(path), "meta": {"_type": "gradio.FileData"}}], False)
+        return self.call("on_slide", None, "0.5", None, None, None)[1]["props"]["slides"][0]["token"]
 
     def begin(self, name: str, *data: object) -> None:
         """Start something and listen to it, for ever, in a thread."""
@@ -96,10 +96,10 @@ def brought_to(state: str, address: str, slide: Path) -> Iterator[None]:
     stranger = Stranger(address)
     token = stranger.open(slide)
     if state == "analysing":
-        stranger.begin("on_slide_shown", None, None, "0.5", None)
+        stranger.begin("on_slide_shown", None, None, [])
         time.sleep(3)
     else:
-        stranger.call("on_slide_shown", None, None, "0.5", None)
+        stranger.call("on_slide_shown", None, None, [])
         question = ("Does this slide contain carcinoma?", "Yes\nNo") if state == "evidence" else ("Describe it.", "")
         chat = stranger.call("on_question", *question, "", None, None, [], None)[0]
         if state in ("answering", "evidence"):

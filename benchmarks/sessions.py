@@ -107,10 +107,10 @@ def first_word(address: str, pid: int | None) -> None:
 
     page = Page(address)
     say("page open")
-    page.call("on_choose", told={"name": "phantom"})
-    page.call("on_slide", None, "")
+    page.call("on_choose", False, told={"name": "phantom"})
+    page.call("on_slide", None, "", None, None, None)
     say("slide on screen")
-    page.call("on_slide_shown", None, None, "", None)
+    page.call("on_slide_shown", None, None, [])
     say("patches selected")
     chat = page.call("on_question", QUESTION[0], "\n".join(QUESTION[1]), "", None, None, [], None)[0]
     page.call("on_asked", None, chat, None, None, first=True)

@@ -33,6 +33,7 @@ class Part:
     slide_mpp: float | None
     slide_size: tuple[int, int] | None
     bounds: tuple[int, int, int, int] | None = None
+    mpp_source: str = "unknown"
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,8 +145,7 @@ def join(bags: Sequence[Bag]) -> Bag:
         check_bag(bag, first.encoder, first.features.shape[1])
         shifted = bag.coords.long() + torch.tensor([0, below])  # 32 bits would wrap around; Bag refuses what is beyond
         coords.append(shifted)
-        facts = (bag.patch_size, bag.slide_mpp, bag.slide_size, bag.bounds)
-        parts.append(Part(bag.slide, len(bag.features), below, *facts))
+        parts.append(replace(list_parts(bag)[0], top=below))
         below = int(shifted[:, 1].max()) + bag.patch_size if len(shifted) else below
     return replace(
         first,
@@ -157,6 +157,26 @@ def join(bags: Sequence[Bag]) -> Bag:
         note=" ".join(dict.fromkeys(bag.note for bag in bags if bag.note)),
         parts=tuple(parts),
     )
+
+
+def list_parts(bag: Bag) -> tuple[Part, ...]:
+    """The slides of a bag, in order; of one slide that one."""
+    facts = (bag.patch_size, bag.slide_mpp, bag.slide_size, bag.bounds, bag.mpp_source)
+    return bag.parts or (Part(bag.slide, len(bag.features), 0, *facts),)
+
+
+def number_slides(bag: Bag) -> Tensor:
+    """(N,) int64: the number, from 0, of the slide that each patch is of."""
+    parts = list_parts(bag)
+    return torch.repeat_interleave(torch.arange(len(parts)), torch.tensor([part.patches for part in parts]))
+
+
+def own_coords(bag: Bag) -> Tensor:
+    """(N, 2) int32: where each patch lies on its own slide, level-0 px."""
+    if not bag.parts:
+        return bag.coords
+    tops = torch.tensor([[0, part.top] for part in bag.parts], dtype=torch.int32)
+    return bag.coords - tops[number_slides(bag)]
 
 
 @dataclass(frozen=True)
@@ -175,11 +195,11 @@ def locate(bag: Bag, row: int) -> Place:
     """Which slide a patch is of, and where on it; a bag of one slide is its number 0."""
     x, y = bag.coords[row].tolist()
     first = 0
-    for number, part in enumerate(bag.parts):
+    for number, part in enumerate(list_parts(bag)):
         if row < first + part.patches:
             return Place(number, part.slide, x, y - part.top, part.patch_size, part.slide_mpp)
         first += part.patches
-    return Place(0, bag.slide, x, y, bag.patch_size, bag.slide_mpp)
+    raise IndexError(f"{bag.slide} has {first:,} patches, and no row {row:,}.")
 
 
 # ---- its file

@@ -19,6 +19,7 @@ from torch import Tensor
 # train/studies/evidence_check.py tells how often two patches of a focus are of one tissue, and the other way round.
 ALIKE = 0.8
 TOUCH = 0.5  # what the distance of two patches that touch is multiplied by
+APART = 1e3  # distance of two patches of different slides: more than any mean within a focus can be
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,27 @@ class Focus:
     places: tuple[int, ...]
 
 
-def find_foci(coords: Tensor, features: Tensor, patch_size: int, ranks: Sequence[int]) -> list[Focus]:
+def find_foci(
+    coords: Tensor,
+    features: Tensor,
+    patch_size: int | Tensor,
+    ranks: Sequence[int],
+    slides: Tensor | None = None,
+) -> list[Focus]:
     """The foci of the kept patches, that of the best score first; a patch on its own is in none.
 
     coords (K, 2) level-0 px; features (K, D); ranks (K,): all of the kept patches
+    patch_size: of all, or (K,) of each; slides: (K,) number of each one's slide: a focus lies on one slide
     """
     if len(coords) < 2:
         return []
     directions = F.normalize(features.float() - features.float().mean(0), dim=1)
     apart = (1 - directions @ directions.T).clamp_min(0)  # (K, K)
     touching = (coords[:, None] - coords[None]).abs().amax(-1) <= 1.05 * patch_size
-    distances = torch.where(touching, TOUCH * apart, apart).double().numpy()
+    apart = torch.where(touching, TOUCH * apart, apart)
+    if slides is not None:
+        apart[slides[:, None] != slides] = APART
+    distances = apart.double().numpy()
     np.fill_diagonal(distances, 0)
     groups = fcluster(linkage(squareform(distances, checks=False), "average"), ALIKE, "distance")
     members = [tuple(map(int, np.flatnonzero(groups == group))) for group in np.unique(groups)]

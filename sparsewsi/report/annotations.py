@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparsewsi.bags.bag import Bag
+from sparsewsi.bags.bag import Bag, list_parts, number_slides, own_coords
 from sparsewsi.files import write_bytes
 from sparsewsi.model.selection import Selection
 from sparsewsi.report.qupath import CLASS_NAME
@@ -46,35 +46,43 @@ def can_annotate(path: str | Path | None) -> bool:
 
 
 def write_annotations(
-    path: str | Path, bag: Bag, selection: Selection, slide: str | Path, model: str, weights_sha256: str | None = None
+    path: str | Path,
+    bag: Bag,
+    selection: Selection,
+    slide: str | Path,
+    model: str,
+    weights_sha256: str | None = None,
+    number: int = 0,
 ) -> None:
     """Write the kept patches, best first, as rectangles with their rank and score; whole or not at all.
 
     slide: the DICOM folder, or one file of it, or its address on a server
     model, weights_sha256: who selected them, as the algorithm and its version
+    number: of the slide whose patches are written, where the bag is of several
     The same patches of the same slide keep their UIDs, so that a second import replaces the first. Raises ValueError
     where the slide's files name no finest level, or are not as DICOM wants them.
     """
     source = read_source(slide)
     try:
         _take_words(source)
-        data = _encode(bag, selection, source, model, (weights_sha256 or "not known")[:16])
+        data = _encode(bag, selection, source, model, (weights_sha256 or "not known")[:16], number)
     except Exception as error:  # of many types, whose words may quote the patient
         raise ValueError("The slide's own DICOM files are not as the standard wants them.") from error
     write_bytes(path, data)
 
 
-def _encode(bag: Bag, selection: Selection, source: "Dataset", model: str, version: str) -> bytes:
+def _encode(bag: Bag, selection: Selection, source: "Dataset", model: str, version: str, number: int) -> bytes:
     """The file's bytes."""
     import highdicom as hd
     from pydicom.sr.codedict import codes
     from pydicom.uid import generate_uid
 
-    order = selection.best_first.tolist()
+    numbers_of_slides, patch_size = number_slides(bag)[selection.indices], list_parts(bag)[number].patch_size
+    order = [place for place in selection.best_first.tolist() if numbers_of_slides[place] == number]
     kept = selection.indices[order]
-    corners = bag.coords[kept].double().numpy()
-    square = bag.patch_size * np.array([[0, 0], [1, 0], [1, 1], [0, 1]])
-    about = f"{source.SOPInstanceUID} {bag.patch_size} {corners.tolist()}"
+    corners = own_coords(bag)[kept].double().numpy()
+    square = patch_size * np.array([[0, 0], [1, 0], [1, 1], [0, 1]])
+    about = f"{source.SOPInstanceUID} {patch_size} {corners.tolist()}"
     numbers = {
         _code("RANK", "Rank by score among all patches"): selection.ranks[order],
         _code("SCORE", "Score by the model"): selection.scores[kept],

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsewsi.bags.bag import Bag
+from sparsewsi.bags.bag import Bag, list_parts
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.evidence import MATTERS
 from sparsewsi.model.selection import Selection
@@ -34,6 +34,7 @@ class Answer:
     sent:     what left this program for it and where to, "" for nothing
     without_all: what it loses without all kept patches, in nats; None where that was not measured
     foci:     the same for each focus (model/foci.py)
+    slides:   the same for each slide of a case of several, named by its number from 1
     impression: what the reader wrote before the answer was shown
     cited:    numbers of the patches that the reader says it rests on: its own words, not measured
     """
@@ -51,6 +52,7 @@ class Answer:
     without_all: float | None = None
     foci: tuple[FocusEffect, ...] = ()
     impression: str = ""
+    slides: tuple[FocusEffect, ...] = ()
 
     @property
     def rests(self) -> str:
@@ -59,7 +61,7 @@ class Answer:
             return ""
         if self.without_all >= STRONGLY:
             return "strongly"
-        most = max([self.without_all, *self.effects, *(focus.effect for focus in self.foci)])
+        most = max([self.without_all, *self.effects, *(group.effect for group in (*self.foci, *self.slides))])
         return "partly" if most >= MATTERS else "not"
 
     @property
@@ -85,7 +87,11 @@ def summarise(bag: Bag, selection: Selection, config: SparseWSIConfig, model: st
     """One line for people: model, encoder, K of N, share of the tissue, resolution and where it is known from."""
     kept, total = len(selection.indices), selection.num_patches
     at = f"{bag.mpp:.4g} µm/px" if bag.mpp else "an unknown resolution"
-    scan = f"scan {bag.slide_mpp:.4g} µm/px ({bag.mpp_source})" if bag.slide_mpp else "scan resolution unknown"
+    scans = [
+        f"scan {part.slide_mpp:.4g} µm/px ({part.mpp_source})" if part.slide_mpp else "scan resolution unknown"
+        for part in list_parts(bag)
+    ]
+    scan = ", ".join(dict.fromkeys(scans))
     return (
         f"{bag.slide} · model {model} ({name_llm(config)}) · encoder {bag.encoder} · {kept:,} of {total:,} patches "
         f"({100 * kept / max(total, 1):.2g} % of the tissue) read at {at} · {scan}"

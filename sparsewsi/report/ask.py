@@ -119,7 +119,7 @@ def _answer(
     except ReaderError as error:  # what was answered before is written
         failure = error
     print(f"\n{case.notice}")
-    written = case.write(out, answers, (*FILES, *([ANNOTATIONS] if can_annotate(case.path) else [])))
+    written = case.write(out, answers, (*FILES, *([ANNOTATIONS] if any(map(can_annotate, case.slides)) else [])))
     print(f"Wrote {', '.join(written[:-1])} and {written[-1]} to {out}.")
     if failure is not None:
         raise failure

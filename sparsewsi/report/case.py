@@ -11,7 +11,6 @@ Nothing here loads a model: what needs one takes it as an argument. N patches, K
 import io
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sparsewsi.bags.bag import Bag
+from sparsewsi.bags.bag import Bag, list_parts, number_slides
 from sparsewsi.files import write_bytes
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.evidence import Evidence
@@ -49,6 +48,7 @@ SHOWN_OVERVIEW = 1024  # px, of the overview that a reader may be shown
 
 Messages = Sequence[Mapping[str, str]]
 Paths = str | Path | Sequence[str | Path] | None
+Opening = Callable[[Path, float | None], Slide]  # opens a slide by its path and um/px
 
 
 class Reader(Protocol):
@@ -191,24 +191,41 @@ class Case:
         if isinstance(reader, PictureReader):
             found = reader.leave_one_out(seen, messages, text, list(options) or None, progress)
         else:
-            groups = [focus.places for focus in self.foci]
-            found = reader.leave_one_out(seen, messages, text, list(options) or None, progress, groups)
+            groups = [*self.foci, *self._by_slide]
+            places = [group.places for group in groups]
+            found = reader.leave_one_out(seen, messages, text, list(options) or None, progress, places)
+            weighed = self._weigh(groups, found.group_effects.tolist())
+            answer = replace(answer, foci=weighed[: len(self.foci)], slides=weighed[len(self.foci) :])
         answer = replace(answer, effects=tuple(found.effects.tolist()), evidence=found.sentence)
-        return replace(answer, without_all=found.without_any, foci=self._weigh(found.group_effects.tolist()))
+        return replace(answer, without_all=found.without_any)
 
     @cached_property
     def foci(self) -> tuple[Focus, ...]:
-        """The groups that the kept patches form."""
-        bag, kept = self.bag, self.selection.indices
+        """The groups that the kept patches form, each on one slide."""
+        bag, kept, numbers = self.bag, self.selection.indices, self.numbers
+        sides = torch.tensor([part.patch_size for part in list_parts(bag)])[numbers]
         ranks = self.selection.ranks.tolist()
-        return tuple(find_foci(bag.coords[kept], bag.features[kept], bag.patch_size, ranks))
+        return tuple(find_foci(bag.coords[kept], bag.features[kept], sides, ranks, numbers))
 
-    def _weigh(self, effects: Sequence[float]) -> tuple[FocusEffect, ...]:
-        """What was measured of each focus; nothing where nothing was."""
+    @cached_property
+    def numbers(self) -> Tensor:
+        """(K,) int64: the number, from 0, of the slide that each kept patch is of."""
+        return number_slides(self.bag)[self.selection.indices]
+
+    @property
+    def _by_slide(self) -> list[Focus]:
+        """The kept patches of each slide, named by its number from 1, where they are of several."""
+        numbers = self.numbers.tolist()
+        found = sorted(set(numbers))
+        groups = [Focus(str(n + 1), tuple(i for i, other in enumerate(numbers) if other == n)) for n in found]
+        return groups if len(groups) > 1 else []
+
+    def _weigh(self, groups: Sequence[Focus], effects: Sequence[float]) -> tuple[FocusEffect, ...]:
+        """What was measured of each group; nothing where nothing was."""
         ranks = self.selection.ranks.tolist()
         return tuple(
-            FocusEffect(focus.name, tuple(sorted(ranks[place] for place in focus.places)), effect)
-            for focus, effect in zip(self.foci, effects)
+            FocusEffect(group.name, tuple(sorted(ranks[place] for place in group.places)), effect)
+            for group, effect in zip(groups, effects)
         )
 
     def choose(
@@ -252,33 +269,37 @@ class Case:
         folder: str | Path,
         answers: Sequence[Answer] = (),
         names: Collection[str] = FILES,
-        slide: Slide | None = None,
+        opening: Opening | None = None,
         marks: Mapping[int, str] | None = None,
     ) -> tuple[str, ...]:
         """Write files of these names, of FILES, FIGURES or ANNOTATIONS, into a folder, which is made; whole or none.
 
         marks: what the reader said of patches, by index: "agree" or "disagree"
-        slide: the slide, open; None: it is opened by its path. Without either the report holds no patches, and boxes
-        are drawn on a plain canvas
+        opening: how slides are opened, one at a time; None: in this process. Without a path the report holds no
+        patches, and boxes are drawn on a plain canvas
         What costs nothing to make is saved first. Returns the names of the files that were written: a map that cannot
-        be drawn is left out with a warning. Of several slides each has a patches-<number>.geojson. Raises SlideError or
-        OSError, once the others are written, if the slide cannot be read any more or the disk is full.
+        be drawn is left out with a warning. Of several slides each has a patches-<number>.geojson and, of DICOM files,
+        an annotations-<number>.dcm. Raises SlideError or OSError, once the others are written, if a slide cannot be
+        read any more or the disk is full.
         """
         if not set(names) <= {*FILES, *FIGURES, ANNOTATIONS}:
             raise ValueError(f"the files of a case are {', '.join((*FILES, *FIGURES))}; got {', '.join(names)}.")
         folder, bag, selection = Path(folder), self.bag, self.selection
         made = {"model": self.model, "weights_sha256": self.weights_sha256, "selector": self.selector}
         chosen = {"max_patches": self.max_patches, "answers": answers, "marks": marks, **made}
-        drawn: list[tuple[Image.Image, list]] = []
+        drawn: list[tuple[list[Image.Image], list]] = []
 
-        def draw() -> tuple[Image.Image, list]:
+        def draw() -> tuple[list[Image.Image], list]:
             if not drawn:
-                drawn.append(self._draw(slide))
+                drawn.append(self._draw(opening))
             return drawn[0]
 
+        def draw_whole() -> Image.Image:
+            return plots.lay_side_by_side(draw()[0], OVERVIEW)
+
         def write_report(path: Path) -> None:
-            overview, patches = draw()
-            shown = {"overview": overview, "patches": patches, "answers": answers, "doubts": self.doubts}
+            overviews, patches = draw()
+            shown = {"overviews": overviews, "patches": patches, "answers": answers, "doubts": self.doubts}
             html.write_report(path, bag, selection, self.config, limits=self.limits, marks=marks, **shown, **made)
 
         def write_map(path: Path) -> None:
@@ -289,14 +310,17 @@ class Case:
                 raise _Undrawn(f"{path.name} was left out, as the map could not be drawn ({error}).") from error
             write_bytes(path, _encode_png(picture))
 
-        def write_annotations(path: Path) -> None:
+        def write_annotations(path: Path, number: int = 0) -> None:
+            slide = self.slides[number] if self.slides else ""
             try:
-                annotations.write_annotations(path, bag, selection, self.path or "", self.model, self.weights_sha256)
+                annotations.write_annotations(
+                    path, bag, selection, slide, self.model, self.weights_sha256, number=number
+                )
             except ValueError as error:
                 raise _Undrawn(f"{path.name} was left out. {error}") from error
 
         def write_figure(path: Path) -> None:
-            overview, patches = draw()
+            patches = draw()[1]
             try:
                 drawn_map = umap.draw_map(umap.map_features(bag.features, selection), selection)
             except Exception:  # as above: the rest is worth having
@@ -304,7 +328,7 @@ class Case:
             last = answers[-1] if answers else None
             title = f"{last.question} {word_answer(last, self.limits)}" if last else bag.slide
             data = figure.draw_figure(
-                path.suffix[1:], overview, patches, selection, drawn_map, title, f"{self.summary}. {self.notice}"
+                path.suffix[1:], draw_whole(), patches, selection, drawn_map, title, f"{self.summary}. {self.notice}"
             )
             write_bytes(path, data)
 
@@ -314,85 +338,92 @@ class Case:
             "patches.geojson": lambda path: qupath.write_geojson(path, bag, selection, marks),
             ANNOTATIONS: write_annotations,
             "report.html": write_report,
-            "overlay.png": lambda path: write_bytes(path, _encode_png(draw()[0])),
+            "overlay.png": lambda path: write_bytes(path, _encode_png(draw_whole())),
             "umap.png": write_map,
             **dict.fromkeys(FIGURES, write_figure),
         }
-        if bag.parts:
-            place = list(writers).index("patches.geojson")
-            squares = {"bag": bag, "selection": selection, "marks": marks}
-            ours = {
-                f"patches-{number + 1}.geojson": partial(qupath.write_geojson, number=number, **squares)
-                for number in range(len(bag.parts))
-            }
-            others = [(name, write) for name, write in writers.items() if name != "patches.geojson"]
-            writers = dict([*others[:place], *ours.items(), *others[place:]])
-            names = {*names, *ours} if "patches.geojson" in names else names
+        squares = {"bag": bag, "selection": selection, "marks": marks}
+        jobs: list[tuple[str, Callable[[Path], None]]] = []
+        for name in filter(names.__contains__, writers):
+            if not bag.parts or name not in ("patches.geojson", ANNOTATIONS):
+                jobs.append((name, writers[name]))
+                continue
+            for number in range(len(bag.parts)):  # a file each
+                mine = name.replace(".", f"-{number + 1}.")
+                if name != ANNOTATIONS:
+                    jobs.append((mine, partial(qupath.write_geojson, number=number, **squares)))
+                elif self.slides and (self.numbers == number).any() and annotations.can_annotate(self.slides[number]):
+                    jobs.append((mine, partial(write_annotations, number=number)))
         written, failed = [], []
-        for name, write in writers.items():
-            if name in names:
-                try:
-                    write(folder / name)
-                    written.append(name)
-                except _Undrawn as reason:
-                    warnings.warn(str(reason), stacklevel=2)
-                except (SlideError, OSError) as error:  # a full disk may still have room for what is smaller
-                    failed.append(error)
+        for name, write in jobs:
+            try:
+                write(folder / name)
+                written.append(name)
+            except _Undrawn as reason:
+                warnings.warn(str(reason), stacklevel=2)
+            except (SlideError, OSError) as error:  # a full disk may still have room for what is smaller
+                failed.append(error)
         if failed:
             raise failed[0]
         return tuple(written)
 
-    def cut(self, slides: Sequence[Slide], overview: bool = False) -> Pictures:
-        """The kept patches as they were encoded, of the open slides; with a picture of the whole if it is wanted.
+    def cut(self, overview: bool = False, opening: Opening | None = None) -> Pictures:
+        """The kept patches as they were encoded; with a picture of the whole if it is wanted. opening: see write
 
-        Raises SlideError if a slide is damaged.
+        Raises ValueError without the slide, SlideError if it is damaged.
         """
-        best_first = plots.cut_patches(slides, self.bag, self.selection)
-        patches = tuple(best_first[place] for place in self.selection.best_first.argsort().tolist())
-        whole = self._overview(slides, SHOWN_OVERVIEW)[0] if overview else None
-        return Pictures(patches, tuple(self.selection.ranks.tolist()), self.bag.mpp, whole)
-
-    @cached_property
-    def pictures(self) -> Pictures:
-        """The kept patches as they were encoded. Raises ValueError without the slide, SlideError if it is damaged."""
-        return self._cut(overview=False)
-
-    def _show(self, reader: PictureReader) -> Pictures:
-        """What this reader is shown."""
-        return self._cut(overview=True) if reader.overview else self.pictures
-
-    def _cut(self, overview: bool) -> Pictures:
-        if not self._paths:
+        if not self.slides:
             raise ValueError(
                 "Only the features of this slide are at hand, and this reader needs its pictures. Pass the slide."
             )
-        with self._open() as slides:
-            return self.cut(slides, overview)
+        wholes, best_first = self._look(SHOWN_OVERVIEW if overview else 0, opening)
+        patches = tuple(best_first[place] for place in self.selection.best_first.argsort().tolist())
+        pictures = [Image.fromarray(whole) for whole, _ in wholes]
+        shown = np.asarray(plots.lay_side_by_side(pictures, SHOWN_OVERVIEW)) if overview else None
+        return Pictures(patches, tuple(self.selection.ranks.tolist()), self.bag.mpp, shown)
+
+    @cached_property
+    def pictures(self) -> Pictures:
+        """The kept patches as they were encoded. Raises as cut does."""
+        return self.cut()
+
+    def _show(self, reader: PictureReader) -> Pictures:
+        """What this reader is shown."""
+        return self.cut(overview=True) if reader.overview else self.pictures
 
     @property
-    def _paths(self) -> tuple[Path, ...]:
+    def slides(self) -> tuple[Path, ...]:
         """The slides that are at hand, in order."""
         return self.paths or ((self.path,) if self.path is not None else ())
 
-    @contextmanager
-    def _open(self) -> Iterator[list[Slide]]:
-        """All slides of the case."""
-        with ExitStack() as stack:
-            yield [stack.enter_context(open_slide(path, slide_mpp=self.slide_mpp)) for path in self._paths]
+    def _look(
+        self, side: int, opening: Opening | None = None
+    ) -> tuple[list[tuple[np.ndarray, float]], list[np.ndarray]]:
+        """The slides' thumbnails (side > 0) with level-0 px per px, and the kept patches, best first.
 
-    def _overview(self, slides: Sequence[Slide], max_side: int) -> tuple[np.ndarray, float]:
-        """uint8 (h, w, 3) of the slide, or of several one below another, and level-0 px per px."""
-        if self.bag.parts:
-            return plots.draw_together(slides, self.bag, max_side)
-        return slides[0].thumbnail(max_side)
+        One slide is open at a time, each at the um/px that it was encoded with.
+        """
+        opening = opening or _open
+        wholes, cut = [], []
+        for number, (path, part) in enumerate(zip(self.slides, list_parts(self.bag))):
+            with opening(path, part.slide_mpp if self.bag.parts else self.slide_mpp) as slide:
+                wholes += [slide.thumbnail(side)] if side else []
+                cut.append(iter(plots.cut_patches(slide, self.bag, self.selection, number)))
+        return wholes, [next(cut[number]) for number in self.numbers[self.selection.best_first].tolist()]
 
-    def _draw(self, slide: Slide | None) -> tuple[Image.Image, list]:
-        """The overview with boxes, and the kept patches, best first; without the slide a canvas and no patches."""
-        if slide is None and not self._paths:
-            return plots.draw_overlay(*plots.draw_canvas(self.bag), self.bag, self.selection), []
-        with self._open() if slide is None else nullcontext([slide]) as slides:
-            overview = plots.draw_overlay(*self._overview(slides, OVERVIEW), self.bag, self.selection)
-            return overview, plots.cut_patches(slides, self.bag, self.selection)
+    def _draw(self, opening: Opening | None) -> tuple[list[Image.Image], list]:
+        """The slides with boxes, and the kept patches, best first; without the slides canvases and no patches."""
+        if self.slides:
+            wholes, patches = self._look(OVERVIEW, opening)
+        else:
+            numbers = range(len(list_parts(self.bag)))
+            wholes, patches = [plots.draw_canvas(self.bag, number=number) for number in numbers], []
+        boxed = [plots.draw_overlay(*whole, self.bag, self.selection, n) for n, whole in enumerate(wholes)]
+        return boxed, patches
+
+
+def _open(path: Path, slide_mpp: float | None) -> Slide:
+    return open_slide(path, slide_mpp=slide_mpp)
 
 
 def open_case(

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from sparsewsi.bags.bag import Bag
+from sparsewsi.bags.bag import Bag, list_parts
 from sparsewsi.model import novelty
 from sparsewsi.model.selection import Selection
 
@@ -74,14 +74,16 @@ def doubt_selection(bag: Bag, selection: Selection, ranked: bool = True) -> list
     """
     k, n = len(selection.indices), selection.num_patches
     out = []
-    scale = _SCALE.get(bag.mpp_source if bag.slide_mpp else "unknown")
-    if scale is not None:
-        out.append(scale.format(mpp=bag.slide_mpp))
+    for number, part in enumerate(list_parts(bag), 1):
+        scale = _SCALE.get(part.mpp_source if part.slide_mpp else "unknown")
+        if scale is not None:
+            out.append((f"Slide {number}: " if bag.parts else "") + scale.format(mpp=part.slide_mpp))
+    what = "slides together have" if bag.parts else "slide has"
     if n <= k:
-        out.append(f"The slide has only {n:,} patches with tissue, and all were kept: nothing was selected.")
+        out.append(f"The {what} only {n:,} patches with tissue, and all were kept: nothing was selected.")
         return out
     if n < 4 * k:
-        out.append(f"The slide has only {n:,} patches with tissue, so that {k} of them are hardly a selection.")
+        out.append(f"The {what} only {n:,} patches with tissue, so that {k} of them are hardly a selection.")
     cut = _cut(selection) if ranked else None
     if cut is not None:
         out.append(cut)

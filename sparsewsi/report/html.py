@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sparsewsi.bags.bag import Bag, locate
+from sparsewsi.bags.bag import Bag, Part, list_parts, locate, number_slides
 from sparsewsi.files import write_text
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.limits import Limits
@@ -50,7 +50,7 @@ def write_report(
     config: SparseWSIConfig,
     *,
     model: str,
-    overview: Image.Image,
+    overviews: Sequence[Image.Image],
     patches: Sequence[np.ndarray] = (),
     answers: Sequence[Answer] = (),
     doubts: Sequence[str] = (),
@@ -61,15 +61,19 @@ def write_report(
 ) -> None:
     """One HTML file to read, print and file away: no script, nothing fetched, every picture inside.
 
-    overview: the slide with its boxes (plots.draw_overlay). patches: uint8 (p, p, 3), best first (plots.cut_patches);
+    overviews: each slide with its boxes (plots.draw_overlay). patches: uint8 (p, p, 3), best first (plots.cut_patches);
     none where the slide is not at hand. doubts: sentences that stand under the notice. marks: what the reader said of
     patches, by index. The answers and the pictures that they rest on come first, the rest is folded. Words of users and
     of the model are escaped. The slide is named by Bag.slide and digests only.
     """
     assert len(patches) in (0, len(selection.indices)), "one picture per kept patch, or none"
-    facts = {
-        "Slide": f"{bag.slide}, {_size(bag)}",
-        "Scan": f"{bag.slide_mpp:.4g} µm/px ({bag.mpp_source})" if bag.slide_mpp else "resolution unknown",
+    slides = {}
+    for number, part in enumerate(list_parts(bag), 1):
+        which = f" {number}" if bag.parts else ""
+        slides[f"Slide{which}"] = f"{part.slide}, {_size(part)}"
+        scan = f"{part.slide_mpp:.4g} µm/px ({part.mpp_source})" if part.slide_mpp else "resolution unknown"
+        slides[f"Scan{which}"] = scan
+    facts = slides | {
         "Model": f"{model}, language model {name_llm(config)}",
         "Weights (sha256)": weights_sha256 or "not recorded",
         "Patch encoder": f"{bag.encoder}, patches read at "
@@ -85,10 +89,10 @@ def write_report(
         f'<p class="notice">{escape(word_notice(config))}</p>',
         f'<div class="warnings"><ul>{below}</ul></div>' if below else "",
         *(
-            _answer_html(number, answer, selection, patches, limits or Limits())
+            _answer_html(number, answer, bag, selection, patches, limits or Limits())
             for number, answer in enumerate(answers, 1)
         ),
-        f'<img class="overview" alt="The slide with the kept patches" src="{_picture(overview)}">',
+        *_overviews_html(bag, selection, overviews),
         "<h2>Kept patches, best score first</h2>",
         f'<div class="patches">{"".join(_figures(bag, selection, patches, answers, marks or {}))}</div>',
         "<details><summary>How this was made</summary><table>",
@@ -106,16 +110,26 @@ def write_report(
     write_text(path, page)
 
 
-def _size(bag: Bag) -> str:
-    if bag.slide_size is None:
+def _overviews_html(bag: Bag, selection: Selection, overviews: Sequence[Image.Image]) -> Iterator[str]:
+    """A picture of each slide, of several with its number, name and how many patches were kept of it."""
+    numbers = number_slides(bag)[selection.indices]
+    for number, (part, overview) in enumerate(zip(list_parts(bag), overviews)):
+        told = f"Slide {number + 1} ({part.slide}): {int((numbers == number).sum())} of {part.patches:,} patches"
+        if bag.parts:
+            yield f"<h2>{escape(told)}</h2>"
+        yield f'<img class="overview" alt="The slide with the kept patches" src="{_picture(overview)}">'
+
+
+def _size(slide: Part) -> str:
+    if slide.slide_size is None:
         return "size unknown"
-    width, height = bag.slide_size
-    in_mm = f" ({width * bag.slide_mpp / 1000:.3g} x {height * bag.slide_mpp / 1000:.3g} mm)" if bag.slide_mpp else ""
+    (width, height), mpp = slide.slide_size, slide.slide_mpp
+    in_mm = f" ({width * mpp / 1000:.3g} x {height * mpp / 1000:.3g} mm)" if mpp else ""
     return f"{width:,} x {height:,} px{in_mm}"
 
 
 def _answer_html(
-    number: int, answer: Answer, selection: Selection, patches: Sequence[np.ndarray], limits: Limits
+    number: int, answer: Answer, bag: Bag, selection: Selection, patches: Sequence[np.ndarray], limits: Limits
 ) -> str:
     """A question, its answer with the pictures it rests on, its options; folded, all patches by their evidence."""
     rows = "".join(
@@ -126,7 +140,7 @@ def _answer_html(
         f'<section class="answer"><p class="text"><b>Q{number}. {escape(answer.question)}</b></p>',
         f'<p class="text said">{escape(word_answer(answer, limits)) or "(no answer)"}</p>',
         f"<p>Rests on the slide: {answer.rests}.</p>" if answer.rests else "",
-        _most_html(answer, selection, patches),
+        _most_html(answer, bag, selection, patches),
         f"<p>The reader's impression, before: {escape(answer.impression)}</p>" if answer.impression else "",
         f"<table><tr><th>Option</th><th>Probability</th></tr>{rows}</table>" if rows else "",
         f"<p>{escape(answer.limit)}</p>" if answer.limit else "",
@@ -145,23 +159,28 @@ def _answer_html(
             for place in most_first
         )
         foci = " · ".join(f"{focus.name} {format_effect(focus.effect)}" for focus in answer.foci)
+        slides = " · ".join(f"slide {slide.name} {format_effect(slide.effect)}" for slide in answer.slides)
         out.append(
             "<details><summary>All patches by evidence</summary><p>How many times less likely the answer gets without "
             f'the patch; below 1: likelier. <span class="number">{links}</span>'
-            f"{f'<br>Without a whole focus: {foci}' if foci else ''}</p></details>"
+            f"{f'<br>Without a whole focus: {foci}' if foci else ''}"
+            f"{f'<br>Without all patches of a slide: {slides}' if slides else ''}</p></details>"
         )
     return "".join([*out, "</section>"])
 
 
-def _most_html(answer: Answer, selection: Selection, patches: Sequence[np.ndarray]) -> str:
+def _most_html(answer: Answer, bag: Bag, selection: Selection, patches: Sequence[np.ndarray]) -> str:
     """The pictures of the patches that the answer rests on most."""
     if not answer.effects or not len(patches):
         return ""
     best_first = selection.best_first.tolist()
+    numbers = number_slides(bag)[selection.indices].tolist()
+    slides = [f"Slide {number + 1}, " if bag.parts else "" for number in numbers]
     most = sorted(range(len(best_first)), key=lambda number: -answer.effects[best_first[number]])[:MOST]
     figures = (
         f'<figure><a href="#patch-{rank}"><img alt="Patch {rank}" src="{_picture(Image.fromarray(patches[number]))}">'
-        f"</a><figcaption>#{rank}: {format_effect(answer.effects[best_first[number]])}×</figcaption></figure>"
+        f"</a><figcaption>{slides[best_first[number]]}#{rank}: "
+        f"{format_effect(answer.effects[best_first[number]])}×</figcaption></figure>"
         for number in most
         for rank in [int(selection.ranks[best_first[number]])]
     )
@@ -200,7 +219,7 @@ def _place(bag: Bag, index: int) -> str:
     at = locate(bag, index)
     x, y = at.x + at.patch_size / 2, at.y + at.patch_size / 2
     text = f"x {x * at.slide_mpp:,.0f}, y {y * at.slide_mpp:,.0f} µm" if at.slide_mpp else f"x {x:g}, y {y:g} px"
-    return f"{escape(at.slide)}: {text}" if bag.parts else text
+    return f"slide {at.number + 1}: {text}" if bag.parts else text
 
 
 def _picture(image: Image.Image) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from sparsewsi.bags.bag import Bag, locate
+from sparsewsi.bags.bag import Bag, list_parts, locate, number_slides, own_coords
 from sparsewsi.model.selection import Selection
 from sparsewsi.slides.slide import Slide
 
@@ -32,10 +32,10 @@ def _font(size: float) -> ImageFont.FreeTypeFont:
 # ---- on the slide ----
 
 
-def draw_overlay(thumbnail: np.ndarray, scale: float, bag: Bag, selection: Selection) -> Image.Image:
+def draw_overlay(thumbnail: np.ndarray, scale: float, bag: Bag, selection: Selection, number: int = 0) -> Image.Image:
     """The thumbnail with a box around every kept patch, its rank in it, and a scale bar if mpp is known.
 
-    thumbnail: uint8 (h, w, 3);  scale: level-0 px per thumbnail px
+    thumbnail: uint8 (h, w, 3);  scale: level-0 px per thumbnail px;  number: of the slide, where the bag is of several
     Patches too small to be seen get a box of a least size around their centre; numbers that would cover each other are
     moved aside and tied to their box by a line.
     """
@@ -43,8 +43,9 @@ def draw_overlay(thumbnail: np.ndarray, scale: float, bag: Bag, selection: Selec
     draw = ImageDraw.Draw(picture)
     unit = max(picture.size) / LEAST_SIDE
     font = _font(23 * unit)
-    ranks = selection.ranks[selection.best_first].tolist()
-    boxes = [_box(bag, index, scale, 20 * unit) for index in selection.indices[selection.best_first].tolist()]
+    best_first = _of_slide(bag, selection, number)
+    ranks = selection.ranks[best_first].tolist()
+    boxes = [_box(bag, index, scale, 20 * unit) for index in selection.indices[best_first].tolist()]
     for left, top, right, bottom in reversed(boxes):  # the best is drawn last, on top
         draw.rectangle((left, top, right, bottom), outline=CASING, width=round(5 * unit))
         inset = round(1.5 * unit)
@@ -56,61 +57,69 @@ def draw_overlay(thumbnail: np.ndarray, scale: float, bag: Bag, selection: Selec
             draw.line((*_nearest(box, x, y), x, y), fill=CASING, width=max(1, round(1.5 * unit)))
     for rank, (x, y) in zip(ranks, places):
         draw.text((x, y), f"{rank}", INK, font, "mm", stroke_width=2 * unit, stroke_fill=CASING)
-    if bag.slide_mpp and len({part.slide_mpp for part in bag.parts}) < 2:
-        _scale_bar(draw, picture.size, bag.slide_mpp * scale, font, unit)
+    if mpp := list_parts(bag)[number].slide_mpp:
+        _scale_bar(draw, picture.size, mpp * scale, font, unit)
     return picture
 
 
-def draw_canvas(bag: Bag, max_side: int = 1400) -> tuple[np.ndarray, float]:
+def _of_slide(bag: Bag, selection: Selection, number: int) -> list[int]:
+    """Places in selection.indices of the kept patches of one of the bag's slides, best first."""
+    numbers = number_slides(bag)[selection.indices].tolist()
+    return [place for place in selection.best_first.tolist() if numbers[place] == number]
+
+
+def draw_canvas(bag: Bag, max_side: int = 1400, number: int = 0) -> tuple[np.ndarray, float]:
     """Stands in for the thumbnail of a bag whose slide is not at hand: its patches as grey squares on white.
 
+    number: of the slide, where the bag is of several
     Returns (uint8 (h, w, 3), level-0 px per px). Without slide_size the canvas ends at the last patch.
     """
-    size = bag.slide_size
+    part, coords = list_parts(bag)[number], own_coords(bag)[number_slides(bag) == number].numpy()
+    size = part.slide_size
     if size is None:
-        corner = bag.coords.numpy().max(0) if len(bag.coords) else np.zeros(2, int)
-        size = (int(corner[0]) + bag.patch_size, int(corner[1]) + bag.patch_size)
+        corner = coords.max(0) if len(coords) else np.zeros(2, int)
+        size = (int(corner[0]) + part.patch_size, int(corner[1]) + part.patch_size)
     scale = max(size) / max_side
     picture = Image.new("RGB", (max(1, math.ceil(size[0] / scale)), max(1, math.ceil(size[1] / scale))), "white")
     draw = ImageDraw.Draw(picture)
-    for x, y in bag.coords.numpy() / scale:
-        side = bag.patch_size / scale
+    for x, y in coords / scale:
+        side = part.patch_size / scale
         draw.rectangle((x, y, x + side - 1, y + side - 1), fill=(222, 214, 224))
     return np.asarray(picture), scale
 
 
-def draw_together(slides: Sequence[Slide], bag: Bag, max_side: int) -> tuple[np.ndarray, float]:
-    """The overviews of a case's slides one below another, as the bag's coords have them (sparsewsi.bags.bag.join).
+def lay_side_by_side(pictures: Sequence[Image.Image], max_side: int) -> Image.Image:
+    """The slides of a case as one picture, each with its number; one slide's is returned as it is."""
+    if len(pictures) == 1:
+        return pictures[0]
+    columns = math.ceil(math.sqrt(len(pictures)))
+    side, font = max_side // columns, _font(max_side / columns / 24)
+    head, rows = round(1.4 * font.size), math.ceil(len(pictures) / columns)
+    small = [picture.copy() for picture in pictures]
+    for picture in small:
+        picture.thumbnail((side - 8, side - 8))
+    heights = [max(p.height for p in small[row * columns : (row + 1) * columns]) + head + 8 for row in range(rows)]
+    sheet = Image.new("RGB", (columns * side, sum(heights)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, picture in enumerate(small):
+        row, column = divmod(number, columns)
+        x, y = column * side + 4, sum(heights[:row]) + 4
+        draw.text((x, y), f"Slide {number + 1}", CASING, font)
+        sheet.paste(picture, (x, y + head))
+    return sheet
 
-    Returns (uint8 (h, w, 3), level-0 px per px).
-    """
-    sizes = [slide.size for slide in slides]
-    ends = [part.top for part in bag.parts[1:]] + [bag.parts[-1].top + sizes[-1][1]]
-    widest = max(size[0] for size in sizes)
-    scale = max(widest, ends[-1]) / max_side
-    picture = Image.new("RGB", (math.ceil(widest / scale), math.ceil(ends[-1] / scale)), "white")
-    for slide, part, end in zip(slides, bag.parts, ends):
-        thumbnail, own = slide.thumbnail(max_side)
-        whole = Image.fromarray(thumbnail)
-        width, height = (max(1, round(side * own / scale)) for side in whole.size)
-        whole = whole.resize((width, height))
-        rows = min(whole.height, math.ceil((end - part.top) / scale))
-        picture.paste(whole.crop((0, 0, whole.width, rows)), (0, round(part.top / scale)))
-    return np.asarray(picture), scale
 
+def cut_patches(slide: Slide, bag: Bag, selection: Selection, number: int = 0) -> list[np.ndarray]:
+    """The kept patches as they were encoded, best first: uint8 (p, p, 3) each.
 
-def cut_patches(slide: Slide | Sequence[Slide], bag: Bag, selection: Selection) -> list[np.ndarray]:
-    """The kept patches as they were encoded, best first: K times uint8 (p, p, 3).
-
-    slide: the bag's; all of them, in order, where it is of several
+    number: of the slide, where the bag is of several: its patches alone
     """
     assert bag.mpp is not None, "a bag made from a slide knows its mpp"
-    slides = [slide] if isinstance(slide, Slide) else slide
     found = []
-    for index in selection.indices[selection.best_first].tolist():
+    for index in selection.indices[_of_slide(bag, selection, number)].tolist():
         at = locate(bag, index)
-        side = round(at.patch_size * slides[at.number].require_mpp() / bag.mpp)  # px at bag.mpp
-        found.append(slides[at.number].read((at.x, at.y), (side, side), bag.mpp))
+        side = round(at.patch_size * slide.require_mpp() / bag.mpp)  # px at bag.mpp
+        found.append(slide.read((at.x, at.y), (side, side), bag.mpp))
     return found
 
 
@@ -125,8 +134,9 @@ def _at_least(thumbnail: np.ndarray, scale: float) -> tuple[Image.Image, float]:
 
 def _box(bag: Bag, index: int, scale: float, least: float) -> tuple[float, float, float, float]:
     """(left, top, right, bottom) of a patch in picture px, at least `least` px wide."""
-    side = locate(bag, index).patch_size / scale
-    x, y = (float(v) / scale + side / 2 for v in bag.coords[index])
+    at = locate(bag, index)
+    side = at.patch_size / scale
+    x, y = (v / scale + side / 2 for v in (at.x, at.y))
     half = max(side, least) / 2
     return x - half, y - half, x + half, y + half
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsewsi.bags.bag import Bag, locate
+from sparsewsi.bags.bag import Bag, list_parts, locate, number_slides, own_coords
 from sparsewsi.files import read_json, write_json
 from sparsewsi.model.selection import Selection
 
@@ -62,15 +62,17 @@ def _square(bag: Bag, selection: Selection, place: int, marks: Mapping[int, str]
 
 def _origin(bag: Bag, number: int = 0) -> tuple[int, int]:
     """Where QuPath's (0, 0) lies on the slide, or on this one of several, level-0 px."""
-    bounds = bag.parts[number].bounds if bag.parts else bag.bounds
+    bounds = list_parts(bag)[number].bounds
     return (0, 0) if bounds is None else bounds[:2]
 
 
 # ---- regions ----
 
 
-def read_regions(path: str | Path, bag: Bag) -> Tensor:
+def read_regions(path: str | Path, bag: Bag, number: int = 0) -> Tensor:
     """Patches of a bag in the regions of a GeoJSON file (QuPath: File > Export objects as GeoJSON).
+
+    number: of the slide that they were drawn on, where the bag is of several
 
     Polygon and MultiPolygon: the patches whose centre is inside, holes excluded; a region too small to hold a centre
     takes the patch at its own middle. Point and MultiPoint: the patch around it. Other geometries are passed over.
@@ -83,19 +85,20 @@ def read_regions(path: str | Path, bag: Bag) -> Tensor:
         raise ValueError(f"{name} holds no polygon and no point. Draw a region in QuPath and export it as GeoJSON.")
     if sum(len(ring) for rings in polygons for ring in rings) > MOST_CORNERS:
         raise ValueError(f"the regions of {name} have more than {MOST_CORNERS:,} corners. Simplify their shapes.")
-    corners = bag.coords.numpy().astype(np.float64) - _origin(bag)  # (N, 2)
+    corners = own_coords(bag).numpy().astype(np.float64) - _origin(bag, number)  # (N, 2)
+    mine, part = number_slides(bag).numpy() == number, list_parts(bag)[number]
     chosen = np.zeros(len(corners), bool)
     for rings in polygons:
-        found = _inside(rings, corners + bag.patch_size / 2)
+        found = _inside(rings, corners + part.patch_size / 2) & mine
         if not found.any():
             points.append((rings[0].min(0) + rings[0].max(0)) / 2)
         chosen |= found
     for point in points:
-        chosen |= ((corners <= point) & (point < corners + bag.patch_size)).all(1)
+        chosen |= ((corners <= point) & (point < corners + part.patch_size)).all(1) & mine
     if not chosen.any():
         raise ValueError(
-            f"no patch of {bag.slide} lies in the {len(polygons) + len(points)} regions of {name}. Draw them on tissue "
-            "of this very slide; coordinates must be full-resolution pixels, as QuPath exports them."
+            f"no patch of {part.slide} lies in the {len(polygons) + len(points)} regions of {name}. Draw them on "
+            "tissue of this very slide; coordinates must be full-resolution pixels, as QuPath exports them."
         )
     return torch.from_numpy(np.flatnonzero(chosen))
 

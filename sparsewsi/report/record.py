@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparsewsi.bags.bag import Bag
+from sparsewsi.bags.bag import Bag, list_parts
 from sparsewsi.files import read_json, write_json
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.selection import Selection
@@ -79,6 +80,20 @@ def write_selection(
         "versions": {"python": platform.python_version(), **list_versions()},
     }
     write_json(path, record)
+
+
+def describe_slides(bag: Bag) -> list[dict[str, Any]]:
+    """The slides of a bag for programs: number, from 1, name, num_patches, mpp of the scan and size (level-0 px)."""
+    return [
+        {
+            "number": number,
+            "name": part.slide,
+            "num_patches": part.patches,
+            "mpp": part.slide_mpp,
+            "size": part.slide_size and list(part.slide_size),
+        }
+        for number, part in enumerate(list_parts(bag), 1)
+    ]
 
 
 # ---- back from it ----

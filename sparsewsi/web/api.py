@@ -3,16 +3,20 @@
 import dataclasses
 import uuid
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
+from sparsewsi.bags.bag import own_coords
+from sparsewsi.report.record import describe_slides
 from sparsewsi.slides.remote import is_remote
-from sparsewsi.web.desk import Desk
+from sparsewsi.web.desk import CaseSlide, Desk
 from sparsewsi.web.door import CALLER
-from sparsewsi.web.errors import explain_errors
+from sparsewsi.web.errors import explain_errors, say_which
 from sparsewsi.web.examples import EXAMPLES, open_example
 from sparsewsi.web.gallery import find_sample
-from sparsewsi.web.limits import check_question
+from sparsewsi.web.jobs import Job
+from sparsewsi.web.limits import check_question, check_slides
 
 
 class Api:
@@ -28,55 +32,81 @@ class Api:
         file: gr.FileData | None = None,
         slide_mpp: float = 0,
         selector: str = "learned",
+        slides: list[str] | None = None,
+        files: list[gr.FileData] | None = None,
     ) -> dict:
-        """Open a whole-slide image, encode its patches and keep those the model selects.
+        """Open a whole-slide image, encode its patches and keep those the model selects; or several as one case.
 
         Args:
             slide: "phantom" or "cmu-1" for an example, a name of the gallery (docs/app.md), the address of a slide on
                 a server that may be asked, or the path that POST /gradio_api/upload answered; not looked at when a file
-                is given.
+                or several are given.
             file: a slide to upload.
             slide_mpp: micrometres per pixel of the scan, for slides that do not state it; 0 if they do.
             selector: "learned", or a training-free one such as "farthest".
+            slides: up to 12 slides of one case, each named as in slide; patches are kept among those of all.
+            files: slides to upload, in place of slides or after them.
         Returns:
-            case (to be passed to ask and evidence), slide, num_patches, indices and coords (level-0 px) of the kept
-            patches in raster order, ranks (by score among all patches, 1 = best), scores of the kept, summary, doubts,
-            notice.
+            case (to be passed to ask and evidence), slide, num_patches, indices and coords (level-0 px of the patch's
+            own slide) of the kept patches in raster order, slide by slide, slide_numbers (from 1) of the kept, ranks
+            (by score among all patches, 1 = best), scores of the kept, slides (number, name, num_patches, mpp of the
+            scan and size of each), summary, doubts, notice.
         """
         desk, session = self.desk, name_caller(request)
         with explain_errors():
+            several = [*(slides or []), *(files or [])]
+            given = several or [file or slide]
+            check_slides(len(given))
             with desk.jobs.run(session, "slide") as job:
-                if file:
-                    path = desk.keep_upload(file["path"] if isinstance(file, dict) else file.path, session, job)
-                elif slide in EXAMPLES:
-                    path = open_example(slide)
-                elif sample := find_sample(slide):
-                    path, slide_mpp = sample.address, slide_mpp or sample.mpp
-                elif is_remote(slide):
-                    path = slide
-                elif Path(slide).is_relative_to(desk.uploads):
-                    path = desk.keep_upload(slide, session, job)
-                else:
-                    names = " or ".join(EXAMPLES)
-                    raise ValueError(f"The slide must be {names}, an upload's path, or a file, got {slide[:40]!r}.")
-                token = desk.show(path, job)
-                opened = desk.analyse(token, str(path), slide_mpp or None, selector, job.name)
+                places = []
+                for number, one in enumerate(given, 1):
+                    with say_which(f"Slide {number}" if several else ""):
+                        places.append(self._find(one, session, slide_mpp, job, beside=number > 1))
+                shown: list[CaseSlide] = []
+                for one in places:
+                    shown.append(desk.show(one, job, beside=bool(shown)))
+                desk.sweep(session)
+                done: tuple[CaseSlide, ...] = ()
+                for number, one in enumerate(shown, 1):
+                    with say_which(f"Slide {number}" if several else ""):
+                        opened = desk.analyse(one, done, selector, job.name)
+                    done = opened.slides
             if not desk.keep(opened):
                 raise ValueError("This caller has opened another slide meanwhile; one at a time.")
             case = opened.case
             kept = case.selection.indices
             return {
-                "case": token,
+                "case": opened.token,
                 "slide": case.bag.slide,
                 "num_patches": case.selection.num_patches,
                 "indices": kept.tolist(),
-                "coords": case.bag.coords[kept].tolist(),
+                "coords": own_coords(case.bag)[kept].tolist(),
+                "slide_numbers": (case.numbers + 1).tolist(),
                 "ranks": case.selection.ranks.tolist(),
                 "scores": case.selection.scores[kept].tolist(),
+                "slides": describe_slides(case.bag),
                 "summary": case.summary,
                 "doubts": list(case.doubts),
                 "notice": case.notice,
             }
+
+    def _find(self, given: Any, session: str, slide_mpp: float, job: Job, beside: bool) -> CaseSlide:
+        """The slide that a caller means, by name or as an upload, which moves to the session's folder."""
+        desk = self.desk
+        if not isinstance(given, str):
+            path = desk.keep_upload(given["path"] if isinstance(given, dict) else given.path, session, job, beside)
+        elif given in EXAMPLES:
+            path = open_example(given)
+        elif sample := find_sample(given):
+            path, slide_mpp = sample.address, slide_mpp or sample.mpp
+        elif is_remote(given):
+            path = given
+        elif Path(given).is_relative_to(desk.uploads):
+            path = desk.keep_upload(given, session, job, beside)
+        else:
+            names = " or ".join(EXAMPLES)
+            raise ValueError(f"The slide must be {names}, an upload's path, or a file, got {given[:40]!r}.")
+        return CaseSlide("", str(path), slide_mpp or None)
 
     def ask(
         self,
@@ -125,8 +155,8 @@ class Api:
             answer: an answer to it, such as the one that ask returned.
             options: answer options, if it was a multiple-choice question.
         Returns:
-            effects in nats, in the order of analyze's indices; indices; ranks by score; sentence, what they mean;
-            notice.
+            effects in nats, in the order of analyze's indices; indices; slide_numbers; ranks by score; slides, of a
+            case of several what the answer loses without all patches of each; sentence, what they mean; notice.
         """
         desk = self.desk
         with explain_errors():
@@ -138,8 +168,10 @@ class Api:
             kept = opened.selection
             return {
                 "indices": kept.indices.tolist(),
+                "slide_numbers": (opened.numbers + 1).tolist(),
                 "ranks": kept.ranks.tolist(),
                 "effects": list(found.effects),
+                "slides": {slide.name: slide.effect for slide in found.slides},
                 "sentence": found.evidence,
                 "notice": opened.notice,
             }

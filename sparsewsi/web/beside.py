@@ -26,14 +26,15 @@ from sparsewsi.web.handlers import (
     check_size,
     evidence_props,
     name_selection,
+    number_kept,
     selection_props,
     wait_for_answer,
 )
 from sparsewsi.web.jobs import Halted
 from sparsewsi.web.limits import check_turns
-from sparsewsi.web.viewer import bag_props, case_props
+from sparsewsi.web.viewer import bag_props
 
-NOTHING = ("slide", "bag", "kept", "foci", "evidence", "compared")  # of a viewer that shows nothing
+NOTHING = ("slides", "bag", "kept", "foci", "evidence", "compared")  # of a viewer that shows nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +72,8 @@ class Comparing(Handlers):
             with desk.jobs.run(session, "question", opened.token) as job:
                 case = desk.choose(aside.opened.case, int(k), selector, picks["pinned"], picks["dropped"], job.name)
             right = Right(aside.opened.beside(case), name_selection(case, picks))
-            props = case_props(opened.token, case.bag) | bag_props(case.bag, case.selection) | selection_props(case)
+            slides = [one.props for one in aside.opened.slides]
+            props = {"slides": slides} | bag_props(case.bag, case.selection) | selection_props(case)
         last = max(answers, default=0)
         question = questions.get(last - 1, Question(answers[last].question, answers[last].options)) if last else None
         return {
@@ -106,7 +108,9 @@ class Comparing(Handlers):
         case, question = right.opened.case, questions.get(place - 1, Question(answers[place].question))
         shown, _ = self._put_first(answers[place], question, opened.case)
         first = replace(answers[place], impression="", limit="")
-        left = (name_selection(opened.case), shown, show_evidence(first, opened.case.selection))
+        numbers = number_kept(opened.case)
+        known_left = show_evidence(first, opened.case.selection, numbers=numbers)
+        left = (name_selection(opened.case), shown, known_left)
         told = (question.impression, answers[place].limit)
         text, lines, failure, if_it_fails = "", [STOPPED], None, BROKEN_OFF
         known: Answers = {}
@@ -131,7 +135,7 @@ class Comparing(Handlers):
                 answer = desk.measure(case, turns, text.strip(), given, job.name)
                 known = {place: replace(answer, impression=question.impression)}
                 text, pointed = self._put_first(answer, question, case)
-                lines = show_evidence(replace(answer, limit=""), case.selection)
+                lines = show_evidence(replace(answer, limit=""), case.selection, numbers=number_kept(case))
                 props = {"evidence": evidence_props(case.selection, answer)}
                 props |= {} if pointed is None else {"focus": pointed}
                 desk.record(session, event="ask", slide=case.bag.slide, beside=right.label, **asdict(known[place]))

@@ -93,14 +93,15 @@ def show_answer(text: str, blocks: Sequence[str] = ()) -> dict[str, Any]:
     return {"role": "assistant", "content": [inert(text.strip()) or "(no answer)", *blocks]}
 
 
-def show_evidence(answer: Answer, selection: Selection, impression: str = "") -> list[str]:
+def show_evidence(answer: Answer, selection: Selection, impression: str = "", numbers: Sequence[int] = ()) -> list[str]:
     """HTML of what was measured: a bar per option, how far it rests on the slide, the foci and patches as pictures.
 
     Of another reader also which patches it cites, marked as its own words.
+    numbers: of a case of several slides, that of each kept patch's slide, from 1: citations name it
 
     A link to #patch-5 or #focus-B is shown as a picture by the viewer, which has the address of the slide.
     """
-    blocks = []
+    blocks, on = [], dict(zip(selection.ranks.tolist(), (f"Slide {number}, " for number in numbers)))
     if impression:
         blocks.append(f"<p class='small'>Your impression before: {inert(impression)}</p>")
     if answer.probs:
@@ -118,20 +119,34 @@ def show_evidence(answer: Answer, selection: Selection, impression: str = "") ->
         effects, patches = np.asarray(answer.effects), selection.ranks.tolist()
         most = [i for i in np.argsort(-effects, kind="stable")[:MOST_CITED] if effects[i] > 0]
         foci = sorted((focus for focus in answer.foci if focus.effect >= WORTH), key=lambda focus: -focus.effect)
-        links = [_link(f"focus-{focus.name}", f"Focus {focus.name}", focus.effect) for focus in foci[:MOST_FOCI]]
-        links += [_link(f"patch-{patches[i]}", f"#{patches[i]}", float(effects[i])) for i in most]
+        links = [
+            _link(f"focus-{focus.name}", _begin(f"{on.get(focus.ranks[0], '')}focus {focus.name}"), focus.effect)
+            for focus in foci[:MOST_FOCI]
+        ]
+        links += [
+            _link(f"patch-{patches[i]}", f"{on.get(patches[i], '')}#{patches[i]}", float(effects[i])) for i in most
+        ]
         blocks.append(f"<div class='rest' title='{inert(answer.evidence)}'>{''.join(links)}</div>")
         if foci:
             best = foci[0]
             blocks.append(f"<p class='small'>Without focus {best.name} it would be {tell_effect(best.effect)}.</p>")
+        if answer.slides:
+            most_first = sorted(answer.slides, key=lambda slide: -slide.effect)
+            told = [f"without slide {slide.name} {tell_effect(slide.effect)}" for slide in most_first]
+            blocks.append(f"<p class='small'>It would be {', '.join(told)}.</p>")
     elif answer.evidence:
         blocks.append(f"<p class='small'>{inert(answer.evidence)}</p>")
     if answer.cited:
-        links = ", ".join(f"<a href='#patch-{rank}'>#{rank}</a>" for rank in answer.cited)
+        links = ", ".join(f"<a href='#patch-{rank}'>{on.get(rank, '')}#{rank}</a>" for rank in answer.cited)
         blocks.append(f"<p class='small'>Cited by the reader, not measured: {links}</p>")
     if answer.limit:
         blocks.append(f"<p class='small'>{inert(answer.limit)}</p>")
     return ["".join(blocks)] if blocks else []
+
+
+def _begin(text: str) -> str:
+    """A sentence's beginning."""
+    return text[:1].upper() + text[1:]
 
 
 def tell_effect(effect: float) -> str:

@@ -29,14 +29,16 @@ from urllib.parse import parse_qs
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from sparsewsi.bags.bag import own_coords
 from sparsewsi.model.config import DEFAULT_MODEL, name_model
 from sparsewsi.model.prompt import ROLES
 from sparsewsi.readers.choice import add_reader_flags, choose_reader, open_reader
 from sparsewsi.readers.pictures import ReaderError
 from sparsewsi.report.case import Case
+from sparsewsi.report.record import describe_slides
 from sparsewsi.slides.remote import ANY, OPEN, is_remote
 from sparsewsi.web.library import Library
-from sparsewsi.web.limits import check_turns
+from sparsewsi.web.limits import check_slides, check_turns
 
 MODEL = "sparsewsi"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -76,10 +78,13 @@ class Gone(Exception):
 
 @dataclass(frozen=True)
 class Asked:
-    """A request. most: tokens of the answer, None: the model's own; usage: of a stream, whether tokens are counted."""
+    """A request.
 
-    slide: str
-    slide_mpp: float | None
+    slides: (name, um/px or None) of each slide of the case; most: tokens of the answer, None: the model's own;
+    usage: of a stream, whether tokens are counted
+    """
+
+    slides: tuple[tuple[str, float | None], ...]
     messages: tuple[dict[str, str], ...]
     options: tuple[str, ...] = ()
     stream: bool = False
@@ -106,19 +111,18 @@ def read_request(body: Any, models: Collection[str] = (MODEL,)) -> Asked:
     if body.get("slide"):
         slides.append(read_slide(body["slide"]))
     named = list(dict.fromkeys(slides))
-    if len(named) != 1:
-        raise Refused(400, "A chat is about one slide, and several are named." if named else NAME_ONE, "messages")
+    if not named:
+        raise Refused(400, NAME_ONE, "messages")
     options = body.get("options") or []
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
         raise Refused(400, "options must be a list of texts.", "options")
     try:
         check_turns(messages, options)
+        check_slides(len(named))
     except ValueError as error:
         raise Refused(400, str(error), "messages") from None
-    slide, mpp = named[0]
     return Asked(
-        slide,
-        _read_mpp(body.get("slide_mpp"), mpp),
+        tuple((slide, _read_mpp(body.get("slide_mpp"), mpp)) for slide, mpp in named),
         tuple(messages),
         tuple(options),
         stream=body.get("stream") is True,
@@ -277,7 +281,7 @@ class Answers:
     def _answer(self, turn: Turn, asked: Asked) -> dict[str, Any]:
         """Tell the pieces of an answer; returns what is known of it."""
         library, options = self._library, list(asked.options)
-        case = library.open(asked.slide, asked.slide_mpp, turn.look)
+        case = library.open(asked.slides, turn.look)
         pieces, reason = [], "stop"
         for piece in case.answer(library.reader, asked.messages, options):
             turn.look()
@@ -299,13 +303,17 @@ def _describe(case: Case, library: Library, asked: Asked, text: str, turn: Turn)
         library.reader, asked.messages, text, asked.options, evidence=asked.evidence, progress=turn.look
     )
     kept = case.selection
-    evidence = {"evidence": {"sentence": answer.evidence, "effects": list(answer.effects)}} if asked.evidence else {}
+    found = {"sentence": answer.evidence, "effects": list(answer.effects)}
+    found |= {"slides": {slide.name: slide.effect for slide in answer.slides}}
+    evidence = {"evidence": found} if asked.evidence else {}
     return {
         "slide": case.bag.slide,
         "num_patches": kept.num_patches,
         "indices": kept.indices.tolist(),
         "ranks": kept.ranks.tolist(),
-        "coords": case.bag.coords[kept.indices].tolist(),
+        "coords": own_coords(case.bag)[kept.indices].tolist(),
+        "slide_numbers": (case.numbers + 1).tolist(),
+        "slides": describe_slides(case.bag),
         "probabilities": list(answer.probs),
         "doubts": [*case.doubts, *filter(None, [answer.limit])],
         "notice": case.notice,

@@ -5,6 +5,7 @@ A Desk is made in main and passed to what needs it; no module keeps anything of 
 
 import hashlib
 import re
+import secrets
 import shutil
 import sys
 import threading
@@ -13,7 +14,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsewsi.bags.bag import Bag, save_bag
+from sparsewsi.bags.bag import Bag, join, save_bag
 from sparsewsi.bags.encoders import load_encoder
 from sparsewsi.bags.extract import bag_of, choose_coords, read_patches
 from sparsewsi.bags.foreign import load_bag
@@ -44,53 +45,93 @@ from sparsewsi.web.examples import name_example
 from sparsewsi.web.folder import UNOPENED, delete_untouched, measure
 from sparsewsi.web.gallery import find_sample
 from sparsewsi.web.jobs import Halted, Job, Jobs, Peek
-from sparsewsi.web.limits import MOST_WEIGHED, TOO_LONG
+from sparsewsi.web.limits import MOST_WEIGHED, TOO_LONG, check_slides
 from sparsewsi.web.memory import give_back
 from sparsewsi.web.turns import Turns
 from sparsewsi.web.viewer import PICTURES, Slides
 
 Messages = Sequence[Mapping[str, str]]
 MOST_OPENED, MOST_FEATURES = 512, 512 << 20  # analysed slides that are kept, and bytes of their features
-MOST_PATCHES = 200_000  # of a slide; their features take half a GB
+MOST_PATCHES = 200_000  # of a case; their features take half a GB
 BATCH = 16  # patches that are encoded in one turn: who waits for theirs waits so long
 MOST_DECODED = 192 << 20  # bytes of px of all PNG and JPEG slides that are open: one of 8,192 x 8,192 px
 MOST_GONE = 10_000  # sessions that are remembered to have ended
 MOST_LOGGED, MOST_LOGGED_IN_ALL = 1 << 20, 1 << 30  # bytes of a session's log, and of the server's
 
 
-class Opened:
-    """A slide that was analysed for a page or a caller of the API. token: its name for the viewer.
+@dataclass(frozen=True, eq=False)
+class CaseSlide:
+    """One slide of a case.
 
+    token:     its name for the viewer
+    slide_mpp: um/px of the scan if it was given by hand, else None
+    props:     what the viewer must know of it (viewer.slide_props)
+    bag:       its patches, once they are encoded; their features are a part of the case's
+    """
+
+    token: str
+    path: str
+    slide_mpp: float | None = None
+    props: dict[str, Any] = field(default_factory=dict)
+    bag: Bag | None = None
+
+
+class Opened:
+    """A case that was analysed for a page or a caller of the API: one slide or several, in order.
+
+    token: its name, which is that of its first slide.
     Its features, which take most of the memory, go when its session does, whoever still holds this.
     """
 
-    def __init__(self, token: str, case: Case):
-        self.token, self.bytes, self.features = token, case.bag.features.nbytes, case.bag.features.data_ptr()
+    def __init__(self, slides: Sequence[CaseSlide], case: Case):
+        self.slides, self.token = tuple(slides), slides[0].token
+        self.bytes, self.features = case.bag.features.nbytes, case.bag.features.data_ptr()
         self._case: Case | None = case
         self._beside: weakref.WeakSet[Opened] = weakref.WeakSet()
         self.marks: dict[int, str] = {}  # by index of a patch: what the reader says of it
 
     @property
     def case(self) -> Case:
-        """Raises ValueError once the slide was closed."""
+        """Raises ValueError once the case was closed."""
         if self._case is None:
             raise ValueError("This slide has been closed; open it again.")
         return self._case
 
+    @property
+    def closed(self) -> bool:
+        """Whether another case has taken its place, or its session has ended."""
+        return self._case is None
+
     def beside(self, case: Case) -> "Opened":
-        """The same slide with other patches; it goes when this one does."""
-        other = Opened(self.token, case)
+        """The same slides with other patches; it goes when this one does."""
+        other = Opened(self.slides, case)
         other.marks = self.marks
         self._beside.add(other)
         return other
 
+    def take_marks(self, before: "Opened") -> None:
+        """Keep what the reader said of the patches of slides that were in the case before."""
+        starts = dict(self._starts())
+        for token, start in before._starts():
+            count = next((len(one.bag.coords) for one in self.slides if one.token == token and one.bag), 0)
+            here = {i - start: mark for i, mark in before.marks.items() if start <= i < start + count}
+            self.marks |= {starts[token] + row: mark for row, mark in here.items()}
+
+    def _starts(self) -> Iterator[tuple[str, int]]:
+        """The slides' tokens, and the index of the first patch of each."""
+        start = 0
+        for one in self.slides:
+            yield one.token, start
+            start += len(one.bag.coords) if one.bag else 0
+
     @property
     def patches(self) -> int:
-        """How many the slide has."""
+        """How many the case has."""
         return 0 if self._case is None else len(self._case.bag.coords)
 
     def close(self) -> None:
         self._case = None
+        self.slides = tuple(replace(one, bag=None) for one in self.slides)
         for other in list(self._beside):
             other.close()
 
@@ -189,7 +230,7 @@ class Desk:
     # ---- slides
 
     def open_slide(self, path: str | Path | None, slide_mpp: float | None = None, job: Job | None = None) -> Slide:
-        """Open a slide in a process of its own; one of a session's folder sees that folder alone. Raises SlideError.
+        """Open a slide in a process of its own; an upload's sees the folder of that upload alone. Raises SlideError.
 
         job: closes it under its readers when it ends, from the moment on that its process runs
         A slide on a server is read in this process: the child may open no connection.
@@ -202,7 +243,7 @@ class Desk:
                 job.hold(slide)
             return slide
         strange = self.is_upload(path)
-        root = self.folder / Path(path).relative_to(self.folder).parts[0] if strange else None
+        root = self._home_of(Path(path)) if strange else None
         slide = open_confined(path, root=root, slide_mpp=slide_mpp, begun=job.hold if job else None)
         if slide.vendor in PICTURES:
             self._weigh(slide)
@@ -211,6 +252,11 @@ class Desk:
     def is_upload(self, path: str | Path) -> bool:
         """Whether a file is a stranger's."""
         return Path(path).is_relative_to(self.folder)
+
+    def _home_of(self, upload: Path) -> Path:
+        """The folder of one upload, in that of its session."""
+        session, *below = upload.relative_to(self.folder).parts
+        return self.folder.joinpath(session, *below[: min(1, len(below) - 1)])
 
     def _weigh(self, slide: Slide) -> None:
         """Close the slide and raise SlideError if there is no memory for its px, all of which are decoded together."""
@@ -237,38 +283,64 @@ class Desk:
         """Raise ValueError if a slide cannot be opened and looked at."""
         intake.check(path, lambda path: self.open_slide(path, job=job))
 
-    def keep_upload(self, file: str | Path, session: str | None, job: Job) -> Path:
-        """Move an upload to its session's folder and look at it; returns what to open. Raises ValueError and Halted."""
-        folder = self.folder_of(session)
+    def keep_upload(self, file: str | Path, session: str | None, job: Job, beside: bool = False) -> Path:
+        """Move an upload to its session's folder and look at it; returns what to open. Raises ValueError and Halted.
+
+        beside: the session's other uploads stay, as those of one case; else those that it does not look at go
+        """
+        folder, most = self.folder_of(session), self.quota // 4
         upload = intake.require_upload(file, self.uploads)
+        home = folder / secrets.token_hex(8)
         try:
-            room = min(self.quota // 4, self.quota - measure(self.folder))
-            kept = intake.keep_upload(upload, folder, room, job.look)
+            self._make_room(session, upload.stat().st_size, most, beside)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            room = min(most - measure(folder), self.quota - measure(self.folder))
+            kept = intake.keep_upload(upload, home, room, job.look)
             self.check(kept, job)
             self._require_here(session, job)
         except (ValueError, Halted):
-            shutil.rmtree(folder, ignore_errors=True)
+            self.sweep(session)  # all or none of the files of one case
+            with suppress(OSError):
+                folder.rmdir()  # if it holds nothing else
             job.look()
             raise
         finally:
             shutil.rmtree(upload.parent, ignore_errors=True)
         return kept
 
+    def _make_room(self, session: str | None, size: int, most: int, beside: bool) -> None:
+        """Raise ValueError where a session's uploads would take more than it has; the slide before goes, if it must."""
+        folder = self.folder_of(session)
+        if not beside:
+            self.sweep(session)
+        if measure(folder) + size <= most:
+            return
+        if beside:
+            raise ValueError(f"The slides of a case may take {most / 1e9:,.1f} GB here together; leave some out.")
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def sweep(self, session: str | None) -> None:
+        """Delete what a session uploaded and looks at no more."""
+        shown = self.slides.paths_of(str(session))
+        for home in self.folder_of(session).glob("*"):
+            if not any(path.is_relative_to(home) for path in shown):
+                shutil.rmtree(home) if home.is_dir() else home.unlink()
+
     def _require_here(self, session: str | None, job: Job) -> None:
         job.look()
         if str(session) in self._gone:
             raise Halted
 
-    def show(self, path: str | Path, job: Job, slide: Slide | None = None) -> str:
-        """A token for a slide of the job's session, in place of the one before. Raises Halted if that has ended.
+    def show(self, one: CaseSlide, job: Job, slide: Slide | None = None, beside: bool = False) -> CaseSlide:
+        """The slide with a token for the job's session, in place of those before or beside them. Raises Halted.
 
         slide: open already, and closed from here on
         """
-        job.token = self.slides.add(path, job.session, slide)
+        job.token = self.slides.add(one.path, job.session, slide, beside)
         if job.ended:
-            self.slides.forget(job.session)
+            self.slides.drop(job.token)
             raise Halted
-        return job.token
+        return replace(one, token=job.token, props=one.props | {"token": job.token})
 
     def drop_upload(self, file: str | Path) -> None:
         """Delete what was uploaded and read; what was not uploaded stays."""
@@ -279,27 +351,50 @@ class Desk:
     # ---- from a slide to an answer
 
     def analyse(
-        self, token: str, path: str, slide_mpp: float | None, selector: str = "learned", job: str = ""
+        self, one: CaseSlide, others: Sequence[CaseSlide] = (), selector: str = "learned", job: str = ""
     ) -> Opened:
-        """Slide -> bag -> selection, saying what it is doing. job: the name of its job"""
+        """Slide -> bag -> selection among its patches and those of the others, saying what it is doing.
+
+        others: slides of the same case that are encoded already; job: the name of its job
+        Raises ValueError for a slide that is among the others, and for more slides or patches than a case may have.
+        """
         doing = self.jobs.find(job)
+        check_slides(len(others) + 1)
         doing.tell("loading the model")
-        model = self.model
+        self.load()
         try:
-            bag = self._read_bag(token, path, slide_mpp, doing)
+            bag = self._read_bag(one, sum(len(other.bag.coords) for other in others if other.bag), doing)
         except SlideError:
             doing.look()  # a slide that was closed under its reader is nobody's any more
             raise
         finally:
             give_back()
+        if bag.slide in [other.bag.slide for other in others if other.bag]:
+            raise ValueError("This slide is in the case already.")
+        return self.select([*others, replace(one, bag=bag)], selector, job)
+
+    def select(self, slides: Sequence[CaseSlide], selector: str = "learned", job: str = "") -> Opened:
+        """The selection among the patches of all slides of a case, which are encoded."""
+        doing = self.jobs.find(job)
         doing.tell("selecting")
         with self.jobs.step(doing):
-            return Opened(token, open_case(model, bag, path, selector=selector, slide_mpp=slide_mpp))
+            bags = [one.bag for one in slides if one.bag is not None]
+            bag = join(bags)
+            mpp = slides[0].slide_mpp if len(slides) == 1 else None
+            case = open_case(self.model, bag, [one.path for one in slides], selector=selector, slide_mpp=mpp)
+        if len(slides) > 1:  # once in memory, not twice
+            parts = bag.features.split([len(own.features) for own in bags])
+            bags = [replace(own, features=part) for own, part in zip(bags, parts)]
+            slides = [replace(one, bag=own) for one, own in zip(slides, bags)]
+        return Opened(slides, case)
 
-    def _read_bag(self, token: str, path: str, slide_mpp: float | None, job: Job) -> Bag:
-        """The slide's patches, encoded; those of examples and of the gallery are kept in the cache, nobody else's."""
+    def _read_bag(self, one: CaseSlide, beside: int, job: Job) -> Bag:
+        """The slide's patches, encoded; those of examples and of the gallery are kept in the cache, nobody else's.
+
+        beside: how many patches the other slides of the case have
+        """
         model, encoder = self.load()
-        config = model.config
+        config, path, slide_mpp = model.config, one.path, one.slide_mpp
         sample = find_sample(path)
         public = slide_mpp == sample.mpp if sample else name_example(path) and slide_mpp is None
         name = f"{sample.name if sample else Path(path).stem}-{config.encoder}-{config.mpp:g}-{config.patch_size}"
@@ -307,23 +402,20 @@ class Desk:
         if kept is not None and kept.is_file():
             if kept not in self._examples:
                 self._examples[kept] = load_bag(kept)
+            _require_room(len(self._examples[kept].coords), beside)
             return self._examples[kept]
         job.tell("finding tissue")
         with self.open_slide(path, slide_mpp, job) as slide:
-            bag = self._encode(token, slide, encoder, job)
+            bag = self._encode(one.token, slide, encoder, job, beside)
         if kept is not None:
             save_bag(bag, kept)
         return bag
 
-    def _encode(self, token: str, slide: Slide, encoder: PatchEncoder, job: Job) -> Bag:
+    def _encode(self, token: str, slide: Slide, encoder: PatchEncoder, job: Job, beside: int) -> Bag:
         """bags.encode_slide, batch by batch when it is the session's turn, with what is there so far to be seen."""
         mpp, patch_size, shown = self.config.mpp, self.config.patch_size, self.slides.holds(token)
         coords = choose_coords(slide, mpp, patch_size)
-        if len(coords) > MOST_PATCHES:
-            raise SlideError(
-                f"The slide has {len(coords):,} patches of tissue, more than the {MOST_PATCHES:,} that the page "
-                "encodes. Encode it with sparsewsi extract."
-            )
+        _require_room(len(coords), beside)
         side = patch_side(slide, mpp, patch_size)
         features = torch.empty(len(coords), encoder.dim, dtype=torch.float16)
         readable, done, kept = np.zeros(len(coords), bool), 0, 0
@@ -409,8 +501,7 @@ class Desk:
         """What the reader is shown of a case, from the slide's own process; None for the model's own LLM."""
         if self.reader is None:
             return None
-        with self.open_slide(case.path, case.slide_mpp, job) as slide:
-            return case.cut([slide], self.reader.overview)
+        return case.cut(self.reader.overview, lambda path, mpp: self.open_slide(path, mpp, job))
 
     # ---- sessions
 
@@ -457,15 +548,18 @@ class Desk:
         self.jobs.end(session, "slide", "map")
 
     def keep(self, opened: Opened) -> bool:
-        """Keep an analysed slide until its session ends or, if there are too many, was not asked about for longest.
+        """Keep an analysed case until its session ends or, if there are too many, was not asked about for longest.
 
-        False if its session has ended, or has opened another one, while it was analysed.
+        It takes the place of its session's case before. False if the session has ended, or has opened another slide,
+        while it was analysed.
         """
-        self._opened[opened.token] = opened
-        for token in [token for token in list(self._opened) if not self.slides.holds(token)]:
-            self._drop(token)
-        if opened.token not in self._opened:
+        if not all(self.slides.holds(one.token) for one in opened.slides):
             return False
+        owner, before = self.slides.owner_of(opened.token), list(self._opened.items())
+        for token, other in before:
+            if other is not opened and self.slides.owner_of(token) in ("", owner):
+                self._drop(token)
+        self._opened[opened.token] = opened
         while len(self._opened) > 1 and (len(self._opened) > MOST_OPENED or self._features() > MOST_FEATURES):
             old = list(self._opened)[:-1]
             self._drop(next((token for token in old if self.slides.owner_of(token) not in self._here), old[0]))
@@ -479,6 +573,10 @@ class Desk:
         opened = self._opened.pop(token, None)
         if opened is not None:
             opened.close()
+
+    def latest(self, opened: Opened | None) -> Opened | None:
+        """What has become of a case: itself or, if it got another slide meanwhile, that; None if it was closed."""
+        return self._opened.get(opened.token) if opened is not None and opened.closed else opened
 
     def find_case(self, token: str) -> Case:
         """An analysed slide of the API. Raises ValueError for one that is not known."""
@@ -543,6 +641,16 @@ class Desk:
         for entry in self.uploads.glob("*"):
             delete_untouched(entry)
         give_back()
+
+
+def _require_room(patches: int, beside: int) -> None:
+    """Raise SlideError for a case of more patches than are encoded. beside: those of its other slides"""
+    if patches + beside > MOST_PATCHES:
+        others = f"with {beside:,} of the other slides " if beside else ""
+        raise SlideError(
+            f"The slide has {patches:,} patches of tissue, {others}more than the {MOST_PATCHES:,} that the page "
+            "encodes. Encode it with sparsewsi extract."
+        )
 
 
 def _has_room(file: Path, most: int) -> bool:

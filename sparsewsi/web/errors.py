@@ -26,6 +26,19 @@ def explain_errors() -> Iterator[None]:
         raise gr.Error("That failed, and the program is at fault; try again.", duration=30) from error
 
 
+@contextmanager
+def say_which(which: str) -> Iterator[None]:
+    """A ValueError says which of several slides it is about, where there are several."""
+    try:
+        yield
+    except gr.Error:
+        raise
+    except ValueError as error:
+        if not which:
+            raise
+        raise ValueError(f"{which}: {error}") from error
+
+
 def refuse(sentence: str) -> gr.Error:
     """An error for the reader alone: the server's log does not need it."""
     return gr.Error(sentence, print_exception=False)

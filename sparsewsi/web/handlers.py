@@ -6,8 +6,10 @@ A session holds an analysed slide as values (CPU tensors), never an open slide.
 import dataclasses
 import functools
 import html
+import tempfile
 import uuid
-from collections.abc import Collection, Generator, Hashable, Iterator, Mapping
+import zipfile
+from collections.abc import Collection, Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -18,15 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsewsi.bags.bag import list_parts
 from sparsewsi.files import as_path
 from sparsewsi.model.prompt import format_question
 from sparsewsi.model.selection import Selection
 from sparsewsi.report import umap
 from sparsewsi.report.answer import Answer
-from sparsewsi.report.case import FIGURES, Case
-from sparsewsi.report.phantom import choose_questions, describe_truth, find_truth
+from sparsewsi.report.case import ANNOTATIONS, Case
+from sparsewsi.report.phantom import choose_questions, describe_truths, find_truth
 from sparsewsi.report.qupath import read_regions
 from sparsewsi.report.scope import find_target, put_as_presence, suggest, within, word_answer
+from sparsewsi.slides.slide import Slide
 from sparsewsi.web import chat as words
 from sparsewsi.web import intake
 from sparsewsi.web.chat import (
@@ -41,15 +45,24 @@ from sparsewsi.web.chat import (
     show_suggestions,
     text_of,
 )
-from sparsewsi.web.desk import Desk, Opened
-from sparsewsi.web.errors import explain_errors, refuse, stop_unseen
+from sparsewsi.web.desk import CaseSlide, Desk, Opened
+from sparsewsi.web.errors import explain_errors, refuse, say_which, stop_unseen
 from sparsewsi.web.examples import EXAMPLES, name_example, open_example
 from sparsewsi.web.gallery import find_sample
 from sparsewsi.web.jobs import Halted, Job
 from sparsewsi.web.layout import FEWEST, MOST, Page, state_facts, tell_about, tell_doubts
-from sparsewsi.web.limits import check_question, check_turns, read_told
+from sparsewsi.web.limits import check_question, check_slides, check_turns, read_told
 from sparsewsi.web.turns import Turn
-from sparsewsi.web.viewer import bag_props, file_props, foci_props, map_props, packed, slide_props, words_props
+from sparsewsi.web.viewer import (
+    BY_SLIDE,
+    bag_props,
+    file_props,
+    foci_props,
+    map_props,
+    packed,
+    slide_props,
+    words_props,
+)
 
 STOPPED = "Stopped; the evidence was not weighed."
 UNWEIGHED = "The evidence could not be weighed."
@@ -65,6 +78,9 @@ MOST_VIEWS, MOST_PICKS = 200, 4096  # taken from one event of the viewer
 UNPICKED = "Pinned: 0 · dropped: 0"
 OUTSIDE = "This model cannot answer that; it can answer:"
 AT_READY = "It will be asked when the slide is ready."
+ANEW = "The case has other slides now, so the chat starts anew; what was answered before is in the log."
+CANCELLED = "The analysis was cancelled. Open the slide again to go on."
+NOT_ADDED = "The analysis was cancelled; the case is as it was."
 NO_WORD = "This model has no word for that, so it cannot point at it."
 
 Changes = dict[Any, Any]  # part of the page -> new value; gr.skip() where nothing changes
@@ -81,6 +97,14 @@ class Aside:
     answers: Answers
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """Slides that were asked for: paths or addresses. beside: they are added to the case that is open."""
+
+    paths: tuple[str, ...]
+    beside: bool = False
+
+
 class Handlers:
     """The handlers of one page of one desk."""
 
@@ -89,32 +113,62 @@ class Handlers:
 
     # ---- a slide is asked for
 
-    def on_choose(self, event: gr.EventData, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Changes:  # noqa: B008
-        """A card of the gallery was chosen."""
+    def on_choose(
+        self,
+        event: gr.EventData,
+        beside: bool,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> Changes:
+        """A card of the gallery was chosen. beside: the slide is added to the case, here and below."""
         name = str(event._data.get("name")) if isinstance(event._data, dict) else ""
         if name in EXAMPLES:
-            return self._open_example(name, request, progress)
+            return self._open_example(name, request, progress, beside)
         sample = find_sample(name)
         if sample is None:
             raise stop_unseen()
         progress(None, desc="Asking the server of this slide")
         with self._opening(request):
-            return {self.page.path: sample.address, self.page.mpp: f"{sample.mpp:g}"}
+            return {self.page.asked: Asked((sample.address,), beside), self.page.mpp: f"{sample.mpp:g}"}
 
-    def on_upload(self, file: str, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Changes:  # noqa: B008
-        progress(None, desc="Looking at the file")
+    def on_upload(
+        self,
+        files: list[str],
+        beside: bool,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> Changes:
+        """Files were uploaded: the slides of one case. None is opened if one cannot be."""
+        session, paths = request.session_hash, []
         try:
             with self._opening(request) as job:
-                path = self.desk.keep_upload(file, request.session_hash, job)
+                check_slides(len(files))
+                for number, file in enumerate(files, 1):
+                    which = f" {number} of {len(files)}" if len(files) > 1 else ""
+                    progress(None, desc=f"Looking at file{which}" if which else "Looking at the file")
+                    with say_which(which and f"File{which}"):
+                        paths.append(str(self.desk.keep_upload(file, session, job, beside=beside or number > 1)))
         finally:
-            self.desk.drop_upload(file)
-        return {self.page.path: str(path)}
+            for file in files:
+                self.desk.drop_upload(file)
+        return {self.page.asked: Asked(tuple(paths), beside)}
 
-    def on_typed_path(self, text: str, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Changes:  # noqa: B008
+    def on_typed_path(
+        self,
+        text: str,
+        beside: bool,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> Changes:
+        """Paths or addresses were typed, one a line: the slides of one case."""
         progress(None, desc="Looking at the file")
         with self._opening(request) as job:
-            self.desk.check(text, job)
-        return {self.page.path: str(as_path(text))}
+            lines = [line.strip() for line in text.splitlines() if line.strip()] or [text]
+            check_slides(len(lines))
+            for number, line in enumerate(lines, 1):
+                with say_which(f"Line {number}" if len(lines) > 1 else ""):
+                    self.desk.check(line, job)
+        return {self.page.asked: Asked(tuple(str(as_path(line)) for line in lines), beside)}
 
     def on_load(self, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Changes:  # noqa: B008
         """Open the slide that the page's address names, if it names one of the examples."""
@@ -123,11 +177,11 @@ class Handlers:
             raise stop_unseen()
         return self._open_example(name, request, progress)
 
-    def _open_example(self, name: str, request: gr.Request, progress: gr.Progress) -> Changes:
+    def _open_example(self, name: str, request: gr.Request, progress: gr.Progress, beside: bool = False) -> Changes:
         progress(None, desc=OPENING[name])
         with self._opening(request, "example"):  # which may wait for a network
             path = open_example(name)
-        return {self.page.path: str(path)}
+        return {self.page.asked: Asked((str(path),), beside)}
 
     @contextmanager
     def _opening(self, request: gr.Request, what: str = "slide") -> Iterator[Job]:
@@ -149,84 +203,169 @@ class Handlers:
 
     # ---- a slide is there
 
-    def on_slide(self, path: str, resolution: str, request: gr.Request) -> Changes:
-        """Show the slide itself, at once; what belonged to the one before goes."""
+    def on_slide(
+        self,
+        asked: Asked | None,
+        resolution: str,
+        opened: Opened | None,
+        aside: Aside | None,
+        coming: tuple[CaseSlide, ...] | None,
+        request: gr.Request,
+    ) -> Changes:
+        """Show the slides themselves, at once. What belonged to those before goes, unless these are added to them.
+
+        coming: slides whose analysis is on its way; they are analysed anew with the ones that are added
+        """
         desk, page, session = self.desk, self.page, str(request.session_hash)
         desk.jobs.end(session)
+        base = desk.latest(aside.opened if aside else opened)
+        beside = asked is not None and asked.beside and bool(base or coming)
+        there = base.slides if base is not None and beside else ()
         with explain_errors(), desk.jobs.run(session, "slide") as job:
-            if not path:
+            if asked is None or not asked.paths:
                 raise ValueError("Open a slide first.")
-            slide = desk.open_slide(path, read_mpp(resolution), job)
-            token = desk.show(path, job, slide)
-            props = slide_props(token, slide, name_example(path))
-            desk.record(request.session_hash, event="open", slide=slide.name, size=slide.size, mpp=slide.mpp)
-        desk.turns.drop(str(request.session_hash))
-        return {
-            page.token: token,
-            page.name: slide.name,
+            mpp, known = read_mpp(resolution), [one.token for one in there]
+            again = [one for one in coming or () if beside and one.token not in known]
+            wanted = [*again, *(CaseSlide("", path, mpp) for path in asked.paths)]
+            there = tuple(one for one in there if all(_is_anew(one, other) for other in wanted))
+            check_slides(len(there) + len(wanted))
+            looked: list[CaseSlide] = []
+            with ExitStack() as opens:
+                first = opens.enter_context(desk.open_slide(wanted[0].path, wanted[0].slide_mpp, job))
+                for one in wanted:
+                    with nullcontext(first) if not looked else desk.open_slide(one.path, one.slide_mpp, job) as slide:
+                        looked.append(dataclasses.replace(one, props=slide_props("", slide, name_example(one.path))))
+                _require_different([*there, *looked])
+                opens.pop_all()  # it stays open, for the viewer
+            desk.slides.drop(*(one.token for one in again))
+            new: list[CaseSlide] = []
+            for one in looked:
+                new.append(desk.show(one, job, None if new else first, beside=bool(there or new)))
+                told = {name: one.props[name] for name in ("size", "mpp")}
+                desk.record(session, event="open", slide=one.props["name"], **told)
+            desk.sweep(session)
+        names = [one.props["name"] for one in new]
+        shown = [one.props for one in (*there, *new)]
+        changes: Changes = {
+            page.coming: tuple(new),
+            page.beside: False,
+            page.typed_path: "",
+            page.question: ask_for_question(),
+        }
+        if beside:
+            desk.turns.stop(session)
+            left = {} if aside is None else self.on_leave(opened, [], {}, aside, request)
+            left[page.view] = gr.HTML(**(left[page.view].props if left else {}), slides=shown, work=None)
+            return left | changes | {page.facts: state_facts(desk, None, f"{', '.join(names)} · being added")}
+        desk.turns.drop(session)
+        return changes | {
             page.waiting: None,
-            page.view: gr.HTML(slide=props, **dict.fromkeys(NOTHING), files=[]),
+            page.view: gr.HTML(slides=shown, **dict.fromkeys(NOTHING), files=[]),
             page.opened: None,
             page.chat: [],
             page.questions: {},
             page.answers: {},
             page.compare: "",
             page.secret: gr.Accordion(visible=False),
-            page.facts: state_facts(desk, None, f"{slide.name} · being analysed"),
+            page.facts: state_facts(desk, None, f"{', '.join(names)} · being analysed"),
             page.doubts: "",
             page.aside: None,
             page.picks: {"pinned": [], "dropped": []},
             page.picked: UNPICKED,
-            page.typed_path: "",
-            page.question: ask_for_question(),
         }
 
     def on_slide_shown(
-        self, token: str, path: str, resolution: str, name: str, request: gr.Request
+        self, coming: tuple[CaseSlide, ...] | None, opened: Opened | None, chat: list, request: gr.Request
     ) -> Iterator[Changes]:
-        """Analyse the slide, saying every second how far it is; where that fails, the page says so until the next."""
-        try:
-            yield from self._analyse(token, path, resolution, request)
-        except gr.Error as error:
-            if not self.desk.slides.holds(token):  # another one was opened meanwhile
-                raise
-            why = str(error.message)
-            told = why or "The analysis was cancelled. Open the slide again to go on."
-            doing = f"{name} · {'not analysed' if why else 'cancelled'}"
-            yield {
-                self.page.token: "",
-                self.page.view: gr.HTML(work={"error": told}),
-                self.page.facts: state_facts(self.desk, None, doing, wrong=True),
-            }
+        """Analyse the slides, one after the other, saying every second how far it is.
 
-    def _analyse(self, token: str, path: str, resolution: str, request: gr.Request) -> Iterator[Changes]:
-        """The resolution leaves its field, where it would be taken for the next slide's."""
-        desk, page, opened, outlined = self.desk, self.page, None, False
+        Where that fails, or is cancelled, the page says so until the next one; what was analysed before stays. With
+        the first of them the chat of a case that had others starts anew.
+        """
+        desk, page, coming = self.desk, self.page, coming or ()
+        case, failed = desk.latest(opened), []
+        for number, one in enumerate(coming):
+            try:
+                before = chat if number == 0 and case is not None else None
+                case = yield from self._analyse(one, case, coming[number + 1 :], before, request)
+            except gr.Error as error:
+                if not desk.slides.holds(one.token):  # another one was opened meanwhile
+                    raise
+                which = f"{one.props['name']}: " if len(coming) > 1 or case else ""
+                cancelled = NOT_ADDED if case else CANCELLED
+                failed.append(f"{which}{error.message}" if error.message else cancelled)
+                if not error.message:
+                    break
+        if not failed:
+            return
+        told = {"error": " ".join(failed)}
+        if case is None:
+            doing = f"{coming[0].props['name']} · {'cancelled' if told['error'] == CANCELLED else 'not analysed'}"
+            facts = state_facts(desk, None, doing, wrong=True)
+            yield {page.coming: None, page.view: gr.HTML(work=told), page.facts: facts}
+            return
+        kept = [one.token for one in case.slides]
+        desk.slides.drop(*(one.token for one in coming if one.token not in kept))
+        view = gr.HTML(slides=[one.props for one in case.slides], work=told)
+        yield {page.coming: None, page.view: view, page.facts: state_facts(desk, case.case)}
+
+    def _analyse(
+        self,
+        one: CaseSlide,
+        base: Opened | None,
+        rest: tuple[CaseSlide, ...],
+        others_chat: list | None,
+        request: gr.Request,
+    ) -> Generator[Changes, None, Opened]:
+        """The case with one more slide. rest: those that are analysed after it; others_chat: of the case without it"""
+        desk, page, found, outlined = self.desk, self.page, None, False
+        others = tuple(other for other in base.slides if _is_anew(other, one)) if base else ()
+
+        def analyse(job: Job) -> Opened:
+            return desk.analyse(one, others, job=job.name)
+
         with explain_errors():
-            mpp = read_mpp(resolution)
-
-            def analyse(job: Job) -> Opened:
-                return desk.analyse(token, path, mpp, job=job.name)
-
-            for job in desk.jobs.follow(str(request.session_hash), "slide", token, analyse):
-                opened = job.result
-                if opened is None:
+            for job in desk.jobs.follow(str(request.session_hash), "slide", one.token, analyse):
+                found = job.result
+                if found is None:
                     tissue = tissue_props(desk, job, outlined)
                     outlined = outlined or "coords" in tissue
-                    yield {page.view: gr.HTML(work={**work_props(job), **tissue})}
-            if opened is None or not desk.keep(opened):  # another one was opened meanwhile
+                    yield {page.view: gr.HTML(work={"token": one.token, **work_props(job), **tissue})}
+            if found is not None and base is not None:
+                found.take_marks(base)
+            if found is None or not desk.keep(found):  # another one was opened meanwhile
                 raise Halted
+            self.on_analysed(found, {}, request)  # before the page offers its files
+            anew = {} if others_chat is None else self._start_anew(others_chat)
+            yield self._show_case(found, rest, changed=base is not None) | anew
+        return found
+
+    def _start_anew(self, chat: list) -> Changes:
+        """What was answered was about other slides."""
+        page = self.page
+        if _take_waiting(chat):
+            gr.Info(ANEW, duration=6)
+        return {page.chat: [], page.questions: {}, page.answers: {}, page.compare: ""}
+
+    def _show_case(self, opened: Opened, rest: tuple[CaseSlide, ...] = (), changed: bool = False) -> Changes:
+        """The page of a case that was just analysed. rest: slides on their way; changed: it had other slides before."""
+        desk, page = self.desk, self.page
+        with explain_errors():
             case = opened.case
-            self.on_analysed(opened, {}, request)  # before the page offers its files
-            truth = None if desk.is_upload(path) else find_truth(path)  # a stranger's file may say what it likes
-            planted = describe_truth(truth, case.bag, case.selection)
+            truths = [
+                None if desk.is_upload(one.path) else find_truth(one.path)  # a stranger's file may say what it likes
+                for one in opened.slides
+            ]
+            planted = describe_truths(truths, case.bag, case.selection)
             facts = state_facts(desk, case)
-        starters = choose_questions(truth)
-        yield {
+        starters = choose_questions(truths)
+        props = bag_props(case.bag, case.selection)
+        slides = [one.props for one in (*opened.slides, *rest)]
+        changes: Changes = {
             page.opened: opened,
-            page.view: gr.HTML(**bag_props(case.bag, case.selection), files=file_props(), work=None),
+            page.coming: rest,
             page.facts: facts,
-            page.secret: gr.Accordion(visible=truth is not None, open=False),
+            page.secret: gr.Accordion(visible=any(truths), open=False),
             page.planted: planted,
             page.examples: gr.Dataset(
                 samples=[[text] for text, _ in starters], sample_labels=[text for text, _ in starters]
@@ -236,41 +375,91 @@ class Handlers:
             page.k: max(FEWEST, min(MOST, desk.config.num_tokens)),
             page.alone: gr.Markdown(visible=not desk.config.multi_turn),
         }
+        if changed:
+            changes |= {page.picks: {"pinned": [], "dropped": []}, page.picked: UNPICKED, page.aside: None}
+            props |= {"map": None, "foci": None, "evidence": None, "whatif": "", "unpicked": uuid.uuid4().hex}
+        files = file_props(len(opened.slides) > 1)
+        return changes | {page.view: gr.HTML(slides=slides, **props, files=files, work=None)}
+
+    def on_remove(
+        self,
+        event: gr.EventData,
+        opened: Opened | None,
+        aside: Aside | None,
+        coming: tuple[CaseSlide, ...] | None,
+        chat: list,
+        request: gr.Request,
+    ) -> Changes:
+        """Take a slide out of the case: patches are chosen anew among those of the others."""
+        desk, session = self.desk, str(request.session_hash)
+        base = desk.latest(aside.opened if aside else opened)
+        number = event._data.get("number") if isinstance(event._data, dict) else None
+        if base is None or not isinstance(number, int) or not 0 <= number < len(base.slides):
+            raise stop_unseen()
+        if coming:
+            raise refuse("A slide is being analysed: wait for it or cancel it first.")
+        if len(base.slides) == 1:
+            raise refuse("A case has one slide at least; open another one in its place.")
+        desk.turns.drop(session)
+        desk.jobs.end(session)
+        left = [one for place, one in enumerate(base.slides) if place != number]
+        with explain_errors(), desk.jobs.run(session, "slide", left[0].token) as job:
+            found = desk.select(left, job=job.name)
+            found.take_marks(base)
+            desk.slides.drop(base.slides[number].token)
+            if not desk.keep(found):
+                raise Halted
+            desk.sweep(session)
+        self.on_analysed(found, {}, request)
+        return self._show_case(found, changed=True) | self._start_anew(chat)
+
+    def on_shown(self, event: gr.EventData) -> Changes:
+        """Another slide of the case is looked at: regions that are imported are of that one."""
+        number = event._data.get("number") if isinstance(event._data, dict) else None
+        return {self.page.number: number if isinstance(number, int) and number >= 0 else 0}
 
     def on_case(self, opened: Opened | None) -> Changes:
         """What to doubt in this slide's answers, and which patches belong together."""
         if opened is None:
             return {self.page.doubts: ""}
         case = opened.case
-        sample = find_sample(case.path) if case.path else None
-        told = tell_doubts(case) + (tell_about(sample.caption) if sample else "")
+        samples = [sample for one in opened.slides if (sample := find_sample(one.path))]
+        told = tell_doubts(case) + "".join(tell_about(sample.caption) for sample in samples)
         return {self.page.doubts: told, self.page.view: gr.HTML(foci=foci_props(case.foci, case.selection))}
 
     def on_analysed(self, opened: Opened | None, answers: Answers, request: gr.Request) -> None:
         """From now on the downloads hold these answers."""
         if opened is not None:
-            make = functools.partial(self._write_download, opened.case, answers, opened.marks, request.session_hash)
-            self.desk.slides.offer(opened.token, make)
+            make = functools.partial(self._write_download, opened, opened.case, answers, request.session_hash)
+            for one in opened.slides:
+                self.desk.slides.offer(one.token, make)
 
-    def _write_download(
-        self, case: Case, answers: Answers, marks: dict[int, str], session: str | None, name: str
-    ) -> Path:
+    def _write_download(self, opened: Opened, case: Case, answers: Answers, session: str | None, name: str) -> Path:
         """Write one of DOWNLOADS to the session's folder, now that somebody asks for it. Raises as Jobs.run does."""
         desk, folder = self.desk, self.desk.files_of(session)
         if name == "log.jsonl":
             (folder / name).touch()
             return folder / name
-        with desk.jobs.run(str(session), "files") as job:
-            drawn = name in ("report.html", *FIGURES)
-            with desk.open_slide(case.path, case.slide_mpp, job) if drawn else nullcontext() as slide:
-                written = case.write(folder, list(answers.values()), [name], slide, marks)
+        with desk.jobs.run(str(session), "files") as job, tempfile.TemporaryDirectory(dir=folder) as beside:
+            names, where = ([name], folder) if name != BY_SLIDE else (["patches.geojson"], Path(beside))
+            if name == BY_SLIDE and not any(desk.is_upload(one.path) for one in opened.slides):
+                names.append(ANNOTATIONS)  # whose writer reads the slide's files in this process
+
+            def opening(path: Path, slide_mpp: float | None) -> Slide:
+                return desk.open_slide(path, slide_mpp, job)
+
+            written = case.write(where, list(answers.values()), names, opening, opened.marks)
+            if name == BY_SLIDE:
+                with zipfile.ZipFile(folder / name, "w", zipfile.ZIP_DEFLATED) as archive:
+                    for one in written:
+                        archive.write(where / one, one)
         if not written:
             raise ValueError(f"{name} could not be drawn on this server.")
         return folder / name
 
     def on_map_wanted(self, opened: Opened | None, request: gr.Request) -> Changes:
         """Lay the patches out by what they look like."""
-        if opened is None:
+        if opened is None or opened.closed:
             return gr.skip()
         desk = self.desk
         with explain_errors(), desk.jobs.run(str(request.session_hash), "map", opened.token) as job:
@@ -283,7 +472,7 @@ class Handlers:
             words = words_props(desk.words(case, job.name))
             with desk.jobs.step(job):
                 props = map_props(umap.map_features(case.bag.features, case.selection, look=look))
-        return {self.page.view: gr.HTML(map=props, words=words)} if desk.slides.holds(opened.token) else gr.skip()
+        return gr.skip() if opened.closed else {self.page.view: gr.HTML(map=props, words=words)}
 
     # ---- a question is asked
 
@@ -291,14 +480,21 @@ class Handlers:
         """The slide that is being analysed is not wanted any more."""
         self.desk.cancel(str(request.session_hash))
 
-    def on_ready(self, opened: Opened | None, waiting: Question | None, request: gr.Request) -> Changes:
-        """The question that waited for the slide is asked or, if there will be no patches, goes back to its box."""
+    def on_ready(
+        self,
+        opened: Opened | None,
+        waiting: Question | None,
+        coming: tuple[CaseSlide, ...] | None,
+        chat: list,
+        request: gr.Request,
+    ) -> Changes:
+        """The question that waited for the slides is asked or, if one could not be analysed, goes back to its box."""
         page = self.page
         if waiting is None:
             raise stop_unseen()
-        if opened is None:
+        if opened is None or coming is None:
             box = {page.question: waiting.text, page.given_options: "\n".join(waiting.options)}
-            return {page.waiting: None, page.chat: [], **box}
+            return {page.waiting: None, page.chat: _take_waiting(chat), **box}
         return self._ask(opened, [], waiting, {}, request) | {self.page.waiting: None}
 
     def on_starter(self, index: int, starters: list) -> Changes:
@@ -312,33 +508,33 @@ class Handlers:
         given: str,
         impression: str,
         opened: Opened | None,
-        token: str,
+        coming: tuple[CaseSlide, ...] | None,
         chat: list,
         questions: Questions,
         request: gr.Request,
     ) -> Changes:
         """Put the question into the chat and give the box back empty, with a Stop button while the answer comes.
 
-        One that is typed while the slide is analysed waits for that.
+        One that is typed while a slide is analysed waits for that.
         """
-        if opened is None and not token:
+        if opened is None and not coming:
             raise refuse("Open a slide first; the question stays in the box.")
         if not question.strip():
             raise refuse("Write a question first.")
         put = Question(question.strip(), read_options(given), impression=impression.strip())
-        if opened is None:
-            return self._let_wait(put)
+        if opened is None or coming:
+            return self._let_wait(put, _take_waiting(chat))
         self._refuse_while_busy(chat, request)
         kept = chat[:-1] if chat and chat[-1]["role"] == "user" else chat  # a question that was not answered goes
         changes = self._ask(opened, kept, put, questions, request)
         box = wait_for_answer if self.desk.turns.busy(str(request.session_hash)) else ask_for_question
         return changes | {self.page.question: box(value=""), self.page.given_options: "", self.page.impression: ""}
 
-    def _let_wait(self, question: Question) -> Changes:
+    def _let_wait(self, question: Question, before: list) -> Changes:
         page = self.page
         with explain_errors():
             check_question(question.text, question.options)
-        chat = [show_question(question), show_answer(AT_READY)]
+        chat = [*before, show_question(question), show_answer(AT_READY)]
         return {page.chat: chat, page.waiting: question} | dict.fromkeys(
             (page.question, page.given_options, page.impression), ""
         )
@@ -453,11 +649,13 @@ class Handlers:
                 answer = dataclasses.replace(answer, impression=question.impression)
                 answers[len(chat)] = answer
                 text, pointed = self._put_first(answer, question, case)
-                lines = show_evidence(answer, case.selection, question.impression)
+                lines = show_evidence(answer, case.selection, question.impression, number_kept(case))
         except gr.Error as error:  # no half answer may stand as a whole one
             failure, lines = error, [if_it_fails]
         turn.done = True
-        if desk.turns.get(session) is turn:
+        if opened.closed:  # by a slide that was added or removed
+            yield gr.skip()
+        elif desk.turns.get(session) is turn:
             chat = chat if failure and not text else so_far(*lines)
             if not failure:
                 answer = answers.get(len(chat) - 1, Answer(turns[-1]["content"], text_of(chat[-1]), given))
@@ -578,15 +776,17 @@ class Handlers:
             views = read_told(event._data, "views")
         self.desk.record(request.session_hash, event="look", views=views[:MOST_VIEWS])
 
-    def on_regions(self, file: str, opened: Opened | None, request: gr.Request) -> Changes:
-        """Regions drawn in QuPath: list and mark the patches in them."""
+    def on_regions(self, file: str, opened: Opened | None, number: int, request: gr.Request) -> Changes:
+        """Regions drawn in QuPath, on the slide that is looked at: list and mark the patches in them."""
         desk = self.desk
         with explain_errors(), desk.jobs.run(str(request.session_hash), "files") as job:
             try:
                 if opened is None:
                     raise ValueError("Open a slide first: the regions must be of that slide.")
                 with desk.jobs.step(job):
-                    found = read_regions(intake.require_upload(file, desk.uploads), opened.case.bag)
+                    bag = opened.case.bag
+                    number = min(number, len(list_parts(bag)) - 1)
+                    found = read_regions(intake.require_upload(file, desk.uploads), bag, number)
             finally:
                 desk.drop_upload(file)
         members = {"indices": found.tolist(), "where": "imported regions", "nonce": uuid.uuid4().hex}
@@ -615,7 +815,7 @@ class Handlers:
             aside = Aside(opened, chat, questions, answers)
         with closing(self._ask_what_if(aside, int(k), selector, picks, request)) as steps:
             for changes in steps:
-                if aside is None or not self.desk.slides.holds(aside.opened.token):  # another slide was opened
+                if aside is None or aside.opened.closed:  # another slide was opened
                     yield {self.page.compare: ""}
                     return
                 yield changes
@@ -629,7 +829,8 @@ class Handlers:
                 raise ValueError("Ask a question first: a what-if asks the same again, from other patches.")
             case, last = aside.opened.case, max(aside.answers)
             first, chat = aside.answers[last], aside.chat[: last + 1]
-            known = show_evidence(dataclasses.replace(first, foci=()), case.selection)  # focus A is the other's now
+            known = dataclasses.replace(first, foci=())  # focus A is the other's now
+            known = show_evidence(known, case.selection, numbers=number_kept(case))
             left = (name_selection(case), text_of(chat[-1]), known)
             turns, given = words.turns_of(chat, aside.questions, history=desk.config.multi_turn)
             check_turns(turns, given)
@@ -659,7 +860,7 @@ class Handlers:
             desk.record(session, event="ask", slide=other.bag.slide, **asked)
             self.on_analysed(mine, answers, request)
             yield {
-                **beside(shown or "(no answer)", show_evidence(answer, selection)),
+                **beside(shown or "(no answer)", show_evidence(answer, selection, numbers=number_kept(other))),
                 page.answers: answers,
                 **self._show_evidence_of(mine, [None, None], answers, pointed),
             }
@@ -706,6 +907,29 @@ def name_selection(case: Case, picks: Mapping[str, Collection[int]] = MappingPro
     """What a selection is called. picks: patches that were pinned and dropped"""
     label = f"{len(case.selection.indices)} {case.selector} patches"
     return label + "".join(f", {len(picks[key])} {key}" for key in ("pinned", "dropped") if picks.get(key))
+
+
+def _is_anew(one: CaseSlide, other: CaseSlide) -> bool:
+    """Whether they are not the same file, read at another resolution that was given by hand."""
+    return one.path != other.path or one.slide_mpp == other.slide_mpp
+
+
+def _require_different(slides: Sequence[CaseSlide]) -> None:
+    """Raise ValueError for a slide that comes twice, wherever its file lies: it would count twice."""
+    names = [one.props["name"] for one in slides]
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            raise ValueError(f"{name} is in the case already, as slide {names.index(name) + 1}; it was not added.")
+
+
+def _take_waiting(chat: list) -> list:
+    """The chat without a question that waits for a slide."""
+    return chat[:-2] if chat and text_of(chat[-1]) == AT_READY else chat
+
+
+def number_kept(case: Case) -> list[int]:
+    """The numbers, from 1, of the slides that the kept patches are of; nothing of a case of one slide."""
+    return [number + 1 for number in case.numbers.tolist()] if case.bag.parts else []
 
 
 def read_mpp(text: str) -> float | None:

@@ -14,6 +14,7 @@ from sparsewsi.report.scope import suggest
 from sparsewsi.web.cards import choose_slide
 from sparsewsi.web.chat import inert
 from sparsewsi.web.desk import Desk
+from sparsewsi.web.limits import MOST_SLIDES
 from sparsewsi.web.viewer import slide_viewer
 
 FEWEST, MOST = 8, 256  # patches of a what-if
@@ -23,14 +24,14 @@ FEWEST, MOST = 8, 256  # patches of a what-if
 class Page:
     """The parts of the page. The states hold what a session has: values, never an open slide."""
 
-    path: gr.State  # str: the slide that was asked for
-    token: gr.State  # str: its name for the viewer
-    opened: gr.State  # desk.Opened | None: the slide once it has been analysed
+    asked: gr.State  # handlers.Asked | None: the slides that were asked for
+    coming: gr.State  # tuple of desk.CaseSlide: those whose analysis is on its way; None where one failed
+    opened: gr.State  # desk.Opened | None: the case, of the slides that have been analysed
+    number: gr.State  # int: of the slide that is looked at, from 0
     questions: gr.State  # chat.Questions: those of the chat
     answers: gr.State  # dict[int, Answer]: by their place in the chat
     starters: gr.State  # list of (question, options) to start with
     picks: gr.State  # {"pinned": indices, "dropped": indices}
-    name: gr.State  # str: of the slide, while it is analysed
     waiting: gr.State  # chat.Question | None: typed while the slide was analysed
     aside: gr.State  # handlers.Aside | None: what a what-if has taken the place of
     right: gr.State  # beside.Right | None: what the slide is compared with
@@ -39,6 +40,7 @@ class Page:
     upload: gr.UploadButton
     typed_path: gr.Textbox
     mpp: gr.Textbox
+    beside: gr.Checkbox
     view: gr.HTML
     other: gr.HTML
     doubts: gr.HTML
@@ -65,14 +67,14 @@ def lay_out(desk: Desk) -> tuple[gr.Blocks, Page]:
     """The page, not wired yet. page.css puts its parts in their places."""
     with gr.Blocks(title="SparseWSI", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as demo:
         states = {
-            "path": gr.State(""),
-            "token": gr.State(""),
+            "asked": gr.State(None),
+            "coming": gr.State(()),
             "opened": gr.State(None),
+            "number": gr.State(0),
             "questions": gr.State({}),
             "answers": gr.State({}),
             "starters": gr.State(list(QUESTIONS)),
             "picks": gr.State({"pinned": [], "dropped": []}),
-            "name": gr.State(""),
             "waiting": gr.State(None),
             "aside": gr.State(None),
             "right": gr.State(None),
@@ -90,7 +92,8 @@ def _lay_out_bar(desk: Desk) -> gr.HTML:
     with gr.Row(elem_id="bar"):
         gr.HTML(
             "<span class='brand'>SparseWSI</span>"
-            "<button type='button' id='open-menu' aria-expanded='false' aria-controls='sources'>Open</button>",
+            "<button type='button' id='open-menu' aria-expanded='false' aria-controls='sources'>Open</button>"
+            "<button type='button' id='add-slide' aria-controls='sources'>Add a slide</button>",
             elem_id="brand",
         )
         facts = gr.HTML(state_facts(desk, None), elem_id="facts")
@@ -100,13 +103,17 @@ def _lay_out_bar(desk: Desk) -> gr.HTML:
 
 def _lay_out_sources(desk: Desk) -> dict:
     with gr.Column(elem_id="sources"):
+        beside = gr.Checkbox(label="Add to the case that is open", value=False, container=False, elem_id="beside")
         gallery = choose_slide(elem_id="gallery")
-        upload = gr.UploadButton("Drop a slide anywhere, or choose a file", size="md", elem_id="upload")
+        upload = gr.UploadButton(
+            "Drop slides anywhere, or choose files", file_count="multiple", size="md", elem_id="upload"
+        )
         with gr.Row(elem_id="by-path"):
             typed_path = gr.Textbox(
                 label="Path on this machine",
                 placeholder="/slides/case.svs or https://….dzi, then Enter",
-                max_lines=1,
+                lines=1,
+                max_lines=6,
                 visible=desk.allow_paths,
                 min_width=220,
                 scale=3,
@@ -121,9 +128,10 @@ def _lay_out_sources(desk: Desk) -> dict:
             )
         gr.HTML(
             "<p class='small'>SVS, NDPI, MRXS, DICOM and what else OpenSlide reads; formats of several files as one "
-            "ZIP. Uploads are read by this server alone and deleted when the tab is closed.</p>"
+            f"ZIP. Several files, or paths one a line, are one case of up to {MOST_SLIDES} slides. Uploads are read "
+            "by this server alone and deleted when the tab is closed.</p>"
         )
-    return {"gallery": gallery, "upload": upload, "typed_path": typed_path, "mpp": mpp}
+    return {"beside": beside, "gallery": gallery, "upload": upload, "typed_path": typed_path, "mpp": mpp}
 
 
 def _lay_out_chat(desk: Desk) -> dict:
@@ -246,9 +254,9 @@ def state_facts(desk: Desk, case: Case | None, doing: str = "", wrong: bool = Fa
     kept, total = len(case.selection.indices), case.selection.num_patches
     parts = [f"{kept:,} of {total:,} patches", f"{case.bag.mpp:.3g} µm/px" if case.bag.mpp else "scale unknown"]
     told = "".join(f"<span>{html.escape(part)}</span>" for part in [*parts, f"model {desk.title}"])
+    name = f"Case of {len(case.bag.parts)} slides" if case.bag.parts else case.bag.slide
     return (
-        f"<div class='facts' title='{html.escape(case.summary, quote=True)}'><h1>{html.escape(case.bag.slide)}</h1>"
-        f"{told}</div>"
+        f"<div class='facts' title='{html.escape(case.summary, quote=True)}'><h1>{html.escape(name)}</h1>{told}</div>"
     )
 
 

@@ -1,11 +1,11 @@
 """Slides that programs ask about by name: those below one folder, and what was selected of each, kept while it fits."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
-from sparsewsi.bags.bag import FEATURE_SUFFIXES, Bag
+from sparsewsi.bags.bag import FEATURE_SUFFIXES, Bag, join
 from sparsewsi.bags.encoders import load_encoder
 from sparsewsi.bags.extract import encode_slide
 from sparsewsi.bags.foreign import load_bag
@@ -63,18 +63,29 @@ class Library:
         return path
 
     def open(
-        self, name: str, slide_mpp: float | None = None, progress: Callable[[int, int], None] | None = None
+        self, names: Sequence[tuple[str, float | None]], progress: Callable[[int, int], None] | None = None
     ) -> Case:
-        """What the model selects of a slide; encoded now unless it is still at hand. What progress raises ends it."""
-        path = self.find(name)
-        seen = (0, 0) if is_remote(path) else (path.stat().st_mtime_ns, path.stat().st_size)
-        key = (str(path), slide_mpp, *seen)
+        """What the model selects of slides, (name, um/px or None) each, as one case. What progress raises ends it.
+
+        A slide is encoded now unless it is still at hand. Raises ValueError for a slide that comes twice.
+        """
+        paths = [(self.find(name), slide_mpp) for name, slide_mpp in names]
+        key = tuple(_name_file(path, slide_mpp) for path, slide_mpp in paths)
         if key in self._cases:
             self._cases.move_to_end(key)
             return self._cases[key]
-        features = path.suffix.lower() in FEATURE_SUFFIXES and not is_remote(path)
-        bag = load_bag(path, slide_mpp=slide_mpp) if features else self._encode(path, slide_mpp, progress)
-        case = open_case(self.model, bag, None if features else path, slide_mpp=slide_mpp)
+        if len(paths) == 1:
+            [(path, slide_mpp)] = paths
+            features = path.suffix.lower() in FEATURE_SUFFIXES and not is_remote(path)
+            bag = load_bag(path, slide_mpp=slide_mpp) if features else self._encode(path, slide_mpp, progress)
+            case = open_case(self.model, bag, None if features else path, slide_mpp=slide_mpp)
+        else:
+            alone = [self.open([one], progress) for one in names]
+            bags = [one.bag for one in alone]
+            if twice := [bag.slide for place, bag in enumerate(bags) if bag.slide in [b.slide for b in bags[:place]]]:
+                raise ValueError(f"{twice[0]} is named twice; a case is of different slides.")
+            pictured = [path for one in alone for path in one.slides]
+            case = open_case(self.model, join(bags), pictured if len(pictured) == len(bags) else None)
         self._cases[key] = case
         while len(self._cases) > 1 and sum(map(_count_bytes, self._cases.values())) > self._kept_bytes:
             self._cases.popitem(last=False)
@@ -97,6 +108,12 @@ class Library:
         with opened as slide:
             how = {"mpp": config.mpp, "patch_size": config.patch_size, "progress": progress}
             return encode_slide(slide, self._encoder, **how)
+
+
+def _name_file(path: Path, slide_mpp: float | None) -> tuple:
+    """What is the same only for the same content, read at the same resolution."""
+    seen = (0, 0) if is_remote(path) else (path.stat().st_mtime_ns, path.stat().st_size)
+    return str(path), slide_mpp, *seen
 
 
 def _count_bytes(case: Case) -> int:

@@ -12,6 +12,7 @@ MOST_OPTIONS = len(ascii_uppercase)
 MOST_WEIGHED = 1000
 TOO_LONG = f"With more than {MOST_WEIGHED:,} characters in question, options and answer, its evidence is not weighed."
 MOST_SAID = 8000  # of a chat, earlier turns and all
+MOST_SLIDES = 12  # of a case
 MOST_TOLD = 64 << 10  # bytes of what the viewer tells at a time
 
 
@@ -31,6 +32,12 @@ def check_question(question: str, options: Sequence[str] = (), answer: str = "")
         if size > most:
             verb = "have together" if what == "options" else "has"
             raise ValueError(f"The {what} {verb} {size:,} characters, more than the {most:,} allowed; shorten.")
+
+
+def check_slides(count: int) -> None:
+    """Raise ValueError for a case of more slides than are read together."""
+    if count > MOST_SLIDES:
+        raise ValueError(f"A case has at most {MOST_SLIDES} slides, and this would be {count}; leave some out.")
 
 
 def is_broken(text: str) -> bool:

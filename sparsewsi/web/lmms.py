@@ -56,7 +56,7 @@ class SlideReader(lmms):
         messages = to_messages(self.task_dict[task][split][doc_id])
         most = {"max_tokens": settings["max_new_tokens"]} if settings.get("max_new_tokens") else {}
         asked = read_request({"model": MODEL, "messages": messages, "slide_mpp": self._slide_mpp, **most})
-        case = self._library.open(asked.slide, asked.slide_mpp)
+        case = self._library.open(asked.slides)
         pieces = []
         for piece in case.answer(self._library.reader, asked.messages, asked.options):
             pieces.append(piece)

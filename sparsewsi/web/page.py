@@ -33,29 +33,31 @@ def _wire_slides(demo: gr.Blocks, page: Page, on: Comparing, allow_paths: bool) 
     """Returns the events of which one ends when a slide has been analysed."""
     waiting = {"show_progress_on": page.facts, **PRIVATE}
     opened = [
-        page.gallery.choose(on.on_choose, None, [page.path, page.mpp], **waiting, **EVERY),
-        page.upload.upload(on.on_upload, page.upload, page.path, **waiting, **EVERY),
-        demo.load(on.on_load, None, page.path, **QUIET),
+        page.gallery.choose(on.on_choose, page.beside, [page.asked, page.mpp], **waiting, **EVERY),
+        page.upload.upload(on.on_upload, [page.upload, page.beside], page.asked, **waiting, **EVERY),
+        demo.load(on.on_load, None, page.asked, **QUIET),
     ]
     if allow_paths:
-        opened.append(page.typed_path.submit(on.on_typed_path, page.typed_path, page.path, **waiting, **EVERY))
-    cleared = [page.token, page.view, page.opened, page.chat, page.questions, page.answers, page.compare, page.secret]
-    cleared += [page.name, page.waiting, page.facts, page.question, page.doubts, page.aside, page.picks, page.picked]
-    cleared += [page.typed_path]
+        typed = [page.typed_path, page.beside]
+        opened.append(page.typed_path.submit(on.on_typed_path, typed, page.asked, **waiting, **EVERY))
+    talk = [page.chat, page.questions, page.answers, page.compare, page.picks, page.picked, page.aside]
+    cleared = [page.coming, page.view, page.opened, *talk, page.secret, page.waiting, page.facts, page.question]
+    cleared += [page.doubts, page.typed_path, page.beside, page.k, page.selector]
     filled = [page.opened, page.view, page.facts, page.secret, page.planted, page.examples, page.starters, page.mpp]
-    filled += [page.k, page.alone, page.token]
-    analysed = []
+    filled += [page.k, page.alone, page.coming, *talk]
+    told = [page.opened, page.aside, page.coming]
+    analysed = [page.view.remove(on.on_remove, [*told, page.chat], filled, **QUIET, **WORK)]
     for trigger in [*[event.success for event in opened], page.mpp.submit]:
-        shown = trigger(on.on_slide, [page.path, page.mpp], cleared, **QUIET, **EVERY)
+        shown = trigger(on.on_slide, [page.asked, page.mpp, *told], cleared, **QUIET, **EVERY)
         shown.success(on.on_left, None, [page.right, page.other, page.view], **QUIET, **EVERY)
-        analysed.append(
-            shown.success(
-                on.on_slide_shown, [page.token, page.path, page.mpp, page.name], filled, **QUIET, **WORK, **EVERY
-            )
-        )
-        analysed[-1].success(on.on_analysed, [page.opened, page.answers], None, **QUIET, **EVERY)
-        analysed[-1].success(on.on_case, page.opened, [page.doubts, page.view], **QUIET, **EVERY)
-        analysed[-1].success(on.on_map_wanted, page.opened, page.view, **QUIET, **EVERY)
+        seen = [page.coming, page.opened, page.chat]
+        analysed.append(shown.success(on.on_slide_shown, seen, filled, **QUIET, **WORK, **EVERY))
+    for event in analysed:
+        event.success(on.on_analysed, [page.opened, page.answers], None, **QUIET, **EVERY)
+        event.success(on.on_case, page.opened, [page.doubts, page.view], **QUIET, **EVERY)
+        event.success(on.on_map_wanted, page.opened, page.view, **QUIET, **EVERY)
+    analysed[0].success(on.on_left, None, [page.right, page.other, page.view], **QUIET)
+    page.view.shown(on.on_shown, None, page.number, **QUIET)
     page.view.cancel(on.on_cancel, None, None, queue=False, **QUIET)  # never behind others
     demo.unload(on.on_unload)
     return analysed
@@ -64,16 +66,17 @@ def _wire_slides(demo: gr.Blocks, page: Page, on: Comparing, allow_paths: bool) 
 def _wire_questions(page: Page, on: Comparing, analysed: list) -> None:
     ended = [page.opened, page.chat, page.answers]
     talk = [page.chat, page.questions, page.question]
-    typed = [page.question, page.given_options, page.impression, page.opened, page.token, page.chat, page.questions]
+    typed = [page.question, page.given_options, page.impression, page.opened, page.coming, page.chat, page.questions]
     page.examples.click(on.on_starter, [page.examples, page.starters], [page.question, page.given_options], **QUIET)
     boxes = [page.given_options, page.waiting, page.impression]
     asked_too = [page.opened, page.right, page.chat, page.questions, page.answers]
+    ready = [page.opened, page.waiting, page.coming, page.chat]
     asked = [
         page.question.submit(on.on_question, typed, [*talk, *boxes], **QUIET),
         page.view.ask(on.on_suggested, [page.opened, page.chat, page.questions], talk, **QUIET),
         page.chat.retry(on.on_retry, [page.opened, page.chat], talk, **QUIET),
         page.chat.edit(on.on_edit, [page.opened, page.chat, page.questions], talk, **QUIET),
-        *(one.success(on.on_ready, [page.opened, page.waiting], [*talk, *boxes], **QUIET) for one in analysed),
+        *(one.success(on.on_ready, ready, [*talk, *boxes], **QUIET) for one in analysed),
     ]
     for event in asked:
         event.success(on.on_answer_shown, ended, page.view, **QUIET)
@@ -126,4 +129,4 @@ def _wire_what_if(page: Page, on: Comparing) -> None:
     for leave in (page.own.click, page.view.leave, page.other.leave):
         left = leave(on.on_leave, [page.opened, page.chat, page.answers, page.aside], restored, **QUIET)
         left.success(on.on_left, None, [page.right, page.other, page.view], **QUIET)
-    page.regions.upload(on.on_regions, [page.regions, page.opened], page.view, **QUIET)
+    page.regions.upload(on.on_regions, [page.regions, page.opened, page.number], page.view, **QUIET)

@@ -22,6 +22,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from sparsewsi.web.folder import measure
+from sparsewsi.web.limits import MOST_SLIDES
 
 LARGEST = 8 << 30  # bytes of a file
 FREE = 2 << 30  # bytes that stay free on the disk
@@ -57,11 +58,11 @@ class Uploads:
         folder = self._folder / secrets.token_urlsafe(16)
         self._coming[address] += 1
         self._promised[folder.name] = address, int(length)
-        kept = None
+        kept: list[Path] = []
         try:
             folder.mkdir(mode=0o700, parents=True)
-            kept = await self._write(request, folder)
-            return JSONResponse([str(kept)])
+            kept = await self._write(request, folder, address)
+            return JSONResponse([str(path) for path in kept])
         except (MultiPartException, KeyError, ValueError) as error:
             return PlainTextResponse(f"The upload could not be read ({' '.join(str(error).split())[:100]}).", 400)
         except TimeoutError:
@@ -74,7 +75,7 @@ class Uploads:
             self._coming[address] -= 1
             if not self._coming[address]:
                 del self._coming[address]
-            if kept is None:
+            if not kept:
                 self._promised.pop(folder.name, None)
                 shutil.rmtree(folder, ignore_errors=True)
             if upload_id := request.query_params.get("upload_id"):
@@ -83,7 +84,7 @@ class Uploads:
 
     def _refuse(self, address: str, length: int) -> tuple[int, str] | None:
         if length > LARGEST:
-            return 413, f"A file may have {LARGEST >> 30} GB at most."
+            return 413, f"The files of an upload may have {LARGEST >> 30} GB at most."
         if self._coming.total() >= AT_ONCE or self._coming[address] >= AT_ONCE_OF_ADDRESS:
             return 429, "Too many uploads are coming in; wait for them."
         for name in list(self._promised):
@@ -99,15 +100,15 @@ class Uploads:
             return 507, "The server has no room for this file now; try again later."
         return None
 
-    async def _write(self, request: Request, folder: Path) -> Path:
-        """The upload's file, under a plain name."""
+    async def _write(self, request: Request, folder: Path, address: str) -> list[Path]:
+        """The upload's files, each in a folder of its own, under a plain name."""
         upload_id = request.query_params.get("upload_id")
         if upload_id:
             file_upload_statuses.track(upload_id)
         parser = GradioMultiPartParser(
             request.headers,
             _in_time(request.stream()),
-            max_files=1,
+            max_files=MOST_SLIDES,
             max_fields=0,  # they would be kept in memory
             upload_dir=folder,
             upload_id=upload_id,
@@ -115,13 +116,18 @@ class Uploads:
             max_file_size=LARGEST,
         )
         form = await parser.parse()
-        file = form.get("files")
-        if not isinstance(file, GradioUploadFile):
+        files = [file for file in form.getlist("files") if isinstance(file, GradioUploadFile)]
+        if not files:
             raise ValueError("it holds no file")
-        await file.close()
-        suffix = Path(file.filename or "").suffix
-        kept = folder / f"slide{suffix if re.fullmatch(r'[.][A-Za-z0-9]{1,8}', suffix) else ''}"
-        Path(str(file.file.name)).rename(kept)
+        kept = []
+        for number, file in enumerate(files):
+            await file.close()
+            home = folder if number == 0 else self._folder / secrets.token_urlsafe(16)
+            home.mkdir(mode=0o700, exist_ok=True)
+            suffix = Path(file.filename or "").suffix
+            kept.append(home / f"slide{suffix if re.fullmatch(r'[.][A-Za-z0-9]{1,8}', suffix) else ''}")
+            Path(str(file.file.name)).rename(kept[-1])
+            self._promised[home.name] = address, kept[-1].stat().st_size
         return kept
 
 

@@ -19,7 +19,7 @@ HOSTILE = '<script>alert(1)</script> ![x](http://evil.example/x.png) "quoted" & 
 def report(folder, bag, selection, **changes) -> str:
     given = {
         "model": "demo-model",
-        "overview": Image.new("RGB", (40, 30)),
+        "overviews": [Image.new("RGB", (40, 30))],
         "patches": [np.full((8, 8, 3), 40 * i, np.uint8) for i in range(1, 4)],
         "weights_sha256": "ab" * 32,
     }

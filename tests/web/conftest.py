@@ -10,7 +10,7 @@ import torch
 
 from sparsewsi.bags.bag import Bag
 from sparsewsi.report.case import open_case
-from sparsewsi.web.desk import Desk, Opened
+from sparsewsi.web.desk import CaseSlide, Desk, Opened
 from sparsewsi.web.handlers import Handlers
 from sparsewsi.web.layout import lay_out
 
@@ -33,7 +33,7 @@ def opened(desk: Desk) -> Opened:
     features = torch.randn(30, 1280, generator=generator)
     coords = torch.tensor([[224 * (i % 6), 224 * (i // 6)] for i in range(30)])
     bag = Bag(features, coords, 224, 0.5, "efficientnet-lite0", "slide 1", 0.5, "openslide", (1344, 1120))
-    return Opened("token", open_case(desk.model, bag))
+    return Opened([CaseSlide("token", "", props={"name": bag.slide}, bag=bag)], open_case(desk.model, bag))
 
 
 @pytest.fixture

@@ -44,6 +44,16 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def two_slides(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two small slides, scanned at different resolutions."""
+    folder = tmp_path_factory.mktemp("two")
+    paths = [folder / f"Mustermann {seed}.tiff" for seed in (5, 6)]
+    phantom.write_phantom(paths[0], seed=5, size=1024)
+    phantom.write_phantom(paths[1], seed=6, size=1536, mpp=0.25)
+    return paths
+
+
 def launch(desk: Desk, patch: pytest.MonkeyPatch, auth: str | None = None, mcp: bool = False) -> SimpleNamespace:
     patch.setenv("GRADIO_TEMP_DIR", str(desk.uploads))
     demo = build_page(desk)
@@ -87,6 +97,34 @@ def test_callers_do_not_take_each_others_slides(app):
     assert clients[1].predict(found[1]["case"], ASKED[0], "fat", api_name="/evidence")["effects"]
     for one in clients[1:]:
         one.close()
+
+
+def test_two_slides_are_one_case(app, two_slides):
+    one = client(app)
+    files = [gradio_client.handle_file(str(path)) for path in two_slides]
+    found = one.predict(files=files, api_name="/analyze")
+    assert [slide["number"] for slide in found["slides"]] == [1, 2]
+    assert [slide["mpp"] for slide in found["slides"]] == pytest.approx([0.5, 0.25], rel=0.01)
+    first = found["slides"][0]["num_patches"]
+    assert found["num_patches"] == first + found["slides"][1]["num_patches"]
+    assert found["slide_numbers"] == [1 if index < first else 2 for index in found["indices"]]
+    for (x, y), number in zip(found["coords"], found["slide_numbers"]):
+        width, height = found["slides"][number - 1]["size"]
+        assert (0 <= x < width, 0 <= y < height) == (True, True), "on its own slide"
+    assert "Mustermann" not in json.dumps(found)
+    said = one.predict(found["case"], *ASKED, api_name="/ask")
+    weighed = one.predict(found["case"], ASKED[0], said["answer"], ASKED[1], api_name="/evidence")
+    assert weighed["slide_numbers"] == found["slide_numbers"]
+    assert set(weighed["slides"]) <= {"1", "2"}
+    assert len(list(app.desk.folder.rglob("slide.tiff"))) == 2
+    with pytest.raises(gradio_client.exceptions.AppError, match="in the case already"):
+        one.predict(slides=["phantom", "phantom"], api_name="/analyze")
+    with pytest.raises(gradio_client.exceptions.AppError, match="Slide 2: The slide must be"):
+        one.predict(slides=["phantom", str(two_slides[0])], api_name="/analyze")
+    with pytest.raises(gradio_client.exceptions.AppError, match="at most 12 slides, and this would be 13"):
+        one.predict(slides=["phantom"] * 13, api_name="/analyze")
+    one.close()
+    assert soon(lambda: not list(app.desk.folder.rglob("*.tiff")), LEAVES_WITHIN)
 
 
 def call(app: SimpleNamespace, name: str, *data: object) -> tuple[str, object]:

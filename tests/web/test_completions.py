@@ -31,6 +31,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of two phantoms, beside one that is nobody's business."""
     folder = tmp_path_factory.mktemp("served")
     write_phantom(folder / "root" / "one.tiff", seed=3, size=1_200)
+    write_phantom(folder / "root" / "other.tiff", seed=5, size=1_200)
     (folder / "root" / "deep er").mkdir()
     (folder / "root" / "deep er" / "two.tiff").write_bytes((folder / "root" / "one.tiff").read_bytes())
     (folder / "secret.tiff").write_bytes((folder / "root" / "one.tiff").read_bytes())
@@ -229,7 +230,11 @@ def test_nobody_leaves_the_root(serving, name):
         ({"messages": [{"role": "doctor", "content": "x"}]}, 400, "role"),
         ({"messages": [{"role": "user", "content": 3}]}, 400, "content"),
         ({"messages": [{"role": "user", "content": "no slide"}]}, 400, "Name a slide"),
-        ({"messages": [{"role": "user", "content": "slide://a.svs slide://b.svs which?"}]}, 400, "one slide"),
+        (
+            {"messages": [{"role": "user", "content": " ".join(f"slide://{i}.svs" for i in range(13)) + " which?"}]},
+            400,
+            "at most 12 slides, and this would be 13",
+        ),
         ({"messages": [{"role": "user", "content": "slide://one.tiff"}]}, 400, "question"),
         ({"messages": [{"role": "user", "content": "slide://one.tiff " + "x" * 3_000}]}, 400, "3,000"),
         ({"messages": [{"role": "system", "content": "x" * 9_000}, *ASKED]}, 400, "characters"),
@@ -336,12 +341,28 @@ def test_too_many_who_wait_are_turned_away(library, monkeypatch):
     asyncio.run(put())
 
 
+def test_the_slides_that_a_chat_names_are_one_case(serving):
+    said = serving.ask("slide://one.tiff slide://other.tiff Which tissue?", options=["fat", "liver"], evidence=True)
+    found = said.raise_for_status().json()["sparsewsi"]
+    assert [slide["name"] for slide in found["slides"]] == ["phantom 3", "phantom 5"]
+    assert sum(slide["num_patches"] for slide in found["slides"]) == found["num_patches"]
+    first = found["slides"][0]["num_patches"]
+    assert found["slide_numbers"] == [1 if index < first else 2 for index in found["indices"]]
+    for (x, y), number in zip(found["coords"], found["slide_numbers"]):
+        width, height = found["slides"][number - 1]["size"]
+        assert 0 <= x < width
+        assert 0 <= y < height, "on its own slide"
+    twice = serving.ask("slide://one.tiff slide://deep%20er/two.tiff which?")
+    assert twice.status_code == 400
+    assert "Phantom 3 is named twice" in twice.json()["error"]["message"]
+
+
 def test_selections_are_kept_while_they_fit(root, served_model):
     library = Library(served_model, root, kept_bytes=1)
-    first = library.open("one.tiff")
-    assert library.open("one.tiff") is first
-    library.open("deep er/two.tiff")
+    first = library.open([("one.tiff", None)])
+    assert library.open([("one.tiff", None)]) is first
+    library.open([("deep er/two.tiff", None)])
     assert len(library._cases) == 1
-    assert library.open("one.tiff") is not first
+    assert library.open([("one.tiff", None)]) is not first
     with pytest.raises(SlideError):
-        Library(served_model, None).open("one.tiff")
+        Library(served_model, None).open([("one.tiff", None)])

@@ -216,11 +216,20 @@ def test_an_upload_gets_a_folder_that_only_its_uploader_is_told(served, name, ke
     assert one.parent.stat().st_mode & 0o777 == 0o700
 
 
+def test_the_files_of_one_case_get_a_folder_each(served):
+    two = [("files", ("a.svs", b"x")), ("files", ("Mustermann.tiff", b"yy"))]
+    kept = [Path(path) for path in httpx.post(f"{served.address}/gradio_api/upload", files=two).json()]
+    assert [path.name for path in kept] == ["slide.svs", "slide.tiff"]
+    assert [path.read_bytes() for path in kept] == [b"x", b"yy"]
+    assert len({path.parent for path in kept}) == 2
+    assert all(path.parent.parent == served.folder for path in kept)
+
+
 def test_an_upload_that_cannot_be_kept_leaves_nothing(served):
     before = set(served.folder.iterdir())
     assert upload(served.address, note="x").status_code == 400, "a field would be kept in memory"
-    two = [("files", ("a.svs", b"x")), ("files", ("b.svs", b"x"))]
-    assert httpx.post(f"{served.address}/gradio_api/upload", files=two).status_code == 400
+    many = [("files", ("a.svs", b"x"))] * 13
+    assert httpx.post(f"{served.address}/gradio_api/upload", files=many).status_code == 400
     assert httpx.post(f"{served.address}/gradio_api/upload", content=b"x").status_code == 400
 
     def parts() -> Iterator[bytes]:

@@ -22,13 +22,22 @@ from sparsewsi.report.answer import Answer
 from sparsewsi.web import chat, handlers
 from sparsewsi.web import desk as desk_module
 from sparsewsi.web.chat import Question
-from sparsewsi.web.desk import Opened
+from sparsewsi.web.desk import CaseSlide, Opened
 from sparsewsi.web.errors import explain_errors
-from sparsewsi.web.handlers import AT_READY, BROKEN_OFF, STOPPED, UNWEIGHED, WEIGHING, Handlers, read_mpp
+from sparsewsi.web.handlers import AT_READY, BROKEN_OFF, STOPPED, UNWEIGHED, WEIGHING, Asked, Handlers, read_mpp
 from sparsewsi.web.jobs import Halted
 from sparsewsi.web.viewer import bag_props, file_props
 
 PHANTOM = SimpleNamespace(_data={"name": "phantom"})  # what the gallery tells
+
+
+def show(on: Handlers, path, resolution: str, me: gr.Request) -> dict:
+    """A slide is asked for and shown."""
+    return on.on_slide(Asked((str(path),)), resolution, None, None, (), me)
+
+
+def one_slide(token: str, case) -> Opened:
+    return Opened([CaseSlide(token, "", bag=case.bag)], case)
 
 
 def only_skips(steps) -> bool:
@@ -84,7 +93,7 @@ def test_what_a_model_writes_is_shown_and_never_run(text):
 @pytest.mark.parametrize("given", [(), ("Yes", "No"), ("a. b", "C. fat", "-"), ("A. fat\\", "B. A. mucin")])
 def test_a_question_is_put_as_it_was_written_whatever_its_options_look_like(given, on, opened, me):
     question = "Which tissue?\nA. Look closely.\nB. Say so."
-    changes = on.on_question(question, "\n".join(given), "", opened, "", [], {}, me)
+    changes = on.on_question(question, "\n".join(given), "", opened, (), [], {}, me)
     asked, questions = changes[on.page.chat], changes[on.page.questions]
     assert chat.turns_of(asked, questions) == ([{"role": "user", "content": question}], given)
     on.on_clear(me)
@@ -99,7 +108,7 @@ def test_a_question_is_put_as_it_was_written_whatever_its_options_look_like(give
 
 def ask(on: Handlers, question: str, opened: Opened | None, chat_now: list, me: gr.Request, given: str = "") -> list:
     """The chat after the question."""
-    return on.on_question(question, given, "", opened, "", chat_now, {}, me)[on.page.chat]
+    return on.on_question(question, given, "", opened, (), chat_now, {}, me)[on.page.chat]
 
 
 def test_a_question_without_a_slide_stays_in_the_box(on, me):
@@ -156,7 +165,7 @@ def test_an_edited_question_takes_the_place_of_what_came_after_it(place, value, 
 @pytest.fixture
 def asked(on, opened, me):
     """The chat with a question just asked, whose answer comes in many pieces."""
-    changes = on.on_question("Where is it?", "", "", opened, "", [], {}, me)
+    changes = on.on_question("Where is it?", "", "", opened, (), [], {}, me)
     assert changes[on.page.question].stop_btn == "Stop"
     return changes[on.page.chat]
 
@@ -248,7 +257,7 @@ def test_an_answer_never_lands_beside_another_slide(on, opened, asked, me, desk,
     Image.new("RGB", (64, 64), "white").save(tmp_path / "other.png")
     steps = on.on_asked(opened, asked, {}, {}, me)
     next(steps)
-    shown = on.on_slide(str(tmp_path / "other.png"), "0.5", me)
+    shown = show(on, tmp_path / "other.png", "0.5", me)
     assert shown[on.page.opened] is None
     assert shown[on.page.chat] == []
     [last] = steps
@@ -290,7 +299,7 @@ def test_a_question_that_failed_goes_with_the_next_one(on, opened, me):
 
 
 def test_an_answer_streams_and_is_then_weighed(on, opened, me):
-    changes = on.on_question("Which?", "fat\nliver", "", opened, "", [], {}, me)
+    changes = on.on_question("Which?", "fat\nliver", "", opened, (), [], {}, me)
     *steps, last = on.on_asked(opened, changes[on.page.chat], changes[on.page.questions], {}, me)
     assert all(WEIGHING in str(step[on.page.chat][-1]) for step in steps)
     answer = last[on.page.answers][1]
@@ -323,7 +332,7 @@ def test_earlier_turns_go_to_the_model_only_if_it_was_trained_on_that(multi_turn
     monkeypatch.setattr(desk.model, "config", dataclasses.replace(desk.config, multi_turn=multi_turn))
     why = Question("Why?", ("fat", "mucin"))
     before = [chat.show_question(why), chat.show_answer("Because.")]
-    changes = on.on_question("Which?", "fat\nliver", "", opened, "", before, {0: why}, me)
+    changes = on.on_question("Which?", "fat\nliver", "", opened, (), before, {0: why}, me)
     put, answer = [], desk.answer
 
     def note_and_answer(case, messages, options, session):
@@ -345,35 +354,36 @@ def test_earlier_turns_go_to_the_model_only_if_it_was_trained_on_that(multi_turn
 
 def test_a_question_typed_while_the_slide_is_analysed_waits_and_is_asked(on, opened, me):
     page = on.page
-    waits = on.on_question("Which?", "fat\nliver", "", None, "token", [], {}, me)
+    waits = on.on_question("Which?", "fat\nliver", "", None, opened.slides, [], {}, me)
     assert AT_READY in str(waits[page.chat])
     assert (waits[page.question], waits[page.given_options]) == ("", "")
-    ready = on.on_ready(opened, waits[page.waiting], me)
+    ready = on.on_ready(opened, waits[page.waiting], (), waits[page.chat], me)
     assert roles(ready[page.chat]) == ["user"]
     assert ready[page.waiting] is None
     *_, last = on.on_asked(opened, ready[page.chat], ready[page.questions], {}, me)
     assert last[page.answers][1].options == ("fat", "liver")
 
 
-def test_a_question_that_waited_for_a_slide_that_failed_is_back_in_its_box(on):
+def test_a_question_that_waited_for_a_slide_that_failed_is_back_in_its_box(on, opened, me):
     page = on.page
-    back = on.on_ready(None, Question("Which?", ("fat", "liver")), gr.Request())
+    waits = on.on_question("Which?", "fat\nliver", "", None, opened.slides, [], {}, me)
+    back = on.on_ready(None, waits[page.waiting], None, waits[page.chat], me)
     assert (back[page.question], back[page.given_options]) == ("Which?", "fat\nliver")
     assert back[page.chat] == []
 
 
 def test_after_a_failed_analysis_the_header_says_so(on, me, desk, monkeypatch, tmp_path):
     Image.new("RGB", (64, 64), "white").save(tmp_path / "a.png")
-    shown = on.on_slide(str(tmp_path / "a.png"), "0.5", me)
+    shown = show(on, tmp_path / "a.png", "0.5", me)
 
     def fail(*_given, **_named):
         raise ValueError("there is no tissue on it.")
 
     monkeypatch.setattr(desk, "analyse", fail)
-    *_, told = on.on_slide_shown(shown[on.page.token], str(tmp_path / "a.png"), "0.5", "slide 1", me)
-    assert "slide 1 · not analysed" in told[on.page.facts]
+    *_, told = on.on_slide_shown(shown[on.page.coming], None, [], me)
+    assert f"{shown[on.page.coming][0].props['name']} · not analysed" in told[on.page.facts]
     assert "no tissue" in told[on.page.view].props["work"]["error"]
-    assert told[on.page.token] == "", "questions do not wait for it"
+    assert told[on.page.coming] is None, "questions do not wait for it"
 
 
 def test_one_option_is_no_choice(on, opened, me):
@@ -389,11 +399,11 @@ def limited(opened):
         Limit("carcinoma", ("carcinoma",), 22, 19, 0.77, 0.58, 0.95),
         Limit("organ", (r"\borgan\b",), 21, 18, 0.44, 0.24, 0.68, least=0.99),
     )
-    return Opened("token", dataclasses.replace(opened.case, limits=Limits(kinds, ("fat",))))
+    return one_slide("token", dataclasses.replace(opened.case, limits=Limits(kinds, ("fat",))))
 
 
 def test_what_the_model_was_not_trained_for_is_refused_with_what_it_can_answer(on, limited, me, desk):
-    refused = on.on_question("What grade is it?", "", "", limited, "", [], {}, me)[on.page.chat]
+    refused = on.on_question("What grade is it?", "", "", limited, (), [], {}, me)[on.page.chat]
     assert "cannot answer that" in chat.text_of(refused[-1])
     assert "Does this slide contain carcinoma?" in str(refused[-1])
     assert not desk.turns.busy(str(me.session_hash))
@@ -403,7 +413,7 @@ def test_what_the_model_was_not_trained_for_is_refused_with_what_it_can_answer(o
 
 def test_where_is_the_tumour_is_answered_by_pointing(on, limited, me):
     page = on.page
-    asked = on.on_question("Where is the carcinoma?", "", "", limited, "", [], {}, me)
+    asked = on.on_question("Where is the carcinoma?", "", "", limited, (), [], {}, me)
     assert asked[page.questions][0].put == "Does this slide contain carcinoma?"
     assert chat.text_of(asked[page.chat][0]) == "Where is the carcinoma?"
     *_, last = on.on_asked(limited, asked[page.chat], asked[page.questions], {}, me)
@@ -416,7 +426,7 @@ def test_where_is_the_tumour_is_answered_by_pointing(on, limited, me):
 
 
 def test_an_organ_is_never_told_for_certain_below_the_models_own_threshold(on, limited, me):
-    changes = on.on_question("Which organ is this?", "skin\ncolon", "", limited, "", [], {}, me)
+    changes = on.on_question("Which organ is this?", "skin\ncolon", "", limited, (), [], {}, me)
     *_, last = on.on_asked(limited, changes[on.page.chat], changes[on.page.questions], {}, me)
     assert re.fullmatch(r"Not sure: (skin or colon|colon or skin)", chat.text_of(last[on.page.chat][-1]))
 
@@ -424,7 +434,7 @@ def test_an_organ_is_never_told_for_certain_below_the_models_own_threshold(on, l
 def test_a_what_if_is_a_state_that_one_button_leaves(on, opened, me, desk, monkeypatch):
     monkeypatch.setattr(desk.slides, "holds", lambda _token: True)
     page, picks = on.page, {"pinned": [0], "dropped": []}
-    changes = on.on_question("Which?", "fat\nliver", "", opened, "", [], {}, me)
+    changes = on.on_question("Which?", "fat\nliver", "", opened, (), [], {}, me)
     *_, last = on.on_asked(opened, changes[page.chat], changes[page.questions], {}, me)
     before = (opened, last[page.chat], changes[page.questions], last[page.answers])
     first, *_, done = on.on_ask_again(*before, None, 8, "random", picks, me)
@@ -433,7 +443,7 @@ def test_a_what_if_is_a_state_that_one_button_leaves(on, opened, me, desk, monke
     assert len(mine.case.selection.indices) == 8
     assert len(done[page.answers][1].effects) == 8
     # an ordinary question is answered from what the boxes show
-    asked = on.on_question("How?", "", "", mine, "", done[page.chat], first[page.questions], me)
+    asked = on.on_question("How?", "", "", mine, (), done[page.chat], first[page.questions], me)
     *_, told = on.on_asked(mine, asked[page.chat], asked[page.questions], done[page.answers], me)
     assert len(told[page.answers][3].effects) == 8
     left = on.on_leave(mine, told[page.chat], told[page.answers], aside, me)
@@ -446,7 +456,7 @@ def test_a_what_if_is_a_state_that_one_button_leaves(on, opened, me, desk, monke
 
 def test_the_path_of_the_slide_before_does_not_stay_in_its_box(on, me, tmp_path):
     Image.new("RGB", (64, 64), "white").save(tmp_path / "a.png")
-    assert on.on_slide(str(tmp_path / "a.png"), "0.5", me)[on.page.typed_path] == ""
+    assert show(on, tmp_path / "a.png", "0.5", me)[on.page.typed_path] == ""
 
 
 def test_picks_can_be_cleared(on):
@@ -504,7 +514,7 @@ def test_an_analysis_ends_when_its_caller_has_gone(desk, me, tmp_path, monkeypat
 
     monkeypatch.setattr(desk, "_loaded", (desk.model, Encoder(encoder, leave_at_the_first_batch)))
     with desk.jobs.run(me.session_hash, "slide") as job, pytest.raises(Halted):
-        desk.analyse(token, path, 0.5, job=job.name)
+        desk.analyse(CaseSlide(token, path, 0.5), job=job.name)
     assert len(batches) == 1
 
 
@@ -529,7 +539,7 @@ def test_what_is_encoded_so_far_can_be_seen(on, desk, me, tmp_path, monkeypatch)
         return encoder(pixels)
 
     monkeypatch.setattr(desk, "_loaded", (desk.model, Encoder(encoder, look)))
-    *working, last = on.on_slide_shown(token, path, "", "phantom 3", me)
+    *working, last = on.on_slide_shown((CaseSlide(token, path, props={"name": "phantom 3"}),), None, [], me)
     assert working[0][on.page.view].props["work"]["phase"] in ("waiting", "loading the model", "finding tissue")
     assert last[on.page.view].props["work"] is None
     total = len(last[on.page.opened].case.bag.coords)
@@ -559,30 +569,30 @@ def test_the_slide_that_was_asked_for_last_is_opened(on, me, visitor, monkeypatc
     quick, other, found = str(tmp_path / "quick.png"), visitor(), []
 
     def take_long(_name: str) -> str:  # meanwhile
-        found.append(on.on_typed_path(quick, me, gr.Progress())[on.page.path])
-        on.on_typed_path(quick, other, gr.Progress())
+        found.append(on.on_typed_path(quick, False, me, gr.Progress())[on.page.asked].paths[0])
+        on.on_typed_path(quick, False, other, gr.Progress())
         return "phantom.tiff"
 
     monkeypatch.setattr(handlers, "open_example", take_long)
     with pytest.raises(gr.Error) as unseen:
-        on.on_choose(PHANTOM, me, gr.Progress())
+        on.on_choose(PHANTOM, False, me, gr.Progress())
     assert not unseen.value.visible
     assert found == [quick]
 
     def fail_meanwhile(_name: str) -> str:
         with pytest.raises(gr.Error, match="no file at the path"):
-            on.on_typed_path(quick + ".svs", me, gr.Progress())
+            on.on_typed_path(quick + ".svs", False, me, gr.Progress())
         return "phantom.tiff"
 
     monkeypatch.setattr(handlers, "open_example", fail_meanwhile)
-    opened = on.on_choose(PHANTOM, me, gr.Progress())
-    assert opened == {on.page.path: "phantom.tiff"}, "what could not be opened is in nobody's way"
+    opened = on.on_choose(PHANTOM, False, me, gr.Progress())
+    assert opened == {on.page.asked: Asked(("phantom.tiff",))}, "what could not be opened is in nobody's way"
 
 
 def test_a_slide_that_was_replaced_while_it_was_analysed_is_not_shown(on, opened, desk, me, monkeypatch):
-    monkeypatch.setattr(desk, "analyse", lambda *_given, **_named: Opened("a token of before", opened.case))
+    monkeypatch.setattr(desk, "analyse", lambda *_given, **_named: one_slide("a token of before", opened.case))
     with pytest.raises(gr.Error) as unseen:
-        list(on.on_slide_shown("a token of before", "a.svs", "", "a", me))
+        list(on.on_slide_shown((CaseSlide("a token of before", "a.svs", props={"name": "a"}),), None, [], me))
     assert not unseen.value.visible
 
 
@@ -592,20 +602,20 @@ def test_the_features_of_an_example_are_kept_and_nobody_elses(desk, tmp_path, mo
     example, theirs = (str(tmp_path / name) for name in ("cache/phantom.tiff", "theirs.tiff"))
     phantom.write_phantom(example, seed=3, size=1024)
     shutil.copy(example, theirs)
-    first = desk.analyse("a", example, None).case
-    desk.analyse("b", theirs, None)
+    first = desk.analyse(CaseSlide("a", example)).case
+    desk.analyse(CaseSlide("b", theirs))
     [kept] = tmp_path.rglob("*.safetensors")
     assert kept.parent == tmp_path / "cache", "the home folder is written as ~"
     assert torch.equal(load_bag(kept).features, first.bag.features)
-    assert torch.equal(desk.analyse("c", example, None).case.selection.indices, first.selection.indices)
+    assert torch.equal(desk.analyse(CaseSlide("c", example)).case.selection.indices, first.selection.indices)
 
 
 def test_downloads_are_written_when_they_are_asked_for(on, opened, desk, me, tmp_path):
     path = tmp_path / "Mustermann.png"
     Image.fromarray(np.full((1120, 1344, 3), 200, np.uint8)).save(path)
-    shown = on.on_slide(str(path), "0.5", me)
-    token = shown[on.page.token]
-    mine = Opened(token, dataclasses.replace(opened.case, path=path, slide_mpp=0.5))
+    shown = show(on, path, "0.5", me)
+    token = shown[on.page.coming][0].token
+    mine = one_slide(token, dataclasses.replace(opened.case, path=path, slide_mpp=0.5))
     on.on_analysed(mine, {1: Answer("Which <b>?", "fat", ("fat", "liver"), (0.5, 0.5))}, me)
     texts = {name: desk.slides.download(token, name).read_bytes().decode(errors="ignore") for name, _ in file_props()}
     assert all("Mustermann" not in text for text in texts.values())
@@ -657,7 +667,7 @@ def test_pins_of_patches_that_are_not_there_are_left_out(on, opened):
 def test_a_resolution_that_no_scan_has_is_a_sentence(on, me, tmp_path, resolution):
     Image.new("RGB", (64, 64), "white").save(tmp_path / "slide.png")
     with pytest.raises(gr.Error, match=r"um/px|µm/px") as refused:
-        on.on_slide(str(tmp_path / "slide.png"), resolution, me)
+        show(on, tmp_path / "slide.png", resolution, me)
     assert "at fault" not in refused.value.message
 
 
@@ -697,7 +707,7 @@ def test_features_go_with_their_session_and_the_oldest_when_they_are_too_many(
     def keep(who) -> bool:
         features = opened.case.bag.features.clone()  # a slide of its own
         case = dataclasses.replace(opened.case, bag=dataclasses.replace(opened.case.bag, features=features))
-        kept.append(Opened(desk.slides.add("a.svs", who.session_hash), case))
+        kept.append(one_slide(desk.slides.add("a.svs", who.session_hash), case))
         return desk.keep(kept[-1])
 
     assert all(keep(who) for who in (me, visitor(), visitor()))
@@ -709,14 +719,14 @@ def test_features_go_with_their_session_and_the_oldest_when_they_are_too_many(
         _ = kept[1].case
     desk.forget(me.session_hash)
     assert kept[0]._case is None
-    assert not desk.keep(Opened("of a session that has ended", opened.case))
+    assert not desk.keep(one_slide("of a session that has ended", opened.case))
 
 
 def test_a_slide_of_more_patches_than_the_page_encodes_is_refused_before_any_is(desk, me, tmp_path, monkeypatch):
     phantom.write_phantom(tmp_path / "phantom.tiff", seed=3, size=1024)
     monkeypatch.setattr(desk_module, "MOST_PATCHES", 3)
     with desk.jobs.run(me.session_hash, "slide") as job, pytest.raises(ValueError, match="sparsewsi extract"):
-        desk.analyse("token", str(tmp_path / "phantom.tiff"), None, job=job.name)
+        desk.analyse(CaseSlide("token", str(tmp_path / "phantom.tiff")), job=job.name)
     assert job.phase == "finding tissue"
 
 
@@ -725,7 +735,7 @@ def test_a_strangers_slide_has_no_ground_truth_whatever_lies_beside_it(on, desk,
     folder.mkdir()
     phantom.write_phantom(folder / "slide.tiff", seed=3, size=1024)
     assert phantom.truth_path(folder / "slide.tiff").is_file()
-    shown = on.on_slide(str(folder / "slide.tiff"), "", me)
-    assert "phantom" not in shown[on.page.view].props["slide"]["name"]
-    *_, last = on.on_slide_shown(shown[on.page.token], str(folder / "slide.tiff"), "", "slide 1", me)
+    shown = show(on, folder / "slide.tiff", "", me)
+    assert "phantom" not in shown[on.page.view].props["slides"][0]["name"]
+    *_, last = on.on_slide_shown(shown[on.page.coming], None, [], me)
     assert last[on.page.secret].visible is False

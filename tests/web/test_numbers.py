@@ -13,7 +13,7 @@ from sparsewsi.report.answer import Answer
 from sparsewsi.web import api
 from sparsewsi.web.api import Api
 from sparsewsi.web.desk import Opened
-from sparsewsi.web.handlers import selection_props
+from sparsewsi.web.handlers import Asked, selection_props
 from sparsewsi.web.viewer import bag_props
 
 
@@ -49,8 +49,9 @@ def test_a_patch_has_one_number_on_the_page_for_programs_and_in_files(selector, 
     assert {int(number) for number in re.findall(r"#(\d+)", weighed["sentence"])} <= set(numbers.values())
 
     me = visitor()
-    token = on.on_slide(slide, "", me)[on.page.token]
-    on.on_analysed(Opened(token, case), {1: Answer("Which?", "fat", effects=tuple(weighed["effects"]))}, me)
+    [one] = on.on_slide(Asked((slide,)), "", None, None, (), me)[on.page.coming]
+    token = one.token
+    on.on_analysed(Opened([one], case), {1: Answer("Which?", "fat", effects=tuple(weighed["effects"]))}, me)
     text = {
         name: desk.slides.download(token, name).read_text()
         for name in ("patches.csv", "patches.geojson", "selection.json", "report.html")

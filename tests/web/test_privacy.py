@@ -206,17 +206,18 @@ def test_the_page_names_nobody(planted, desk, on, visitor, capfd, caplog):
         upload = desk.uploads / f"01{kind}" / planted[kind].name
         upload.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(planted[kind], upload)
-        path = on.on_upload(str(upload), me)[page.path]
-        shown = on.on_slide(path, "0.5" if kind == "png" else "", me)
-        steps = list(on.on_slide_shown(shown[page.token], path, "0.5" if kind == "png" else "", "slide 1", me))
+        asked_for = on.on_upload([str(upload)], False, me)[page.asked]
+        shown = on.on_slide(asked_for, "0.5" if kind == "png" else "", None, None, (), me)
+        steps = list(on.on_slide_shown(shown[page.coming], None, [], me))
         opened = steps[-1][page.opened]
-        asked = on.on_question("Which tissue?", "fat\nliver", "", opened, shown[page.token], [], {}, me)
+        asked = on.on_question("Which tissue?", "fat\nliver", "", opened, (), [], {}, me)
         answered = list(on.on_asked(opened, asked[page.chat], {}, {}, me))
-        hide([path, shown, steps, asked, answered], "the page")
+        hide([asked_for, shown, steps, asked, answered], "the page")
+        hide([vars(one) for one in opened.slides], "the slides of a case")
         hide(vars(opened.case), "a case")
         on.on_analysed(opened, answered[-1][page.answers], me)
         for name in ("report.html", "patches.csv", "patches.geojson", "selection.json", "log.jsonl"):
-            on._write_download(opened.case, answered[-1][page.answers], {}, me.session_hash, name)
+            on._write_download(opened, opened.case, answered[-1][page.answers], me.session_hash, name)
         hide_in_files(desk.files_of(me.session_hash))
         hide([file.relative_to(desk.folder) for file in desk.folder.rglob("*")], "the server's folder")
     hide("".join(capfd.readouterr()) + caplog.text, "the server's log")

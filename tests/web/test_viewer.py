@@ -173,12 +173,12 @@ def made_up(n: int = 10_000, mpp: float | None = 0.25) -> SimpleNamespace:
         xy=xy,
         coords=coords,
         props={
-            "slide": slide,
+            "slides": [slide],
             "bag": {
                 "coords": packed(coords, np.int32),
                 "scores": packed(scores, np.float32),
                 "ranks": packed(np.argsort(order) + 1, np.int32),
-                "side": SIDE,
+                "parts": [[n, SIDE]],
             },
             "kept": packed(np.sort(order[:KEPT]), np.int32),
             "map": {"xy": packed(xy, np.float32), "rows": packed(np.arange(n), np.int32), "title": "UMAP"},
@@ -417,6 +417,75 @@ def test_08_a_region_drawn_on_the_slide_names_its_patches(open_viewer):
     assert len(page.evaluate("sent")[-1][1]["dropped"]) > 1
     page.click('[data-do="unpick"]')
     assert page.evaluate("sent")[-1][1]["dropped"] == dropped, "dropping all can be undone"
+
+
+def two_slides(n: int = 400) -> SimpleNamespace:
+    """Two slides; the second was scanned at half the resolution, and its patches are as large on it."""
+    made = made_up(n)
+    [first] = made.props["slides"]
+    second = {**first, "token": "U", "size": [side // 2 for side in SIZE], "mpp": 2 * first["mpp"], "name": "slide 2"}
+    made.props["slides"] = [first, second]
+    made.props["bag"]["parts"] = [[n // 2, SIDE], [n - n // 2, SIDE // 2]]
+    made.coords[n // 2 :] = made.coords[: n - n // 2] // 2
+    made.props["bag"]["coords"] = packed(made.coords, np.int32)
+    return made
+
+
+@pytest.mark.browser
+def test_of_several_slides_one_is_looked_at_and_a_citation_leads_to_its_own(open_viewer):
+    made = two_slides()
+    page = open_viewer(made.props)
+    kept = made.order[:KEPT]
+    held = [int((kept < 200).sum()), int((kept >= 200).sum())]
+    assert page.locator(".slides em").all_inner_texts() == [f"{count} of 200" for count in held]
+    rank = {0: next(i for i in range(KEPT) if kept[i] < 200) + 1, 1: next(i for i in range(KEPT) if kept[i] >= 200) + 1}
+    for number in (1, 0):
+        page.evaluate(f"document.getElementById('cite').href = '#patch-{rank[number]}'")
+        page.evaluate("document.getElementById('cite').click()")
+        page.wait_for_function(
+            f"viewer.dataset.slide === '{number + 1}' && viewer.dataset.current === '{rank[number]}'"
+        )
+        seen, side = state(page), (SIDE, SIDE // 2)[number]
+        assert (seen["x"], seen["y"]) == tuple(made.coords[made.order[rank[number] - 1]] + side / 2)
+        token = page.locator('.item[aria-current="true"] img').get_attribute("src").split("/slide/")[1][0]
+        assert token == "TU"[number]
+        assert f"slide {number + 1}" in page.inner_text(".inspect .what, .item[aria-current='true'] i")
+    page.focus(".slide")
+    page.keyboard.press("s")
+    page.wait_for_function("viewer.dataset.slide === '2'")
+    page.keyboard.press("4")
+    page.wait_for_function("Math.abs(viewer.dataset.scale - 0.5) < 1e-9")
+    page.locator(".slides .look").first.click()
+    page.wait_for_function("viewer.dataset.slide === '1'")
+    page.locator(".slides .look").nth(1).click()
+    page.wait_for_function("viewer.dataset.scale === '0.5'")
+    assert [data["number"] for name, data in page.evaluate("sent") if name == "shown"][-2:] == [0, 1]
+    page.select_option(".film select", "slide")
+    assert page.locator(".strip .head").all_inner_texts() == ["1", "2"]
+    page.click('[role=tab][data-tab="map"]')
+    page.select_option(".features select", "slide")
+    assert page.locator(".legend span").all_inner_texts()[:2] == ["slide 1", "slide 2"]
+
+
+@pytest.mark.browser
+def test_what_was_said_of_patches_stays_with_them_when_slides_come_and_go(open_viewer):
+    made, alone = two_slides(), made_up(200)
+    page = open_viewer(alone.props)
+    page.focus(".slide")
+    page.keyboard.press("n")
+    page.keyboard.press("a")
+    marked = int(alone.order[0])
+    page.evaluate("given => set(given)", made.props)
+    page.wait_for_function("viewer.dataset.slide === '2'")
+    assert page.locator(".slides .one").count() == 2
+    page.locator(".slides .look").first.click()
+    where = f'.item[data-index="{marked}"] u'
+    assert page.locator(where).all_inner_texts() in (["✓ +"], []), "where it is kept still"
+    last = {"slides": made.props["slides"][1:], **{name: made_up(200).props[name] for name in ("bag", "kept")}}
+    page.evaluate("given => set(given)", last)
+    page.wait_for_function("viewer.dataset.slide === '1'")
+    assert not page.locator(".slides").is_visible()
+    assert "+" not in "".join(page.locator(".item u").all_inner_texts()), "it was said of the other slide"
 
 
 @pytest.mark.browser

@@ -1,11 +1,11 @@
 """The slide viewer: a Gradio component and the tiles it asks for. intake.py: how slides come in."""
 
 from sparsewsi.web.viewer.viewer import (
+    BY_SLIDE,
     PAGE_CSS,
     PICTURES,
     Slides,
     bag_props,
-    case_props,
     file_props,
     foci_props,
     map_props,
@@ -17,11 +17,11 @@ from sparsewsi.web.viewer.viewer import (
 )
 
 __all__ = [
+    "BY_SLIDE",
     "PAGE_CSS",
     "PICTURES",
     "Slides",
     "bag_props",
-    "case_props",
     "file_props",
     "foci_props",
     "map_props",

@@ -19,7 +19,7 @@ function remember() {
     else if (bag) query.delete("patch");
     if (layers.heat) query.set("scores", 1);
     else query.delete("scores");
-    if (slide.source) query.set("slide", slide.source);
+    if (slide.source && slides.length === 1) query.set("slide", slide.source);
     else query.delete("slide");
     try {
       history.replaceState(history.state, "", `${location.pathname}?${query}`);

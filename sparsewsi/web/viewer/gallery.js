@@ -62,9 +62,9 @@ document.addEventListener(
     document.querySelector("#room")?.removeAttribute("data-dropping");
     const input = [...document.querySelectorAll("input[type=file]")].find((one) => !/geojson/.test(one.accept));
     if (!input || !event.dataTransfer.files.length) return;
-    const one = new DataTransfer();
-    one.items.add(event.dataTransfer.files[0]);
-    input.files = one.files;
+    const dropped = new DataTransfer();
+    for (const file of event.dataTransfer.files) dropped.items.add(file);
+    input.files = dropped.files;
     input.dispatchEvent(new Event("change", { bubbles: true }));
   },
   true,

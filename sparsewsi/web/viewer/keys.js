@@ -7,6 +7,7 @@ const KEYS = [
   ["+  −", "zoom"],
   ["arrows", "move"],
   ["n  p", "next, previous selected patch"],
+  ["s", "next slide of the case"],
   ["Enter", "enlarge the patch"],
   ["a  d", "agree, disagree"],
   ["i  x", "pin, drop (for a what-if)"],
@@ -119,6 +120,7 @@ const pan = (dx, dy) => {
 const PRESS = {
   n: DEEDS.next,
   p: DEEDS.previous,
+  s: () => showSlide((shownNumber() + 1) % slides.length),
   b: DEEDS.boxes,
   h: DEEDS.heat,
   r: DEEDS.region,

@@ -130,12 +130,14 @@ const wordInk = (word) => WORD_COLOURS[words.order.indexOf(word)] || "#777777";
 // Colour and opacity of a patch on the map.
 function mapInk(index) {
   if (mapColour() === "score") return `${RAMP[Math.round((1 - bag.rank[index] / bag.n) * (RAMP.length - 1))]}/0.9`;
+  if (mapColour() === "slide") return `${slideInk(numberOf(index))}/0.55`;
   if (mapColour() !== "word") return `${GREY}/0.55`;
   const word = words.nearest[index];
   return word < 0 ? `${GREY}/0.4` : `${wordInk(word)}/${words.cosine[index] > 0.6 ? 0.95 : 0.5}`;
 }
 
 const keptInk = (index) => {
+  if (mapColour() === "slide") return slideInk(numberOf(index));
   if (mapColour() !== "word") return inkOf(index);
   return words.nearest[index] < 0 ? GREY : wordInk(words.nearest[index]);
 };
@@ -144,7 +146,7 @@ function showLegend() {
   const swatch = (kind, style, text) => `<span><i class="${kind}" style="${style}"></i>${text}</span>`;
   const byWord = mapColour() === "word";
   $(".by-word").hidden = !byWord;
-  const stamp = `${mapColour()}/${foci.map((focus) => focus.name)}/${bag.n}`;
+  const stamp = `${mapColour()}/${foci.map((focus) => focus.name)}/${bag.n}/${slides.length}`;
   if ($(".legend").dataset.stamp === stamp) return;
   $(".legend").dataset.stamp = stamp;
   if (byWord) {
@@ -168,14 +170,17 @@ function showLegend() {
     );
     return;
   }
-  const parts = foci.map((focus, i) =>
+  const bySlide = mapColour() === "slide";
+  const parts = (bySlide ? [] : foci).map((focus, i) =>
     swatch("diamond", `background:${FOCUS_COLOURS[i % FOCUS_COLOURS.length]}`, `focus ${focus.name}`),
   );
-  if (parts.length) parts.push(swatch("diamond", `background:${ALONE}`, "on its own"));
+  if (bySlide)
+    parts.push(...slides.map((_, i) => swatch("diamond", `background:${slideInk(i)}`, `slide ${i + 1}`)));
+  else if (parts.length) parts.push(swatch("diamond", `background:${ALONE}`, "on its own"));
   else parts.push(swatch("diamond", `background:${YELLOW}`, "selected"));
   if (mapColour() === "score")
     parts.push(swatch("ramp", `background:linear-gradient(90deg,${RAMP.join()})`, "score, lowest to highest"));
-  else parts.push(swatch("dot", "", "left out"));
+  else if (!bySlide) parts.push(swatch("dot", "", "left out"));
   parts.push(swatch("ring", "", "current"), swatch("cross", "", "in the list"));
   $(".legend").innerHTML = parts.join("");
 }

@@ -9,9 +9,10 @@ const inkOf = (index) => {
 // Left out: dimmed, so that the stain of what was kept stays as it is. Near the cut: dimmed half as far.
 function drawLeftOut(pen) {
   const [left, upper, right, lower] = corners();
-  const side = bag.side;
+  const { side } = partAt(shownNumber());
+  const [from, to] = shownRows();
   const shown = [];
-  for (let i = 0; i < bag.n; i++) {
+  for (let i = from; i < to; i++) {
     const x = bag.xy[2 * i];
     const y = bag.xy[2 * i + 1];
     if (x + side > left && x < right && y + side > upper && y < lower) shown.push(i);
@@ -44,17 +45,19 @@ function drawLeftOut(pen) {
 }
 
 function leftOutPicture() {
-  const stamp = `${layers.opacity}/${paper()}/${kept.length}/${kept[0]}`;
+  const stamp = `${slide.token}/${layers.opacity}/${paper()}/${kept.length}/${kept[0]}`;
   if (bag.picture && bag.stamp === stamp) return bag.picture;
-  const scale = Math.min(4 / bag.side, 2400 / Math.max(...slide.size));
+  const part = partAt(shownNumber());
+  const scale = Math.min(4 / part.side, 2400 / Math.max(...slide.size));
   bag.stamp = stamp;
   bag.picture = document.createElement("canvas");
   bag.picture.width = Math.ceil(slide.size[0] * scale);
   bag.picture.height = Math.ceil(slide.size[1] * scale);
   const pen = bag.picture.getContext("2d");
-  const side = Math.max(1, bag.side * scale);
+  const side = Math.max(1, part.side * scale);
   const held = new Set(kept);
-  for (let i = 0; i < bag.n; i++) {
+  const [from, to] = shownRows();
+  for (let i = from; i < to; i++) {
     if (held.has(i)) continue;
     const near = bag.rank[i] <= bag.lastNear;
     pen.globalAlpha = near ? 0.8 : layers.opacity;
@@ -126,6 +129,7 @@ function strokeOutline(pen, edges, ink, width) {
 function drawFoci(pen) {
   if (bag.side * view.scale > 160) return; // so near that the boxes say it
   foci.forEach((focus, place) => {
+    if (!isHere(focus.indices[0])) return; // a focus lies on one slide
     focus.areas = focus.areas || gather(focus.indices).filter((area) => area.length > 1);
     const ink = FOCUS_COLOURS[place % FOCUS_COLOURS.length];
     for (const area of focus.areas) {
@@ -172,7 +176,7 @@ function gather(indices) {
     for (const one of group)
       for (const other of left) {
         const [a, b] = [centre(one), centre(other)];
-        if (Math.hypot(a[0] - b[0], a[1] - b[1]) > NEAR * bag.side) continue;
+        if (Math.hypot(a[0] - b[0], a[1] - b[1]) > NEAR * sideOf(one)) continue;
         left.delete(other);
         group.push(other);
       }
@@ -201,7 +205,7 @@ function hull(all) {
 
 function boxOf(index, least) {
   const [sx, sy] = toScreen(...centre(index));
-  const half = Math.max(bag.side * view.scale, least) / 2;
+  const half = Math.max(sideOf(index) * view.scale, least) / 2;
   return [sx - half, sy - half, 2 * half];
 }
 
@@ -210,7 +214,7 @@ function drawBoxes(pen) {
   const list = kept.includes(shared.current) || shared.current < 0 ? kept : [...kept, shared.current];
   const shown = list.filter((index) => {
     const [x, y, w] = boxOf(index, 15);
-    return x + w > 0 && y + w > 0 && x < size[0] && y < size[1];
+    return isHere(index) && x + w > 0 && y + w > 0 && x < size[0] && y < size[1];
   });
   for (const index of [...shown].reverse()) {
     // the best is drawn last, on top
@@ -309,6 +313,7 @@ function drawMembers(pen) {
   pen.strokeStyle = PURPLE;
   pen.lineWidth = 2;
   for (const index of shared.members) {
+    if (!isHere(index)) continue;
     const [x, y, w] = boxOf(index, 5);
     pen.strokeRect(x, y, w, w);
   }

@@ -2,27 +2,10 @@
 
 const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer;
 
-function openSlide() {
-  const fresh = props.slide && (!slide || slide.token !== props.slide.token);
-  slide = props.slide || null;
-  nav.hidden = $(".tools").hidden = $(".corner").hidden = !slide;
-  room.toggleAttribute("data-slide", !!slide);
-  if (!fresh) return draw();
-  tiles.clear();
-  wanted = [];
-  forget();
-  layers.heat = false;
-  view.turn = 0;
-  if (!second) showSources(false);
-  buildMagnifications();
-  fit();
-  showAll();
-  restore();
-  if (second) tell("slide-where");
-}
-
 function openBag() {
+  openSlides(); // which may have come with it
   const given = props.bag;
+  const before = bag;
   tissue = null;
   if (!given) {
     bag = null;
@@ -37,7 +20,17 @@ function openBag() {
   rank.forEach((number, index) => {
     order[number - 1] = index;
   });
-  bag = { n, side: given.side, xy: new Int32Array(bytes(given.coords)), scores, rank, order };
+  let first = 0;
+  const parts = given.parts.map(([count, side]) => {
+    first += count;
+    return { first: first - count, n: count, side };
+  });
+  const tokens = slides.slice(0, parts.length).map((one) => one.token);
+  bag = { n, parts, tokens, given: given.coords, xy: new Int32Array(bytes(given.coords)), scores, rank, order };
+  if (before) {
+    points = null;
+    moveIndices(before, bag);
+  }
   openSelection();
   restoreRank();
 }
@@ -154,7 +147,8 @@ function openWork() {
       bar.value = work.done;
     } else bar.removeAttribute("value");
   }
-  if (work && work.coords) tissue = { xy: new Int32Array(bytes(work.coords)), side: work.side, kept: [] };
+  if (work && work.coords)
+    tissue = { token: work.token, xy: new Int32Array(bytes(work.coords)), side: work.side, kept: [] };
   if (tissue && work && work.kept) tissue.kept = new Int32Array(bytes(work.kept));
   if (!going) tissue = null;
   const provisional = !!tissue && tissue.kept.length > 0;

@@ -64,7 +64,7 @@ function endRegion() {
   band = null;
   setMode("");
   setMembers(
-    indicesWhere((x, y) => x >= x0 && x <= x1 && y >= y0 && y <= y1),
+    indicesWhere((x, y, index) => x >= x0 && x <= x1 && y >= y0 && y <= y1 && isHere(index)),
     "region",
   );
 }

@@ -1,16 +1,18 @@
 // One selection shared by slide, strip, map and citations.
 
 const indexOfRank = (rank) => (bag && rank >= 1 && rank <= bag.n ? bag.order[rank - 1] : -1);
-const centre = (index) => [bag.xy[2 * index] + bag.side / 2, bag.xy[2 * index + 1] + bag.side / 2];
+const centre = (index) => [bag.xy[2 * index] + sideOf(index) / 2, bag.xy[2 * index + 1] + sideOf(index) / 2];
 
 function go(index, move = true) {
   if (!bag || !(index >= 0 && index < bag.n)) return;
   shared.current = index;
   if (kept.includes(index)) shared.seen.add(index);
+  showSlide(numberOf(index));
   if (move) {
-    const onScreen = bag.side * view.scale;
+    const side = sideOf(index);
+    const onScreen = side * view.scale;
     const room = Math.min(...size);
-    const scale = onScreen > 0.15 * room && onScreen < 0.9 * room ? view.scale : (0.42 * room) / bag.side;
+    const scale = onScreen > 0.15 * room && onScreen < 0.9 * room ? view.scale : (0.42 * room) / side;
     moveTo(...centre(index), scale, true);
   }
   tell("slide-patch", { index, token: slide.token });
@@ -32,10 +34,12 @@ function step(by) {
 function goFocus(name) {
   const focus = foci.find((one) => one.name === name);
   if (!focus) return;
+  showSlide(numberOf(focus.indices[0])); // a focus lies on one slide
+  const side = sideOf(focus.indices[0]);
   const middles = focus.indices.map(centre);
   const [xs, ys] = [middles.map((m) => m[0]), middles.map((m) => m[1])];
-  const [left, right] = [Math.min(...xs) - bag.side, Math.max(...xs) + bag.side];
-  const [upper, lower] = [Math.min(...ys) - bag.side, Math.max(...ys) + bag.side];
+  const [left, right] = [Math.min(...xs) - side, Math.max(...xs) + side];
+  const [upper, lower] = [Math.min(...ys) - side, Math.max(...ys) + side];
   shared.current = [...focus.indices].sort((a, b) => bag.rank[a] - bag.rank[b])[0];
   for (const index of focus.indices) shared.seen.add(index);
   const [w, h] = view.turn % 2 ? [size[1], size[0]] : size;
@@ -50,15 +54,18 @@ const ordered = () => {
   const by = $(".film select").value;
   const last = foci.length;
   if (by === "evidence" && effects.size) return [...kept].sort((a, b) => (effects.get(b) ?? 0) - (effects.get(a) ?? 0));
+  if (by === "slide") return [...kept].sort((a, b) => numberOf(a) - numberOf(b));
   if (by === "focus" && last) return [...kept].sort((a, b) => (focusOf.get(a) ?? last) - (focusOf.get(b) ?? last));
   return kept;
 };
 
 function describe(index) {
   const effect = effects.get(index);
-  const um = slide && slide.mpp ? centre(index).map((v) => Math.round(v * slide.mpp).toLocaleString("en")) : null;
+  const mpp = slideOf(index).mpp;
+  const um = mpp ? centre(index).map((v) => Math.round(v * mpp).toLocaleString("en")) : null;
   return [
     `#${bag.rank[index]}`,
+    sayWhich(numberOf(index)).toLowerCase(),
     focusName(index) ? `focus ${focusName(index)}` : "",
     `score ${bag.scores[index].toFixed(2)} (top ${top(bag.rank[index] / bag.n)} %)`,
     words ? tellWord(index) : "",

@@ -15,7 +15,7 @@ new MutationObserver(() => {
 }).observe(document.body, { attributes: true, attributeFilter: ["class"] }); // dark and light
 size = [stage.clientWidth, stage.clientHeight];
 
-watch("slide", openSlide);
+watch("slides", openSlides);
 watch("bag", openBag);
 watch("kept", openSelection);
 watch("foci", openFoci);
@@ -30,8 +30,8 @@ watch("compared", openWhatIf);
 watch("work", openWork);
 watch("unpicked", clearPicks);
 showTab("ask");
-if (!second) showSources(!props.slide);
-if (props.slide) openSlide();
+if (!second) showSources(!props.slides);
+if (props.slides) openSlides();
 if (props.bag) openBag();
 if (props.map) openMap();
 if (props.words) openWords();

@@ -23,15 +23,17 @@ const PURPLE = "#cc79a7";
 const FOCUS_COLOURS = ["#ffe119", "#4dd2ff", "#9ef01a", "#ff9f1c", "#c9a7ff", "#5ff0c0", "#ff9be0", "#ffb3ba"];
 const ALONE = "#ffffff"; // of a patch in no focus
 
-let slide = null; // {token, size: [w, h], tile, mpp, name, source}
-let bag = null; // {n, side, xy: Int32Array, scores: Float32Array, rank: Int32Array, order: Int32Array}
+let slides = []; // of the case, in order: {token, size: [w, h], tile, mpp, name, source}
+let slide = null; // the one that is shown
+// {n, parts: [{first, n, side}] of each slide, tokens, xy: Int32Array, each on its own slide, scores: Float32Array, rank: Int32Array, order: Int32Array}
+let bag = null;
 let kept = []; // indices of the selected patches, best score first
 let foci = []; // {name, indices, effect}: kept patches that belong together
 let focusOf = new Map(); // index -> place in foci
 let effects = new Map(); // index -> what the answer loses without the patch, in nats
 let words = null; // {names, nearest: Int32Array, cosine: Float32Array}: the word nearest to each patch, -1 for none
 let points = null; // {xy: Float32Array, rows: Int32Array, title}
-let tissue = null; // {xy: Int32Array, side, kept: Int32Array}: while the slide is analysed
+let tissue = null; // {token, xy: Int32Array, side, kept: Int32Array}: while the slide is analysed
 const view = { x: 0, y: 0, scale: 0, turn: 0 };
 const untouched = () => ({
   current: -1,

@@ -1,11 +1,13 @@
 // The film of kept patches under the slide, the sheet of them in the column, and the current one.
 
 const patchAddress = (index, px) =>
-  address(`patch/${bag.xy[2 * index]}_${bag.xy[2 * index + 1]}_${bag.side}_${px}.jpg`);
+  address(`patch/${bag.xy[2 * index]}_${bag.xy[2 * index + 1]}_${sideOf(index)}_${px}.jpg`, slideOf(index));
 const focusName = (index) => (focusOf.has(index) ? foci[focusOf.get(index)].name : "");
 
 function showAll() {
+  if (bag && props.bag && props.bag.coords !== bag.given) return openBag(); // which has come, but was not told of yet
   $(".film").hidden = $(".sheet").hidden = !bag;
+  markSlides();
   $(".patches > .hint").hidden = !!bag;
   showLayers();
   act("region").disabled = !bag;
@@ -19,8 +21,8 @@ function showAll() {
     return draw();
   }
   const choice = $(".film select");
-  choice.options[0].disabled = !foci.length;
-  choice.options[2].disabled = !effects.size;
+  choice.querySelector('[value="focus"]').disabled = !foci.length;
+  choice.querySelector('[value="evidence"]').disabled = !effects.size;
   if (choice.selectedOptions[0].disabled) choice.value = foci.length ? "focus" : "score";
   fillStrip();
   showInspect();
@@ -59,6 +61,11 @@ function makeItem(index, kind) {
   item.title = describe(index);
   item.innerHTML = `<img alt="" loading="lazy" draggable="false"><span><b>#${bag.rank[index]}</b> <em></em></span><u></u>`;
   item.querySelector("img").src = patchAddress(index, 168);
+  if (slides.length > 1) {
+    const tag = document.createElement("i");
+    tag.textContent = `slide ${numberOf(index) + 1}`;
+    item.querySelector("span").before(tag);
+  }
   item.querySelector("em").textContent =
     $(".film select").value === "evidence" && effect !== undefined ? tellShort(effect) : bag.scores[index].toFixed(2);
   if (focusOf.has(index)) item.style.setProperty("--focus", inkOf(index));
@@ -71,12 +78,13 @@ const tellShort = (effect) => (effect >= WORTH ? times(effect) : effect > -WORTH
 
 function fillStrip() {
   const list = ordered();
-  const grouped = $(".film select").value === "focus" && foci.length;
+  const by = $(".film select").value;
+  const grouped = (by === "focus" && foci.length) || by === "slide";
   const film = [];
   const sheet = [];
   let before = "";
   for (const index of list) {
-    const name = focusName(index);
+    const name = by === "slide" ? sayWhich(numberOf(index)) : focusName(index);
     if (grouped && name !== before) {
       for (const [place, kind] of [
         [film, "button"],
@@ -84,13 +92,14 @@ function fillStrip() {
       ]) {
         const head = document.createElement(kind);
         head.className = "head";
-        head.textContent = kind === "h3" ? tellFocus(name) : name || "–";
-        head.title = tellFocus(name);
-        if (name) head.style.setProperty("--focus", inkOf(index));
+        const told = by === "slide" ? tellSlide(numberOf(index)) : tellFocus(name);
+        head.textContent = kind === "h3" ? told : by === "slide" ? numberOf(index) + 1 : name || "–";
+        head.title = told;
+        if (name) head.style.setProperty("--focus", by === "slide" ? slideInk(numberOf(index)) : inkOf(index));
         if (kind === "button") {
           head.type = "button";
-          head.setAttribute("aria-label", tellFocus(name));
-          head.onclick = () => goFocus(name);
+          head.setAttribute("aria-label", told);
+          head.onclick = () => (by === "slide" ? showSlide(numberOf(index)) : goFocus(name));
         }
         place.push(head);
       }
@@ -104,13 +113,19 @@ function fillStrip() {
   markStrip();
 }
 
+function tellSlide(number) {
+  const held = kept.filter((index) => numberOf(index) === number).length;
+  return `Slide ${number + 1} (${slides[number].name}): ${held} of ${partAt(number).n.toLocaleString("en")} patches`;
+}
+
 function tellFocus(name) {
   const focus = foci.find((one) => one.name === name);
   if (!focus) return "On its own";
   const many = `${focus.indices.length} patch${focus.indices.length === 1 ? "" : "es"}`;
   const weight =
     focus.effect === undefined || focus.effect === null ? "" : `: without it the answer ${tellEffect(focus.effect)}`;
-  return `Focus ${name}, ${many}${weight}`;
+  const on = sayWhich(numberOf(focus.indices[0])).toLowerCase();
+  return `Focus ${name}${on && ` on ${on}`}, ${many}${weight}`;
 }
 
 function markStrip(scroll = false) {

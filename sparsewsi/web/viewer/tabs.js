@@ -49,7 +49,12 @@ function showSources(open = !room.hasAttribute("data-sources")) {
 }
 document.addEventListener("click", (event) => {
   if (second || !root.isConnected || !event.target.closest) return;
-  if (event.target.closest("#open-menu")) return showSources();
+  const button = event.target.closest("#open-menu, #add-slide");
+  if (button) {
+    const add = button.id === "add-slide";
+    addToCase(add);
+    return showSources(add || undefined);
+  }
   if (slide && room.hasAttribute("data-sources") && !event.target.closest("#sources")) showSources(false);
   if (!event.target.closest(".tools, .menu")) openMenu("");
 });

@@ -7,9 +7,9 @@ const tiles = new Map(); // "z/column_row" -> {image, ready}; insertion order = 
 let wanted = [];
 let loading = 0;
 
-function address(rest) {
+function address(rest, of = slide) {
   const base = (window.gradio_config && window.gradio_config.root) || location.origin + location.pathname;
-  return `${base.replace(/\/$/, "")}/gradio_api/slide/${slide.token}/${rest}`;
+  return `${base.replace(/\/$/, "")}/gradio_api/slide/${of.token}/${rest}`;
 }
 
 const topLevel = () => Math.max(0, Math.ceil(Math.log2(Math.max(...slide.size) / slide.tile)));

@@ -34,7 +34,10 @@ hear("slide-look", (told) => {
 });
 
 // A viewer that comes up asks where the other one is.
-hear("slide-where", () => tellLook(view, true, fitted));
+hear("slide-where", () => {
+  tell("slide-shown", { token: slide.token });
+  tellLook(view, true, fitted);
+});
 
 hear("slide-layers", (told) => {
   Object.assign(layers, told.layers);

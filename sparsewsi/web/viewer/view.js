@@ -106,7 +106,7 @@ function paint() {
   drawTiles(pen, ratio);
   if (bag && layers.heat) drawLeftOut(pen);
   pen.restore();
-  if (tissue && !bag) drawTissue(pen);
+  if (tissue && tissue.token === slide.token) drawTissue(pen);
   if (bag) drawMembers(pen);
   if (bag && layers.foci) drawFoci(pen);
   if (bag && layers.boxes) drawBoxes(pen);
@@ -205,6 +205,7 @@ function drawNavigator(ratio) {
   pen.clearRect(0, 0, w, h);
   if (whole) pen.drawImage(whole, 0, 0, w, h);
   for (const index of kept) {
+    if (!isHere(index)) continue;
     const [x, y] = centre(index);
     pen.fillStyle = DARK;
     pen.fillRect(x * scale - 2.5, y * scale - 2.5, 5, 5);
@@ -296,12 +297,12 @@ canvas.addEventListener(
 function patchAt(x, y) {
   const hit = (index) => {
     const [cx, cy] = centre(index);
-    const half = Math.max(bag.side, 15 / view.scale) / 2;
-    return Math.abs(x - cx) <= half && Math.abs(y - cy) <= half;
+    const half = Math.max(sideOf(index), 15 / view.scale) / 2;
+    return isHere(index) && Math.abs(x - cx) <= half && Math.abs(y - cy) <= half;
   };
   const inPatch = (index) => {
     const [cx, cy] = centre(index);
-    return Math.max(Math.abs(x - cx), Math.abs(y - cy)) <= bag.side / 2;
+    return isHere(index) && Math.max(Math.abs(x - cx), Math.abs(y - cy)) <= sideOf(index) / 2;
   };
   return kept.find(hit) ?? bag.order.find(inPatch) ?? -1;
 }

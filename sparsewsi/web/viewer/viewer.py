@@ -33,7 +33,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
-from sparsewsi.bags.bag import Bag
+from sparsewsi.bags.bag import Bag, list_parts, own_coords
 from sparsewsi.model.foci import Focus
 from sparsewsi.model.selection import Selection
 from sparsewsi.model.words import Words
@@ -52,6 +52,7 @@ SCRIPTS = (
     "tiles",
     "view",
     "together",
+    "film",
     "marks",
     "map",
     "regions",
@@ -60,7 +61,7 @@ SCRIPTS = (
     "address",
     "start",
 )
-PROPS = ("slide", "bag", "kept", "foci", "map", "words", "evidence", "members", "files", "focus")
+PROPS = ("slides", "bag", "kept", "foci", "map", "words", "evidence", "members", "files", "focus")
 PROPS += ("whatif", "compared", "work", "unpicked")
 TILE = 512  # px
 QUALITY = 85
@@ -70,16 +71,18 @@ CACHE_BYTES = 64 << 20  # of JPEG tiles, all slides together
 MOST_OPEN = 4  # slides held open at a time, each in a process; others are opened again when they are looked at
 MOST_LEVELS = 20  # halvings of the largest slide
 MOST_WAITING = 256  # pictures of one slide that are asked for at a time
-MOST_KNOWN = 1024  # tokens; the one not looked at for longest is forgotten first
+MOST_KNOWN = 4096  # tokens; the one not looked at for longest is forgotten first
 DOWNLOADS = {  # what may be asked for beside tiles, nothing else: what it is called on the page, and its type
     "report.html": ("report", "text/html"),
     "figure.png": ("figure for a talk, PNG", "image/png"),
     "figure.svg": ("figure for a talk, SVG", "image/svg+xml"),
     "patches.geojson": ("GeoJSON for QuPath", "application/geo+json"),
+    "annotations.zip": ("GeoJSON for QuPath, a file a slide", "application/zip"),
     "patches.csv": ("CSV", "text/csv"),
     "selection.json": ("selection.json", "application/json"),
     "log.jsonl": ("log of this session", "application/x-ndjson"),
 }
+BY_SLIDE, ONE_SLIDE = "annotations.zip", "patches.geojson"  # what a case of several slides has, and one of one
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -111,12 +114,13 @@ class Slides:
         self._lock = threading.Lock()
         self._threads, self._writers = CapacityLimiter(2 * MOST_OPEN), CapacityLimiter(2 * MOST_OPEN)
 
-    def add(self, path: str | Path, owner: str, slide: Slide | None = None) -> str:
-        """A new token for a slide, in place of the one that its owner, a session, had.
+    def add(self, path: str | Path, owner: str, slide: Slide | None = None, beside: bool = False) -> str:
+        """A new token for a slide, in place of those that its owner, a session, had, or beside them.
 
         slide: open already, and closed from here on; None: it is opened when it is looked at
         """
-        self.forget(owner)
+        if not beside:
+            self.forget(owner)
         token = secrets.token_urlsafe(24)
         with self._lock:
             self._known[token] = _Known(Path(path), owner, slide)
@@ -158,17 +162,26 @@ class Slides:
             if token in self._known:
                 self._known[token].make = make
 
+    def paths_of(self, owner: str) -> list[Path]:
+        """The slides that a session has tokens for."""
+        return [known.path for known in list(self._known.values()) if known.owner == owner]
+
     def forget(self, owner: str) -> list[str]:
         """Close a session's slides and drop their tiles; returns their tokens, which are worth nothing any more."""
         with self._lock:
             tokens = [token for token, known in self._known.items() if known.owner == owner]
-            gone = [self._known.pop(token) for token in tokens]
+        self.drop(*tokens)
+        return tokens
+
+    def drop(self, *tokens: str) -> None:
+        """Close some slides and drop their tiles; their tokens are worth nothing any more."""
+        with self._lock:
+            gone = [self._known.pop(token) for token in tokens if token in self._known]
             for key in [key for key in self._tiles if key[0] in tokens]:
                 self._room += len(self._tiles.pop(key))
         for known in gone:
             with known.lock:
                 _close(known)
-        return tokens
 
     def jpeg(self, token: str, name: str, draw: Callable[[Slide], np.ndarray]) -> bytes:
         """A picture of a slide, cached or drawn. Raises KeyError for an unknown token, SlideError from reading."""
@@ -308,10 +321,10 @@ def _jpeg(data: bytes) -> Response:
 
 
 def slide_viewer(**settings: Any) -> gr.HTML:
-    """The component, empty. As an output it is filled by gr.HTML(slide=..., **bag_props(...), map=..., evidence=...).
+    """The component, empty. As an output it is filled by gr.HTML(slides=[...], **bag_props(...), map=...).
 
     Its events are `picks` ({pinned, dropped}: indices of patches), `journal` ({views}: what was looked at), `likes`
-    ({index}), `leave` (the what-if) and `cancel` (the analysis).
+    ({index}), `leave` (the what-if), `cancel` (the analysis), `shown` and `remove` ({number} of a slide, from 0).
     """
     html, css = ((HERE / f"viewer.{kind}").read_text(encoding="utf-8") for kind in ("html", "css"))
     js = "\n".join((HERE / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
@@ -339,15 +352,6 @@ def slide_props(token: str, slide: Slide, source: str = "") -> dict[str, Any]:
     }
 
 
-def case_props(token: str, bag: Bag) -> dict[str, Any]:
-    """The prop "slide" of one that has been analysed."""
-    assert bag.slide_size is not None
-    size = list(bag.slide_size)
-    return {
-        "slide": {"token": token, "size": size, "tile": TILE, "mpp": bag.slide_mpp, "name": bag.slide, "source": ""}
-    }
-
-
 def foci_props(foci: Sequence[Focus], selection: Selection, effects: Mapping[str, float] | None = None) -> list[dict]:
     """The prop "foci": which of the kept patches belong together. effects: by name, what an answer loses without."""
     return [
@@ -361,22 +365,26 @@ def foci_props(foci: Sequence[Focus], selection: Selection, effects: Mapping[str
 
 
 def bag_props(bag: Bag, selection: Selection) -> dict[str, Any]:
-    """The props "bag" (all N patches with their scores and numbers) and "kept" (the K selected)."""
+    """The props "bag" (all N patches with their scores and numbers) and "kept" (the K selected).
+
+    coords are those on each patch's own slide; parts: [patches, side] of each slide, in order
+    """
     every = replace(selection, indices=torch.arange(len(selection.scores)))
     return {
         "bag": {
-            "coords": packed(bag.coords, np.int32),
+            "coords": packed(own_coords(bag), np.int32),
             "scores": packed(selection.scores, np.float32),
             "ranks": packed(every.ranks, np.int32),
-            "side": bag.patch_size,
+            "parts": [[part.patches, part.patch_size] for part in list_parts(bag)],
         },
         "kept": packed(selection.indices, np.int32),
     }
 
 
-def file_props() -> list[tuple[str, str]]:
-    """The prop "files": what can be downloaded, and what it is called."""
-    return [(name, called) for name, (called, _) in DOWNLOADS.items()]
+def file_props(several: bool = False) -> list[tuple[str, str]]:
+    """The prop "files": what can be downloaded, of one slide or several, and what it is called."""
+    other = ONE_SLIDE if several else BY_SLIDE
+    return [(name, called) for name, (called, _) in DOWNLOADS.items() if name != other]
 
 
 def map_props(points: FeatureMap) -> dict[str, Any]:
