@@ -449,10 +449,11 @@ def _names_file(asked: Any, anywhere: bool) -> bool:
     """
     address = re.compile(r"\s*(https?|ftp|file):", re.IGNORECASE)
     for one in _objects(asked):
-        path, file = one.get("path"), one.get("file")
+        path, several = one.get("path"), one.get("files")
         if isinstance(path, str) and (anywhere or address.match(path)):
             return True
-        if anywhere and isinstance(file, str) and (address.match(file) or file.startswith("data:")):
+        files = [one.get("file"), *(several if isinstance(several, list) else [several])]
+        if anywhere and any(isinstance(file, str) and (address.match(file) or file[:5] == "data:") for file in files):
             return True
     return False
 

@@ -300,7 +300,8 @@ class Handlers:
             return
         told = {"error": " ".join(failed)}
         if case is None:
-            doing = f"{coming[0].props['name']} · {'cancelled' if told['error'] == CANCELLED else 'not analysed'}"
+            name = next(one.props["name"] for one in coming)
+            doing = f"{name} · {'cancelled' if told['error'] == CANCELLED else 'not analysed'}"
             facts = state_facts(desk, None, doing, wrong=True)
             yield {page.coming: None, page.view: gr.HTML(work=told), page.facts: facts}
             return

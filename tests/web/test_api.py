@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import gradio_client
 import httpx
 import pytest
+from gradio_client.exceptions import AppError
 
 from sparsewsi import phantom
 from sparsewsi.web.desk import Desk
@@ -117,11 +118,11 @@ def test_two_slides_are_one_case(app, two_slides):
     assert weighed["slide_numbers"] == found["slide_numbers"]
     assert set(weighed["slides"]) <= {"1", "2"}
     assert len(list(app.desk.folder.rglob("slide.tiff"))) == 2
-    with pytest.raises(gradio_client.exceptions.AppError, match="in the case already"):
+    with pytest.raises(AppError, match="in the case already"):
         one.predict(slides=["phantom", "phantom"], api_name="/analyze")
-    with pytest.raises(gradio_client.exceptions.AppError, match="Slide 2: The slide must be"):
+    with pytest.raises(AppError, match="Slide 2: The slide must be"):
         one.predict(slides=["phantom", str(two_slides[0])], api_name="/analyze")
-    with pytest.raises(gradio_client.exceptions.AppError, match="at most 12 slides, and this would be 13"):
+    with pytest.raises(AppError, match="at most 12 slides, and this would be 13"):
         one.predict(slides=["phantom"] * 13, api_name="/analyze")
     one.close()
     assert soon(lambda: not list(app.desk.folder.rglob("*.tiff")), LEAVES_WITHIN)
@@ -321,8 +322,9 @@ def test_tools_answer_and_callers_of_tools_do_not_take_each_others_slides(tools)
 
     assert all(said["answer"] in "ab" for said in use_tools(tools.address, cookies, analyse_twice))
 
-    for file in ("http://127.0.0.1:9/a.svs", "file:///etc/hostname", {"path": "/etc/hostname"}, "data:,x"):
-        asked = {"name": "analyze", "arguments": {"file": file}}
+    strange = ("http://127.0.0.1:9/a.svs", "file:///etc/hostname", {"path": "/etc/hostname"}, "data:,x")
+    for arguments in [given for file in strange for given in ({"file": file}, {"files": ["phantom", file]})]:
+        asked = {"name": "analyze", "arguments": arguments}
         body = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": asked}
         headers = {"Accept": "application/json, text/event-stream"}
         answer = httpx.post(f"{tools.address}/gradio_api/mcp/", json=body, headers=headers, cookies=cookies)

@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 
 from sparsewsi import phantom
+from sparsewsi.bags.bag import Bag
 from sparsewsi.report.answer import Answer
 from sparsewsi.web import chat
 from sparsewsi.web import desk as desk_module
-from sparsewsi.web.desk import Desk, Opened
+from sparsewsi.web.desk import CaseSlide, Desk, Opened
 from sparsewsi.web.handlers import AT_READY, Asked, Handlers
 from sparsewsi.web.limits import MOST_SLIDES
 
@@ -46,19 +47,28 @@ def open_case(on: Handlers, me: gr.Request, *paths: str, to: Opened | None = Non
     return analyse(on, me, put(on, me, *paths, to=to), to)[on.page.opened]
 
 
+def bag_of(one: CaseSlide) -> Bag:
+    assert one.bag is not None
+    return one.bag
+
+
+def names(case: Opened) -> list[str]:
+    return [bag_of(one).slide for one in case.slides]
+
+
 def test_patches_are_kept_among_those_of_all_slides_and_each_knows_its_own(on, me, two, desk):
     first = open_case(on, me, two[0])
     both = open_case(on, me, two[1], to=first)
     assert first.closed, "its features are not held twice"
     assert [Path(one.path) for one in both.slides] == [Path(path) for path in two]
-    assert [one.bag.slide for one in both.slides] == ["phantom 5", "phantom 6"]
-    case, sizes = both.case, [len(one.bag.coords) for one in both.slides]
+    assert names(both) == ["phantom 5", "phantom 6"]
+    case, sizes = both.case, [len(bag_of(one).coords) for one in both.slides]
     assert len(case.selection.indices) == desk.config.num_tokens
     assert case.selection.num_patches == sum(sizes)
     assert case.numbers.tolist() == [int(index >= sizes[0]) for index in case.selection.indices.tolist()]
     assert [part.slide_mpp for part in case.bag.parts] == pytest.approx([0.5, 0.25], rel=0.01)
     assert [part.patch_size for part in case.bag.parts] == [224, 448], "the same tissue at either resolution"
-    pointers = {one.bag.features.untyped_storage().data_ptr() for one in both.slides}
+    pointers = {bag_of(one).features.untyped_storage().data_ptr() for one in both.slides}
     assert pointers == {case.bag.features.untyped_storage().data_ptr()}
 
 
@@ -92,7 +102,7 @@ def test_of_several_slides_the_others_are_analysed_when_one_fails(on, me, two, t
     Image.new("RGB", (64, 64), "white").save(tmp_path / "blank.png")
     shown = put(on, me, two[0], str(tmp_path / "blank.png"), two[1])
     *_, before, told = on.on_slide_shown(shown[on.page.coming], None, [], me)
-    assert [one.bag.slide for one in before[on.page.opened].slides] == ["phantom 5", "phantom 6"]
+    assert names(before[on.page.opened]) == ["phantom 5", "phantom 6"]
     assert "resolution" in told[on.page.view].props["work"]["error"]
 
 
@@ -155,19 +165,19 @@ def test_a_slide_that_is_added_while_the_first_is_analysed_leaves_both(on, me, t
     assert [Path(one.path) for one in shown[on.page.coming]] == [Path(path) for path in two]
     assert not desk.slides.holds(waiting[0].token), "its analysis begins anew"
     both = analyse(on, me, shown)[on.page.opened]
-    assert [one.bag.slide for one in both.slides] == ["phantom 5", "phantom 6"]
+    assert names(both) == ["phantom 5", "phantom 6"]
 
 
 def test_a_slide_can_be_taken_out_and_what_was_said_of_the_others_stays(on, me, two, desk):
     page, both = on.page, open_case(on, me, *two)
-    start = len(both.slides[0].bag.coords)
+    start = len(bag_of(both.slides[0]).coords)
     both.marks.update({1: "agree", start + 2: "disagree"})
     out = SimpleNamespace(_data={"number": 0})
     with pytest.raises(gr.Error, match="being analysed"):
         on.on_remove(out, both, None, both.slides, [], me)
     left = on.on_remove(out, both, None, (), [], me)
     one = left[page.opened]
-    assert [slide.bag.slide for slide in one.slides] == ["phantom 6"]
+    assert names(one) == ["phantom 6"]
     assert one.marks == {2: "disagree"}
     assert both.closed
     assert desk.find_case(one.token) is one.case
@@ -225,7 +235,7 @@ def test_files_of_a_case_are_one_for_each_slide(on, me, two, desk, tmp_path):
 def test_regions_are_those_of_the_slide_that_is_looked_at(on, me, two, desk):
     both = open_case(on, me, *two)
     ring = [[0, 0], [3000, 0], [3000, 3000], [0, 3000], [0, 0]]
-    start = len(both.slides[0].bag.coords)
+    start = len(bag_of(both.slides[0]).coords)
     for number, (low, high) in enumerate([(0, start), (start, both.patches)]):
         file = desk.uploads / "regions" / "r.geojson"
         file.parent.mkdir(parents=True, exist_ok=True)
