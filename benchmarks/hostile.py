@@ -258,7 +258,9 @@ def named(address: str, path: str) -> str:
     """A file of the server named as if it had been uploaded."""
     try:
         return str(
-            Page(address).call("analyze", "", {"path": path, "meta": {"_type": "gradio.FileData"}}, 0, "learned")
+            Page(address).call(
+                "analyze", "", {"path": path, "meta": {"_type": "gradio.FileData"}}, 0, "learned", None, None
+            )
         )
     except ValueError as error:
         return str(error)
@@ -266,7 +268,7 @@ def named(address: str, path: str) -> str:
 
 def queued(address: str, sessions: int) -> str:
     """A thousand events at once, of one session or of many."""
-    body = {"data": ["phantom", None, 0, "learned"], "fn_index": handler(address, "analyze")}
+    body = {"data": ["phantom", None, 0, "learned", None, None], "fn_index": handler(address, "analyze")}
     names = [uuid.uuid4().hex for _ in range(sessions)]
     with ThreadPoolExecutor(16) as pool, httpx.Client(timeout=60) as sender:
 
@@ -432,7 +434,11 @@ def requests(
     longest, options = "Which of these is it? " * 90, [f"{i} " + "carcinoma " * 7 for i in range(26)]
     tile = f"gradio_api/slide/{case}"
     url = {"path": "http://127.0.0.1:9/secret", "meta": {"_type": "gradio.FileData"}}
-    body = {"data": ["", url, 0, "learned"], "session_hash": "files", "fn_index": handler(address, "analyze")}
+    body = {
+        "data": ["", url, 0, "learned", None, None],
+        "session_hash": "files",
+        "fn_index": handler(address, "analyze"),
+    }
     return {
         "tile of level 999999999": lambda: get(address, f"{tile}/999999999/0_0.jpg"),
         "tile of level 99": lambda: get(address, f"{tile}/99/0_0.jpg"),
@@ -441,7 +447,7 @@ def requests(
         "1e-5 um/px": lambda: asked(address, "/analyze", "phantom", None, 1e-5),
         "32 um/px": lambda: asked(address, "/analyze", "phantom", None, 32),
         "NaN um/px": lambda: post(
-            address, "call/analyze", content='{"data": ["phantom", null, NaN, "learned"]}', headers=JSON
+            address, "call/analyze", content='{"data": ["phantom", null, NaN, "learned", null, null]}', headers=JSON
         ),
         "question of 5,000 characters": lambda: asked(address, "/ask", case, "x" * 5000),
         "question of 3 MB": lambda: asked(address, "/ask", case, "x" * (3 << 20)),

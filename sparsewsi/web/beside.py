@@ -72,8 +72,8 @@ class Comparing(Handlers):
             with desk.jobs.run(session, "question", opened.token) as job:
                 case = desk.choose(aside.opened.case, int(k), selector, picks["pinned"], picks["dropped"], job.name)
             right = Right(aside.opened.beside(case), name_selection(case, picks))
-            slides = [one.props for one in aside.opened.slides]
-            props = {"slides": slides} | bag_props(case.bag, case.selection) | selection_props(case)
+            props: dict[str, Any] = {"slides": [one.props for one in aside.opened.slides]}
+            props |= bag_props(case.bag, case.selection) | selection_props(case)
         last = max(answers, default=0)
         question = questions.get(last - 1, Question(answers[last].question, answers[last].options)) if last else None
         return {

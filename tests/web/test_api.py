@@ -138,7 +138,7 @@ def call(app: SimpleNamespace, name: str, *data: object) -> tuple[str, object]:
 
 
 def test_a_caller_without_a_session_gets_one_of_its_own(app):
-    found = [call(app, "analyze", "phantom", None, 0, "learned") for _ in range(2)]
+    found = [call(app, "analyze", "phantom", None, 0, "learned", None, None) for _ in range(2)]
     cases = [data[0]["case"] for _, data in found]  # type: ignore[index]
     assert len({app.desk.slides.owner_of(case) for case in cases}) == 2
     for case in cases:
@@ -168,7 +168,7 @@ def test_a_file_is_the_callers_own_upload_or_nothing(app, kind, tmp_path):
     }
     for given in (("", {"path": str(paths[kind]), "meta": {"_type": "gradio.FileData"}}), (str(paths[kind]), None)):
         try:
-            said, _ = call(app, "analyze", *given, 0, "learned")
+            said, _ = call(app, "analyze", *given, 0, "learned", None, None)
         except httpx.HTTPStatusError as error:
             said = "error" if error.response.status_code == 403 else str(error)
         assert said == "error"
@@ -191,7 +191,7 @@ def test_an_upload_is_its_uploaders_until_the_client_is_closed(app, large):
 
 @pytest.mark.parametrize("given", ["NaN", 1e-5, 32.0, -1.0])
 def test_a_resolution_that_nothing_has_is_refused_at_once(app, given):
-    began, body = time.monotonic(), f'{{"data": ["phantom", null, {given}, "learned"]}}'
+    began, body = time.monotonic(), f'{{"data": ["phantom", null, {given}, "learned", null, null]}}'
     posted = httpx.post(f"{app.address}/gradio_api/call/analyze", content=body, timeout=60, headers=JSON)
     if posted.status_code == 200:
         event = posted.json()["event_id"]
@@ -232,7 +232,9 @@ def test_what_is_done_for_who_has_gone_ends_within_two_seconds(app, large, how, 
         limit = 3.0
     else:
         posted = httpx.post(
-            f"{app.address}/gradio_api/call/analyze", json={"data": [uploaded, None, 0.5, "learned"]}, timeout=60
+            f"{app.address}/gradio_api/call/analyze",
+            json={"data": [uploaded, None, 0.5, "learned", None, None]},
+            timeout=60,
         )
         event, limit = posted.json()["event_id"], 12.0
         if how == "leaves":

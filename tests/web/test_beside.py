@@ -73,7 +73,7 @@ def test_two_what_ifs_stand_side_by_side_and_one_button_restores_everything(on, 
     left = on.on_leave(state[0], shown[page.chat], shown[page.answers], shown[page.aside], me) | on.on_left()
     assert (left[page.opened], left[page.chat], left[page.questions], left[page.answers]) == asked
     assert left[page.right] is None
-    assert left[page.other].props["slide"] is None
+    assert left[page.other].props["slides"] is None
     assert left[page.aside] is None
 
 

@@ -50,7 +50,7 @@ def page(browser, app) -> Iterator:
 def analysed(page, slides: int) -> None:
     """Until so many slides are in the case, all of them analysed."""
     page.wait_for_function(
-        "count => { const cells = [...document.querySelectorAll('.slides em')]; "
+        "count => { const cells = [...document.querySelectorAll('#view .slides em')]; "
         "return cells.length === count && cells.every(cell => cell.textContent.includes('of')); }",
         arg=slides,
     )
@@ -60,8 +60,8 @@ def test_two_slide_case(page, app):
     began, times = time.time(), {}
     page.fill("#path textarea, #path input", str(app.paths[0]))
     page.press("#path textarea, #path input", "Enter")
-    page.wait_for_selector(".item")
-    assert not page.locator(".slides").is_visible(), "one slide is no film"
+    page.wait_for_selector("#view .item")
+    assert not page.locator("#view .slides").is_visible(), "one slide is no film"
     times["first slide"], began = time.time() - began, time.time()
     page.click("#add-slide")
     page.fill("#path textarea, #path input", str(app.paths[1]))
@@ -80,18 +80,18 @@ def test_two_slide_case(page, app):
     times["question to its evidence"] = time.time() - began
     print({what: round(seconds, 2) for what, seconds in times.items()})
     number, rank = re.findall(r"Slide (\d), #(\d+)", link.inner_text())[0]
-    page.locator(".slides .look").nth(2 - int(number)).click()  # the other one
+    page.locator("#view .slides .look").nth(2 - int(number)).click()  # the other one
     link.click()
     page.wait_for_function(
         "([slide, rank]) => { const seen = document.querySelector('.viewer').dataset; "
         "return seen.slide === slide && seen.current === rank && seen.waiting === '0'; }",
         arg=[number, rank],
     )
-    picture = page.locator(".item[aria-current=true] img")
+    picture = page.locator("#view .item[aria-current=true] img")
     assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
     assert page.evaluate("document.documentElement.scrollHeight <= innerHeight"), "one screen"
-    page.locator(".slides .out").first.click()
-    page.wait_for_function("!document.querySelector('.slides').checkVisibility()")
+    page.locator("#view .slides .out").first.click()
+    page.wait_for_function("!document.querySelector('#view .slides').checkVisibility()")
     page.wait_for_selector("#facts >> text=phantom 6")
     assert page.locator("#chat .bot-row").count() == 0, "its answers were about two slides"
     assert "Mustermann" not in page.content()
@@ -100,10 +100,10 @@ def test_two_slide_case(page, app):
 def test_files_that_are_chosen_together_are_one_case(page, app):
     page.set_input_files("#upload input[type=file], input[type=file][multiple]", [str(path) for path in app.paths])
     analysed(page, 2)
-    names = page.evaluate("[...document.querySelectorAll('.slides .look')].map(cell => cell.title)")
+    names = page.evaluate("[...document.querySelectorAll('#view .slides .look')].map(cell => cell.title)")
     assert all(name.startswith("slide ") for name in names)
     page.keyboard.press("Escape")
-    page.locator(".slide").focus()
+    page.locator("#view .slide").focus()
     shown = page.evaluate("document.querySelector('.viewer').dataset.slide")
     page.keyboard.press("s")
     page.wait_for_function("shown => document.querySelector('.viewer').dataset.slide !== shown", arg=shown)

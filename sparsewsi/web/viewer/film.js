@@ -46,12 +46,12 @@ function openSlides() {
   const added = slides.findIndex((one) => !before.includes(one));
   const same = slides.some((one) => before.includes(one));
   if (same || !slides.length) {
+    fillSlides();
     if (!slides.length) slide = null;
     else if (added >= 0) {
       showSources(false);
       showSlide(added);
     } else if (!slides.includes(slide)) showSlide(0);
-    fillSlides();
     return draw();
   }
   slide = slides[0];
