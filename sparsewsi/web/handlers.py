@@ -378,7 +378,7 @@ class Handlers:
         }
         if changed:
             changes |= {page.picks: {"pinned": [], "dropped": []}, page.picked: UNPICKED, page.aside: None}
-            props |= {"map": None, "foci": None, "evidence": None, "whatif": "", "unpicked": uuid.uuid4().hex}
+            props |= dict.fromkeys(("map", "words", "foci", "evidence")) | {"whatif": "", "unpicked": uuid.uuid4().hex}
         files = file_props(len(opened.slides) > 1)
         return changes | {page.view: gr.HTML(slides=slides, **props, files=files, work=None)}
 

@@ -28,7 +28,8 @@ function openBag() {
   const tokens = slides.slice(0, parts.length).map((one) => one.token);
   bag = { n, parts, tokens, given: given.coords, xy: new Int32Array(bytes(given.coords)), scores, rank, order };
   if (before) {
-    points = null;
+    points = words = null; // of other patches
+    if ($(".features select").value === "word") $(".features select").value = "focus";
     moveIndices(before, bag);
   }
   openSelection();
