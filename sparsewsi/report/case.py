@@ -287,15 +287,16 @@ class Case:
         folder, bag, selection = Path(folder), self.bag, self.selection
         made = {"model": self.model, "weights_sha256": self.weights_sha256, "selector": self.selector}
         chosen = {"max_patches": self.max_patches, "answers": answers, "marks": marks, **made}
-        drawn: list[tuple[list[Image.Image], list]] = []
+        looked: list[tuple[list[tuple[np.ndarray, float]], list[np.ndarray]]] = []
 
-        def draw() -> tuple[list[Image.Image], list]:
-            if not drawn:
-                drawn.append(self._draw(opening))
-            return drawn[0]
+        def draw(larger: float = 1) -> tuple[list[Image.Image], list[np.ndarray]]:
+            if not looked:
+                looked.append(self._look(OVERVIEW, opening))
+            wholes, patches = looked[0]
+            return [plots.draw_overlay(*one, bag, selection, n, larger) for n, one in enumerate(wholes)], patches
 
         def draw_whole() -> Image.Image:
-            return plots.lay_side_by_side(draw()[0], OVERVIEW)
+            return plots.lay_side_by_side(draw(plots.count_columns(len(list_parts(bag))))[0], OVERVIEW)
 
         def write_report(path: Path) -> None:
             overviews, patches = draw()
@@ -320,7 +321,7 @@ class Case:
                 raise _Undrawn(f"{path.name} was left out. {error}") from error
 
         def write_figure(path: Path) -> None:
-            patches = draw()[1]
+            whole, (_, patches) = draw_whole(), looked[0]
             try:
                 drawn_map = umap.draw_map(umap.map_features(bag.features, selection), selection)
             except Exception:  # as above: the rest is worth having
@@ -328,7 +329,7 @@ class Case:
             last = answers[-1] if answers else None
             title = f"{last.question} {word_answer(last, self.limits)}" if last else bag.slide
             data = figure.draw_figure(
-                path.suffix[1:], draw_whole(), patches, selection, drawn_map, title, f"{self.summary}. {self.notice}"
+                path.suffix[1:], whole, patches, selection, drawn_map, title, f"{self.summary}. {self.notice}"
             )
             write_bytes(path, data)
 
@@ -401,8 +402,11 @@ class Case:
     ) -> tuple[list[tuple[np.ndarray, float]], list[np.ndarray]]:
         """The slides' thumbnails (side > 0) with level-0 px per px, and the kept patches, best first.
 
-        One slide is open at a time, each at the um/px that it was encoded with.
+        One slide is open at a time, each at the um/px that it was encoded with. Where they are not at hand there are
+        canvases and no patches.
         """
+        if not self.slides:
+            return [plots.draw_canvas(self.bag, number=number) for number in range(len(list_parts(self.bag)))], []
         opening = opening or _open
         wholes, cut = [], []
         for number, (path, part) in enumerate(zip(self.slides, list_parts(self.bag))):
@@ -410,16 +414,6 @@ class Case:
                 wholes += [slide.thumbnail(side)] if side else []
                 cut.append(iter(plots.cut_patches(slide, self.bag, self.selection, number)))
         return wholes, [next(cut[number]) for number in self.numbers[self.selection.best_first].tolist()]
-
-    def _draw(self, opening: Opening | None) -> tuple[list[Image.Image], list]:
-        """The slides with boxes, and the kept patches, best first; without the slides canvases and no patches."""
-        if self.slides:
-            wholes, patches = self._look(OVERVIEW, opening)
-        else:
-            numbers = range(len(list_parts(self.bag)))
-            wholes, patches = [plots.draw_canvas(self.bag, number=number) for number in numbers], []
-        boxed = [plots.draw_overlay(*whole, self.bag, self.selection, n) for n, whole in enumerate(wholes)]
-        return boxed, patches
 
 
 def _open(path: Path, slide_mpp: float | None) -> Slide:

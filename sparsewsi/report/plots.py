@@ -32,16 +32,19 @@ def _font(size: float) -> ImageFont.FreeTypeFont:
 # ---- on the slide ----
 
 
-def draw_overlay(thumbnail: np.ndarray, scale: float, bag: Bag, selection: Selection, number: int = 0) -> Image.Image:
+def draw_overlay(
+    thumbnail: np.ndarray, scale: float, bag: Bag, selection: Selection, number: int = 0, larger: float = 1
+) -> Image.Image:
     """The thumbnail with a box around every kept patch, its rank in it, and a scale bar if mpp is known.
 
     thumbnail: uint8 (h, w, 3);  scale: level-0 px per thumbnail px;  number: of the slide, where the bag is of several
+    larger: how many times as large lines and numbers are, for a picture that will be shown smaller
     Patches too small to be seen get a box of a least size around their centre; numbers that would cover each other are
     moved aside and tied to their box by a line.
     """
     picture, scale = _at_least(thumbnail, scale)
     draw = ImageDraw.Draw(picture)
-    unit = max(picture.size) / LEAST_SIDE
+    unit = larger * max(picture.size) / LEAST_SIDE
     font = _font(23 * unit)
     best_first = _of_slide(bag, selection, number)
     ranks = selection.ranks[best_first].tolist()
@@ -88,11 +91,16 @@ def draw_canvas(bag: Bag, max_side: int = 1400, number: int = 0) -> tuple[np.nda
     return np.asarray(picture), scale
 
 
+def count_columns(pictures: int) -> int:
+    """How many stand in a row of lay_side_by_side."""
+    return math.ceil(math.sqrt(pictures))
+
+
 def lay_side_by_side(pictures: Sequence[Image.Image], max_side: int) -> Image.Image:
     """The slides of a case as one picture, each with its number; one slide's is returned as it is."""
     if len(pictures) == 1:
         return pictures[0]
-    columns = math.ceil(math.sqrt(len(pictures)))
+    columns = count_columns(len(pictures))
     side, font = max_side // columns, _font(max_side / columns / 24)
     head, rows = round(1.4 * font.size), math.ceil(len(pictures) / columns)
     small = [picture.copy() for picture in pictures]

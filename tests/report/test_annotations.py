@@ -1,13 +1,14 @@
 """DICOM annotations of the kept patches, read back by highdicom, lie where the patches are on the slide."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from sparsewsi.bags.bag import Bag
+from sparsewsi.bags.bag import Bag, join
 from sparsewsi.model.selection import Selection
 from sparsewsi.model.selector import hard_topk
 from sparsewsi.phantom import write_phantom
@@ -63,6 +64,20 @@ def test_rectangles_lie_on_the_px_of_the_slides_finest_level(tmp_path, slide, ba
             theirs = matrix[y:bottom, x:right].astype(int)
             ours = opened.read_level(0, (x, y), (224, 224))
             assert np.abs(ours[: len(theirs), : theirs.shape[1]] - theirs).mean() < 3, "JPEG decoders differ a little"
+
+
+def test_of_several_slides_each_has_its_own_patches_where_they_are_on_it(tmp_path, slide, bag_of_slide):
+    other = replace(bag_of_slide, slide="slide 5e6f7a8b", coords=bag_of_slide.coords + 50, patch_size=448)
+    scores = torch.arange(10.0)
+    kept = Selection(torch.tensor([1, 4, 7, 9]), scores, torch.zeros(4, 4), 10)
+    for number, wanted in enumerate([[[896, 896], [224, 0]], [[946, 946], [498, 274]]]):
+        path = tmp_path / f"annotations-{number + 1}.dcm"
+        write_annotations(path, join([bag_of_slide, other]), kept, slide, "demo", number=number)
+        group = hd.ann.annread(path).get_annotation_group(number=1)
+        rectangles = group.get_graphic_data("2D")
+        assert [rectangle[0].tolist() for rectangle in rectangles] == wanted
+        assert np.ptp(rectangles[0], axis=0).tolist() == [224 * (number + 1)] * 2
+        assert group.get_measurements()[1][:, 0].tolist() == [[6, 9], [1, 3]][number], "ranks go through the case"
 
 
 def _instance_of(file: Path) -> str:

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsewsi.bags.bag import Bag
+from sparsewsi.bags.bag import Bag, join
 from sparsewsi.bags.extract import extract_bag
 from sparsewsi.model.sparse_wsi import SparseWSI
 from sparsewsi.phantom import write_phantom
 from sparsewsi.report import umap
-from sparsewsi.report.case import FILES, Case, open_case
+from sparsewsi.report.case import ANNOTATIONS, FILES, Case, open_case
 
 ASKED = [{"role": "user", "content": "Which tissue is this?"}]
 
@@ -156,3 +156,26 @@ def test_where_the_disk_has_room_for_few_bytes_the_small_files_are_written_whole
     assert len(left) >= fit
     assert all(content == (tmp_path / "whole" / name).read_bytes() for name, content in left.items())
     assert set(left) == {name for name in FILES if (tmp_path / "whole" / name).stat().st_size <= room}
+
+
+def test_files_of_several_slides_are_one_for_each_where_a_viewer_opens_one(model, bag, slide, tmp_path):
+    write_phantom(tmp_path / "other.tiff", seed=4, size=1024)
+    both = join([bag, extract_bag(tmp_path / "other.tiff", "efficientnet-lite0")])
+    case = open_case(model, both, [slide, tmp_path / "other.tiff"], k=6, selector="random")
+    answer = case.measure(model, ASKED, "fat")
+    written = case.write(tmp_path / "out", [answer], (*FILES, ANNOTATIONS, "figure.png"))
+    assert {"patches-1.geojson", "patches-2.geojson"} <= set(written)
+    assert not {"patches.geojson", ANNOTATIONS, "annotations-1.dcm"} & set(written), "no DICOM slide is among them"
+    rows = list(csv.DictReader((tmp_path / "out" / "patches.csv").open()))
+    for number in (1, 2):
+        squares = json.loads((tmp_path / "out" / f"patches-{number}.geojson").read_text())["features"]
+        mine = [row for row in rows if row["slide_number"] == str(number)]
+        assert [(int(row["x"]), int(row["y"])) for row in mine] == [
+            tuple(square["geometry"]["coordinates"][0][0]) for square in squares
+        ]
+    shown = {row["slide_number"] for row in rows}
+    assert {one.name for one in answer.slides} == (shown if len(shown) > 1 else set())
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert report.count('class="overview"') == 2, "each slide with its boxes"
+    for focus in case.foci:
+        assert len({int(case.numbers[place]) for place in focus.places}) == 1
