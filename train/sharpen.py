@@ -1,12 +1,12 @@
 """After stage 2 (ours, not in the paper): the scorer alone goes on learning what to keep, and checkpoints are averaged.
 
     python -m train.sharpen runs/demo2 runs/demo2/sharp --banks runs/tiles.safetensors runs/phantom.safetensors \\
-        --slides runs/slides.safetensors
+        --slides runs/slides.safetensors --phantoms runs/phantoms
 
 Stage 1 puts a patch where the LLM keeps its word, so that what the kept patches tell can be read without the LLM: a
 kind is told if any kept token lies near its word, a slide's facts by the mean of the kept tokens. The scorer is trained
-through the same soft top-K and noise gate as in stage 2, on large mosaics of an open world and on real slides, so that
-as much as possible of what is there is still told. A step costs a fraction of a second.
+through the same soft top-K and noise gate as in stage 2, on large mosaics of an open world, on whole phantoms and on
+real slides, so that as much as possible of what is there is still told. A step costs a fraction of a second.
 
 Projector and adapter become the mean of the last checkpoints of the run: a single one answers now more often Yes, now
 more often No.
@@ -30,12 +30,14 @@ from train.align import POLES, SHARPNESS, word_of
 from train.checkpoint import latest, load_state
 from train.data.bank import Bank, load_bank
 from train.data.open_world import GLASS, WITHOUT, OpenWorld, absent_slides
+from train.data.phantoms import PhantomStream, load_phantoms
 from train.data.real import SlideStream, load_slides
 from train.data.stream import MosaicStream
 from train.flags import add_flag, make_parser, run_command
 from train.sparselearn import SparseLearn, k_at, tau_at
 
 MOSAICS, SLIDES = 4, 4  # bags of a step
+MOST = 1024  # patches of a phantom
 NEAR = 0.4  # cosine to a word at which a kind counts as half told
 
 
@@ -55,6 +57,7 @@ def sharpen(
     patches: int,
     seed: int = 0,
     lr: float = 5e-4,
+    phantoms: PhantomStream | None = None,
 ) -> float:
     """Train model.scorer in place; returns the mean loss of the last tenth of the steps."""
     kinds = sorted({str(kind) for bank in (world.bank, *closed.banks) for kind in bank.kinds} - {GLASS})
@@ -75,8 +78,9 @@ def sharpen(
         loss = torch.zeros(())
         for number in range(MOSAICS):
             if number % 2:
-                example = closed.example(step * MOSAICS + number, patches)
-                features, held = example.features, set(example.kinds)
+                stream = phantoms if phantoms is not None and number == 1 else closed
+                example = stream.example(step * MOSAICS + number, patches if stream is closed else MOST)
+                features, held = example.features, set(example.kinds) - {GLASS}
             else:
                 mosaic = world.draw(patches, (3, 12), rng)
                 features, held = mosaic.features, set(mosaic.kinds.tolist())
@@ -141,6 +145,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of the model that is written")
     add_flag(parser, "--banks", required=True, type=Path)
     parser.add_argument("--slides", type=Path, required=True, help="bank of python -m train.data.real bank")
+    parser.add_argument("--phantoms", type=Path, help="folder of python -m train.data.phantoms")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--patches", type=int, default=320)
     parser.add_argument("--average", type=int, default=7, help="number of last checkpoints that are averaged")
@@ -161,7 +166,8 @@ def main() -> None:
     world = OpenWorld(real_banks[0], absent_slides(bank, clean), given.seed)
     closed = MosaicStream(banks, given.seed, 2)
     real = SlideStream(bank, slides, given.seed)
-    sharpen(model, sparselearn, world, closed, real, given.steps, given.patches, given.seed)
+    whole = PhantomStream(load_phantoms(given.phantoms, "train"), given.seed) if given.phantoms else None
+    sharpen(model, sparselearn, world, closed, real, given.steps, given.patches, given.seed, phantoms=whole)
     checkpoints = sorted(path for path in checkpoint.parent.iterdir() if path.is_dir() and not path.is_symlink())
     average(model, [path / "model" for path in checkpoints[-given.average :]])
     model.config = replace(model.config, diversity=given.diversity)
