@@ -8,14 +8,14 @@ several sets of wrong options; a mosaic of an open world is asked one question. 
 are ways to keep 32 patches, all patches, the majority answer, and a logistic regression on mean-pooled features of the
 train split (its strength chosen by cross-validation over train cases). Intervals resample cases, 2.5 to 97.5 %.
 
---limits writes what the artefact says of itself into its folder: where it is not sure as the answers about val slides
-suggest, how often it is right as those about the slides asked now.
+--limits writes what the artefact says of itself into its folder: where it is not sure as the pooled validation
+suggests (train/studies/pooled.py), how often it is right as the answers about the slides asked now tell.
 
 The folder --out gets a line a slide and row (slides.jsonl) and a line a mosaic (mosaics.jsonl) as they are answered; a
 run that was stopped goes on.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -260,11 +260,17 @@ def sure(record: dict[str, Any]) -> float:
 
 
 def select_risk(records: Sequence[dict[str, Any]], goal: float) -> float:
-    """The lowest probability from which on answers are right as often as the goal asks; 1 where they never are."""
-    levels = sorted({sure(record) for record in records})
-    for level in levels:
-        told = [record for record in records if sure(record) >= level]
-        if accuracy(told) >= goal:
+    """The lowest probability from which on answers are right as often as the goal asks; 1 where they never are.
+
+    Cases count alike, however many answers there are about one.
+    """
+    asked = Counter(record["case"] for record in records)
+    weights = np.array([1 / asked[record["case"]] for record in records])
+    certain = np.array([sure(record) for record in records])
+    right = np.array([is_right(record) for record in records], float)
+    for level in sorted(set(certain.tolist())):
+        told = certain >= level
+        if np.average(right[told], weights=weights[told]) >= goal:
             return level
     return 1.0
 
@@ -439,7 +445,7 @@ GOAL = {"neoplasm": 0.85, "malignant": 0.85, "carcinoma": 0.85, "organ": 0.75, "
 def make_limits(
     chosen: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]], vocabulary: Sequence[str], alike: float
 ) -> Limits:
-    """What the artefact says of its own selection's answers: thresholds from `chosen` (val), shares from `records`."""
+    """What the artefact says of its own selection's answers: thresholds from `chosen`, shares from `records`."""
     kinds = []
     for kind, words in PATTERNS.items():
         some, before = (
@@ -470,7 +476,7 @@ def make_limits(
 
 
 def read_answers(log: Path) -> list[dict[str, Any]]:
-    """One record per slide, row and question of slides.jsonl."""
+    """One record per slide, row and question of slides.jsonl, or of a pooled validation's answers.jsonl."""
     return [
         {"slide": line["slide"], "case": line["case"], "row": line["row"], **asked}
         for line in read_lines(log)
@@ -534,7 +540,9 @@ def main() -> None:
     add_flag(parser, "--questions", help="number of mosaics; 0: none")
     add_flag(parser, "--n", default=1024)
     add_flag(parser, "--seed")
-    parser.add_argument("--limits", type=Path, help="--out of the val split: write limits.json into the model's folder")
+    parser.add_argument(
+        "--limits", type=Path, help="--out of train.studies.pooled: write limits.json into the model's folder"
+    )
     add_flag(parser, "--out")
     given = parser.parse_args()
     torch.manual_seed(0)
@@ -559,7 +567,7 @@ def main() -> None:
         if given.limits:
             if not given.bank:
                 parser.error("--limits needs --bank, for the words that the model has for patches")
-            chosen = read_answers(given.limits / "slides.jsonl")
+            chosen = read_answers(given.limits / "answers.jsonl")
             model.limits = make_limits(chosen, records, list_vocabulary(given.bank), ALIKE)
             model.limits.save(find_model_folder(given.model))
         text.append(table_of_slides(records + add_majority(records), model.limits))
