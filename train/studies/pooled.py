@@ -26,7 +26,7 @@ from train.data.example import Question
 from train.data.kinds import Facts, ask
 from train.data.open_world import WITHOUT, OpenWorld, absent_slides
 from train.data.phantoms import Phantom, load_phantoms
-from train.data.real import SlideFacts, load_slides, slide_bag
+from train.data.real import YES_NO, SlideFacts, load_slides, slide_bag
 from train.data.tumours import BENIGN, MALIGNANT, UNCLEAR, ask_tumours
 from train.eval.table import write_table
 from train.flags import add_flag, make_parser, run_command
@@ -171,6 +171,53 @@ def resample_cases(
     return np.array(found)
 
 
+# ---------------------------------------------------------------------------- the cut between Yes and No
+
+
+def log_odds(record: dict[str, Any]) -> float:
+    """Of Yes."""
+    p = min(1 - 1e-4, max(1e-4, says_yes(record)))
+    return float(np.log(p / (1 - p)))
+
+
+def fit_shift(records: Sequence[dict[str, Any]]) -> float:
+    """What to add to the log-odds of Yes so that the answers are likeliest; Yes counts as No, a case as a case."""
+    number = defaultdict(int)
+    for record in records:
+        number[record["domain"], record["case"], record["answer"]] += 1
+    z = np.array([log_odds(record) for record in records])
+    yes = np.array([record["answer"] == "Yes" for record in records])
+    weights = np.array([1 / number[r["domain"], r["case"], r["answer"]] for r in records])
+    for some in (yes, ~yes):
+        weights[some] /= max(1e-9, weights[some].sum())
+    sign = np.where(yes, -1, 1)
+    shifts = np.linspace(-4, 4, 321)
+    loss = [(weights * np.logaddexp(0, sign * (z + shift))).sum() for shift in shifts]
+    return float(shifts[int(np.argmin(loss))])
+
+
+def shift_left_out(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of a kind, each with the shift that is fitted on all other cases."""
+    found = []
+    for case in sorted({(record["domain"], record["case"]) for record in records}):
+        shift = fit_shift([record for record in records if (record["domain"], record["case"]) != case])
+        for record in records:
+            if (record["domain"], record["case"]) == case:
+                p = 1 / (1 + np.exp(-(log_odds(record) + shift)))
+                found.append(record | {"options": ["Yes", "No"], "probs": [p, 1 - p]})
+    return found
+
+
+def table_of_shifts(records: Sequence[dict[str, Any]]) -> str:
+    """Markdown: the shift of each kind that asks for tumours, and what it does to cases that it was not fitted on."""
+    lines = []
+    for kind in YES_NO:
+        some = [record for record in records if record["kind"] == kind]
+        shifted = score_kind(shift_left_out(some), kind)
+        lines.append([kind, f"{fit_shift(some):+.2f}", _percent(score_kind(some, kind)), _percent(shifted)])
+    return write_table(["kind", "shift of the log-odds of Yes", "balanced", "balanced, shift of other cases"], lines)
+
+
 def table_of_kinds(records: Sequence[dict[str, Any]]) -> str:
     """Markdown: a line per kind and domain, and the criterion."""
     lines = []
@@ -242,7 +289,9 @@ def main() -> None:
         yield from phantom_cases(load_phantoms(given.phantoms, "val"))
         yield from mosaic_cases(tiles, absent_slides(bank, clean), given.mosaics, given.n, given.seed)
 
-    text = table_of_kinds(answer_cases(model, cases(), given.rows, log))
+    records = answer_cases(model, cases(), given.rows, log)
+    text = table_of_kinds(records)
+    text += "\n\n" + table_of_shifts([record for record in records if record["row"] == given.rows[0]])
     if given.than:
         text += "\n\n" + compare(given.than, given.out)
     write_text(given.out / "table.md", text + "\n")

@@ -4,7 +4,15 @@ from typing import Any
 
 import numpy as np
 
-from train.studies.pooled import resample_cases, score, score_kind, share_right, tumour_questions
+from train.studies.pooled import (
+    fit_shift,
+    resample_cases,
+    score,
+    score_kind,
+    share_right,
+    shift_left_out,
+    tumour_questions,
+)
 
 
 def record(domain: str, case: str, kind: str, answer: str, yes: float) -> dict[str, Any]:
@@ -41,3 +49,13 @@ def test_tumours_of_kinds_that_training_has_not_seen_are_not_asked_for() -> None
     rng = np.random.default_rng(0)
     assert tumour_questions({"lymphoma", "adipose"}, rng) == []
     assert {question.answer for question in tumour_questions({"carcinoma", "adipose"}, rng)} == {"Yes"}
+
+
+def test_a_shift_makes_up_for_a_leaning_and_is_not_fitted_on_the_case_it_answers() -> None:
+    leaning = [record("slides", f"yes {i}", "carcinoma", "Yes", 0.4) for i in range(6)]
+    leaning += [record("slides", f"no {i}", "carcinoma", "No", 0.1) for i in range(3)]
+    assert score_kind(leaning, "carcinoma") == 0.5
+    assert 0.4 < fit_shift(leaning) < 2.2
+    assert score_kind(shift_left_out(leaning), "carcinoma") == 1
+    odd = [*leaning, record("slides", "odd", "carcinoma", "No", 0.3)]
+    assert fit_shift(odd[:-1]) != fit_shift(odd)
