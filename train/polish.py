@@ -223,6 +223,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--lr", type=float, default=4e-4)
     parser.add_argument("--average", type=int, default=5, help="number of last checkpoints that are averaged")
+    parser.add_argument("--diversity", type=float, default=30.0, help="of the written model's selection")
     add_flag(parser, "--seed")
     given = parser.parse_args()
     config = TrainConfig(
@@ -237,6 +238,7 @@ def main() -> None:
     model = SparseWSI.from_pretrained(last / "model")
     checkpoints = sorted(path for path in last.parent.iterdir() if path.is_dir() and not path.is_symlink())
     average(model, [path / "model" for path in checkpoints[-given.average :]])
+    model.config = replace(model.config, diversity=given.diversity)
     model.save_pretrained(given.folder / "model", dtype=torch.float32)
 
 

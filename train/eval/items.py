@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsewsi.bags.bag import Bag, check_bag, save_bag
-from sparsewsi.bags.extract import extract_bag
-from sparsewsi.bags.foreign import load_bag
+from sparsewsi.bags.bag import Bag, check_bag
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.selection import Selection
 from train.data.bank import load_bank
 from train.data.example import Question, Record
 from train.data.kinds import FAMILIES, Facts, ask
+from train.data.phantoms import load_phantom, write_phantoms
 from train.data.slides import FeatureFolder, evenly
 from train.data.stream import ask_in_turn
 
@@ -101,19 +100,11 @@ def make_phantom_items(
     Families come in random order. There are fewer facts than questions: a slide is asked some of them again, with the
     options in another order or with others.
     """
-    from sparsewsi.phantom import load_truth, write_phantom
-
-    folder.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
-        slide, cached = folder / f"phantom-{seed}.tiff", folder / f"phantom-{seed}.safetensors"
-        if not cached.exists():
-            write_phantom(slide, seed=seed, size=size)
-            save_bag(extract_bag(slide, encoder), cached)
-            slide.unlink()  # the truth stays beside it, and the features are all that is asked about
-            progress(f"phantom {seed}: {len(load_bag(cached).features)} patches")
-        bag, truth = load_bag(cached), load_truth(slide)
-        kinds = np.asarray(truth.label_at(bag.coords.numpy(), bag.patch_size))
-        facts = Facts("phantom", truth.dominant, tuple(truth.present))
+        write_phantoms(folder, [seed], encoder, size, progress)
+        phantom = load_phantom(folder, seed)
+        bag, kinds = phantom.bag, phantom.kinds
+        facts = Facts("phantom", phantom.dominant, phantom.present)
         rng = np.random.default_rng((seed, 1))
         asked = 0
         for family in rng.permutation(FAMILIES * per_slide):
