@@ -1,6 +1,7 @@
-"""Side by side: two selections of a slide, and one question to both. One button leaves it and restores everything.
+"""Side by side: two selections of a case, or two of its slides, and one question to both. One button leaves it.
 
-The left one is what the page shows: the model's own patches, or a what-if's. The right one is chosen as a what-if is.
+Of two selections the left one is what the page shows: the model's own patches, or a what-if's; the right one is chosen
+as a what-if is. Of two slides each is a case of its own, with the patches that the model keeps of it alone.
 """
 
 from collections.abc import Iterator
@@ -27,22 +28,26 @@ from sparsewsi.web.handlers import (
     evidence_props,
     name_selection,
     number_kept,
-    selection_props,
     wait_for_answer,
+    whole_props,
 )
 from sparsewsi.web.jobs import Halted
 from sparsewsi.web.limits import check_turns
-from sparsewsi.web.viewer import bag_props
 
 NOTHING = ("slides", "bag", "kept", "foci", "evidence", "compared")  # of a viewer that shows nothing
 
 
 @dataclass(frozen=True, eq=False)
 class Right:
-    """What stands on the right. label: what it is called; answers: its own, by their place in the chat"""
+    """What stands on the right.
+
+    label: what it is called. left: what the other one is called, "" where its selection says it. answers: its own, by
+    their place in the chat
+    """
 
     opened: Opened
     label: str
+    left: str = ""
     answers: Answers = field(default_factory=dict)
 
 
@@ -68,12 +73,12 @@ class Comparing(Handlers):
             if opened is None:
                 raise ValueError("Open a slide first: two selections of it are shown side by side.")
             check_size(k)
+            self._require_whole(opened, aside)
             aside = aside or Aside(opened, chat, questions, answers)
             with desk.jobs.run(session, "question", opened.token) as job:
                 case = desk.choose(aside.opened.case, int(k), selector, picks["pinned"], picks["dropped"], job.name)
             right = Right(aside.opened.beside(case), name_selection(case, picks))
-            props: dict[str, Any] = {"slides": [one.props for one in aside.opened.slides]}
-            props |= bag_props(case.bag, case.selection) | selection_props(case)
+            props = whole_props(right.opened)
         last = max(answers, default=0)
         question = questions.get(last - 1, Question(answers[last].question, answers[last].options)) if last else None
         return {
@@ -85,6 +90,70 @@ class Comparing(Handlers):
             page.questions: {0: question} if question else {},
             page.answers: {1: answers[last]} if question else {},
         }
+
+    def on_two(
+        self,
+        event: gr.EventData,
+        opened: Opened | None,
+        chat: list,
+        questions: Questions,
+        answers: Answers,
+        aside: Aside | None,
+        request: gr.Request,
+    ) -> Changes:
+        """Show the slide that the viewer names on the left and the one after it on the right, each on its own.
+
+        The last question, which was put to the whole case, goes back to its box: it can be put to both.
+        """
+        desk, page, session = self.desk, self.page, str(request.session_hash)
+        self._refuse_while_busy(chat, request)
+        with explain_errors():
+            self._require_whole(opened, aside)
+            whole = aside.opened if aside else opened
+            if whole is None or len(whole.slides) < 2:
+                raise ValueError("Add a second slide to the case first: two of its slides are shown side by side.")
+            aside = aside or Aside(whole, chat, questions, answers)
+            told = event._data.get("number") if isinstance(event._data, dict) else 0
+            first = told if isinstance(told, int) and 0 <= told < len(whole.slides) else 0
+            numbers = (first, (first + 1) % len(whole.slides))
+            with desk.jobs.run(session, "question", whole.token) as job:
+                alone = [desk.select([whole.slides[number]], job=job.name) for number in numbers]
+            left, other = (whole.beside(one.case, one.slides) for one in alone)
+            names = [f"Slide {number + 1}" for number in numbers]
+        question = aside.questions.get(max(aside.answers, default=0) - 1, Question(""))
+        return {
+            page.aside: aside,
+            page.opened: left,
+            page.right: Right(other, names[1], names[0]),
+            page.view: gr.HTML(**whole_props(left), map=None, words=None, whatif="", compared=names[0]),
+            page.other: gr.HTML(**whole_props(other), compared=names[1], visible=True),
+            page.chat: [],
+            page.questions: {},
+            page.answers: {},
+            page.question: question.text,
+            page.given_options: "\n".join(question.options),
+        }
+
+    def on_ask_again(
+        self,
+        opened: Opened | None,
+        chat: list,
+        questions: Questions,
+        answers: Answers,
+        aside: Aside | None,
+        k: int,
+        selector: str,
+        picks: dict[str, list[int]],
+        request: gr.Request,
+    ) -> Iterator[Changes]:
+        with explain_errors():
+            self._require_whole(opened, aside)
+        yield from super().on_ask_again(opened, chat, questions, answers, aside, k, selector, picks, request)
+
+    def _require_whole(self, opened: Opened | None, aside: Aside | None) -> None:
+        """Raise ValueError where two slides of the case stand side by side."""
+        if opened is not None and aside is not None and opened.slides != aside.opened.slides:
+            raise ValueError("Leave the comparison of two slides first.")
 
     def on_asked_too(
         self,
@@ -110,7 +179,7 @@ class Comparing(Handlers):
         first = replace(answers[place], impression="", limit="")
         numbers = number_kept(opened.case)
         known_left = show_evidence(first, opened.case.selection, numbers=numbers)
-        left = (name_selection(opened.case), shown, known_left)
+        left = (right.left or name_selection(opened.case), shown, known_left)
         told = (question.impression, answers[place].limit)
         text, lines, failure, if_it_fails = "", [STOPPED], None, BROKEN_OFF
         known: Answers = {}

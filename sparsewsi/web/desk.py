@@ -102,10 +102,11 @@ class Opened:
         """Whether another case has taken its place, or its session has ended."""
         return self._case is None
 
-    def beside(self, case: Case) -> "Opened":
-        """The same slides with other patches; it goes when this one does."""
-        other = Opened(self.slides, case)
-        other.marks = self.marks
+    def beside(self, case: Case, slides: Sequence[CaseSlide] = ()) -> "Opened":
+        """The same slides with other patches, or some of them alone; it goes when this one does."""
+        other = Opened(slides or self.slides, case)
+        if not slides:
+            other.marks = self.marks
         self._beside.add(other)
         return other
 

@@ -877,7 +877,8 @@ class Handlers:
             return {page.compare: ""}
         case = before.opened.case
         self.on_analysed(before.opened, before.answers, request)
-        props: dict[str, Any] = selection_props(case)
+        same = opened is None or opened.slides == before.opened.slides
+        props: dict[str, Any] = selection_props(case) if same else whole_props(before.opened)
         answer = before.answers.get(len(before.chat) - 1)
         props["evidence"] = evidence_props(case.selection, answer) if answer else None
         changes: Changes = {
@@ -896,6 +897,13 @@ class Handlers:
 
 
 # ---- values
+
+
+def whole_props(opened: Opened) -> dict[str, Any]:
+    """The viewer's props of a case that it does not show yet, no answer resting on it."""
+    case = opened.case
+    slides = {"slides": [one.props for one in opened.slides]}
+    return slides | bag_props(case.bag, case.selection) | selection_props(case)
 
 
 def check_size(k: int) -> None:

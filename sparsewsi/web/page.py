@@ -116,6 +116,10 @@ def _wire_what_if(page: Page, on: Comparing) -> None:
     page.view.journal(on.on_journal, None, None, **QUIET)
     told = [page.opened, page.chat, page.questions, page.answers, page.aside]
     seen = [*told, page.compare, page.view]
+    two = [*told, page.right, page.view, page.other, page.question, page.given_options]
+    apart = page.view.compare(on.on_two, told, two, **QUIET, **WORK)
+    apart.success(on.on_analysed, [page.opened, page.answers], None, **QUIET)
+    apart.success(on.on_map_wanted, page.opened, page.view, **QUIET)
     chosen = [*told, page.k, page.selector, page.picks]
     again = page.again.click(on.on_ask_again, chosen, seen, show_progress_on=page.compare, **PRIVATE, **WORK)
     both = page.both.click(on.on_both, chosen, [*told, page.right, page.other, page.view], **QUIET, **WORK)

@@ -1,9 +1,15 @@
 """Two selections side by side: what its handlers promise. What it is like to use: test_browser.py."""
 
-import pytest
+from types import SimpleNamespace
 
+import gradio as gr
+import pytest
+import torch
+
+from sparsewsi.bags.bag import Bag
 from sparsewsi.web import chat
 from sparsewsi.web.beside import Comparing
+from sparsewsi.web.desk import CaseSlide
 from sparsewsi.web.handlers import STOPPED
 from sparsewsi.web.layout import lay_out
 from sparsewsi.web.viewer import bag_props
@@ -99,3 +105,49 @@ def test_both_go_with_their_session(on, opened, asked, me, desk):
     shown = on.on_both(*asked, None, 8, "random", NO_PICKS, me)
     right = shown[on.page.right].opened
     assert right in opened._beside
+
+
+@pytest.fixture(scope="module")
+def case_of_two(desk):
+    """Two slides of random features, of 20 and of 10 patches."""
+    generator = torch.Generator().manual_seed(2)
+    slides = []
+    for number, count in enumerate((20, 10), 1):
+        coords = torch.tensor([[224 * i, 0] for i in range(count)])
+        features = torch.randn(count, 1280, generator=generator)
+        bag = Bag(features, coords, 224, 0.5, "efficientnet-lite0", f"slide {number}", 0.5, "openslide", (4480, 224))
+        slides.append(CaseSlide(f"token {number}", f"{number}.svs", props={"token": f"token {number}"}, bag=bag))
+    return desk.select(slides)
+
+
+def test_two_slides_of_a_case_stand_side_by_side_each_with_its_own_patches(on, case_of_two, me):
+    page, named = on.page, SimpleNamespace(_data={"number": 1})
+    shown = on.on_two(named, case_of_two, [], {}, {}, None, me)
+    left, right = shown[page.opened], shown[page.right]
+    assert [one.token for one in left.slides] == ["token 2"], "the one that the viewer shows"
+    assert [one.token for one in right.opened.slides] == ["token 1"]
+    assert (right.left, right.label) == ("Slide 2", "Slide 1")
+    assert left.case.selection.num_patches == 10
+    assert right.opened.case.selection.num_patches == 20
+    answered, both = ask_both(on, left, right, [], {}, {}, me)
+    assert len(answered[page.answers][1].effects) == len(both[page.right].answers[1].effects) == 6
+    said = "".join(both[page.chat][-1]["content"])
+    assert said.index("Slide 2") < said.index("class='other'") < said.index("Slide 1")
+
+
+def test_two_slides_are_left_by_one_button_and_first_by_that(on, case_of_two, me):
+    page, named = on.page, SimpleNamespace(_data={"number": 0})
+    shown = on.on_two(named, case_of_two, [], {}, {}, None, me)
+    with pytest.raises(gr.Error, match="Leave the comparison"):
+        on.on_both(shown[page.opened], [], {}, {}, shown[page.aside], 8, "random", NO_PICKS, me)
+    with pytest.raises(gr.Error, match="Leave the comparison"):
+        list(on.on_ask_again(shown[page.opened], [], {}, {}, shown[page.aside], 8, "random", NO_PICKS, me))
+    left = on.on_leave(shown[page.opened], [], {}, shown[page.aside], me)
+    assert left[page.opened] is case_of_two
+    assert [one["token"] for one in left[page.view].props["slides"]] == ["token 1", "token 2"]
+    assert left[page.view].props["bag"] == bag_props(case_of_two.case.bag, case_of_two.case.selection)["bag"]
+
+
+def test_one_slide_cannot_be_compared_with_another(on, opened, me):
+    with pytest.raises(gr.Error, match="second slide"):
+        on.on_two(SimpleNamespace(_data={"number": 0}), opened, [], {}, {}, None, me)

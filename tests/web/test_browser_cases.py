@@ -107,3 +107,34 @@ def test_files_that_are_chosen_together_are_one_case(page, app):
     shown = page.evaluate("document.querySelector('.viewer').dataset.slide")
     page.keyboard.press("s")
     page.wait_for_function("shown => document.querySelector('.viewer').dataset.slide !== shown", arg=shown)
+
+
+def test_two_slides_stand_side_by_side_and_one_button_restores_the_case(page, app):
+    page.fill("#path textarea, #path input", "\n".join(map(str, app.paths)))
+    page.press("#path textarea, #path input", "Enter")
+    analysed(page, 2)
+    page.locator("#view .slides .look").first.click()
+    kept = page.locator("#view .item").count()
+    page.wait_for_function("document.querySelector('#view .features .title').textContent.includes('UMAP')")
+    began = time.time()
+    page.click("#view .slides .compare")
+    page.wait_for_selector("#other .item")
+    print(f"two slides side by side: {time.time() - began:.2f} s")
+    assert page.inner_text("#view .badge") == "Slide 1"
+    assert page.inner_text("#other .badge") == "Slide 2"
+    page.locator("#view .slide").focus()
+    page.keyboard.press("5")  # 20x, in both, which were scanned at 0.5 and at 0.25 um/px
+    page.wait_for_timeout(200)
+    scales = page.evaluate("[...document.querySelectorAll('.viewer')].map(v => +v.dataset.scale)")
+    assert scales[0] == pytest.approx(2 * scales[1], rel=0.01)
+    page.fill("#options textarea", "fat\nliver")
+    page.fill("#question textarea", "Which tissue is this?")
+    page.press("#question textarea", "Enter")
+    page.locator("#chat .compare .other a[href*='#patch-']").first.wait_for()
+    assert page.locator("#chat .compare h4").all_inner_texts() == ["Slide 1", "Slide 2"]
+    page.click(".aside [data-do=leave]")
+    page.wait_for_selector("#other", state="detached")
+    analysed(page, 2)
+    assert page.locator("#view .item").count() == kept
+    assert page.inner_text("#view .features .title").startswith("UMAP"), "the map is there again"
+    assert page.locator("#chat .bot-row").count() == 0

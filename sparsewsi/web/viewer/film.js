@@ -4,7 +4,11 @@ const SLIDE_COLOURS = ["#2a9fb0", "#e15a6b", "#9b72cf", "#e0912f", "#4caf50", "#
 
 const partAt = (number) => (bag && bag.parts[number]) || { first: 0, n: 0, side: 1 };
 const shownNumber = () => slides.indexOf(slide);
-const numberOf = (index) => Math.max(0, bag.parts.findIndex((part) => index < part.first + part.n));
+const numberOf = (index) =>
+  Math.max(
+    0,
+    bag.parts.findIndex((part) => index < part.first + part.n),
+  );
 const slideOf = (index) => slides[numberOf(index)] || slide;
 const sideOf = (index) => partAt(numberOf(index)).side;
 const isHere = (index) => numberOf(index) === shownNumber();
@@ -106,8 +110,20 @@ function fillSlides() {
       out.onclick = () => trigger("remove", { number });
       return cell;
     }),
+    compareButton(),
   );
   markSlides();
+}
+
+// Two slides side by side: the one that is shown and the next.
+function compareButton() {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.className = "compare";
+  button.textContent = "Side by side";
+  button.title = "This slide and the next beside each other, one question to both";
+  button.onclick = () => trigger("compare", { number: shownNumber() });
+  return button;
 }
 
 // Which slide is shown, and how many patches are kept of each.
@@ -115,18 +131,21 @@ function markSlides() {
   const several = slides.length > 1;
   for (const choice of [$(".film select"), $(".features select")])
     choice.querySelector('[value="slide"]').disabled = choice.querySelector('[value="slide"]').hidden = !several;
-  [...$(".slides").children].forEach((cell, number) => {
-    const part = bag && bag.parts[number];
-    const held = part ? kept.filter((index) => numberOf(index) === number).length : 0;
-    const told = part ? `${held} of ${part.n.toLocaleString("en")}` : "not yet";
-    const look = cell.querySelector(".look");
-    look.setAttribute("aria-current", slides[number] === slide);
-    look.querySelector("em").textContent = told;
-    look.title = `${slides[number].name}: ${part ? `${told} patches kept` : "not analysed yet"}`;
-    look.setAttribute("aria-label", `Slide ${number + 1}, ${look.title}`);
-    cell.querySelector(".out").hidden = !part || bag.parts.length < 2;
-    cell.style.setProperty("--slide", slideInk(number));
-  });
+  $(".slides .compare").hidden = !bag || bag.parts.length < 2;
+  $(".slides")
+    .querySelectorAll(".one")
+    .forEach((cell, number) => {
+      const part = bag && bag.parts[number];
+      const held = part ? kept.filter((index) => numberOf(index) === number).length : 0;
+      const told = part ? `${held} of ${part.n.toLocaleString("en")}` : "not yet";
+      const look = cell.querySelector(".look");
+      look.setAttribute("aria-current", slides[number] === slide);
+      look.querySelector("em").textContent = told;
+      look.title = `${slides[number].name}: ${part ? `${told} patches kept` : "not analysed yet"}`;
+      look.setAttribute("aria-label", `Slide ${number + 1}, ${look.title}`);
+      cell.querySelector(".out").hidden = !part || bag.parts.length < 2;
+      cell.style.setProperty("--slide", slideInk(number));
+    });
   root.dataset.slide = slides.length ? shownNumber() + 1 : "";
 }
 

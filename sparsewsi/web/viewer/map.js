@@ -174,8 +174,7 @@ function showLegend() {
   const parts = (bySlide ? [] : foci).map((focus, i) =>
     swatch("diamond", `background:${FOCUS_COLOURS[i % FOCUS_COLOURS.length]}`, `focus ${focus.name}`),
   );
-  if (bySlide)
-    parts.push(...slides.map((_, i) => swatch("diamond", `background:${slideInk(i)}`, `slide ${i + 1}`)));
+  if (bySlide) parts.push(...slides.map((_, i) => swatch("diamond", `background:${slideInk(i)}`, `slide ${i + 1}`)));
   else if (parts.length) parts.push(swatch("diamond", `background:${ALONE}`, "on its own"));
   else parts.push(swatch("diamond", `background:${YELLOW}`, "selected"));
   if (mapColour() === "score")

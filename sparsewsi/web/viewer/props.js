@@ -2,6 +2,23 @@
 
 const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer;
 
+// A case of which two slides stood side by side comes back as it was: by its slides, map, words and marks.
+const laid = new Map();
+const withTokens = (of) =>
+  [...shared.marks].map(([index, mark]) => {
+    const number = of.parts.findIndex((part) => index < part.first + part.n);
+    return [of.tokens[number], index - of.parts[number].first, mark];
+  });
+
+function recallMarks(known) {
+  if (!known) return;
+  for (const [token, row, mark] of known.marks) {
+    const index = bag.parts[bag.tokens.indexOf(token)].first + row;
+    if (!shared.marks.has(index)) shared.marks.set(index, mark);
+  }
+  if (shared.marks.size) trigger("marks", { marks: [...shared.marks] });
+}
+
 function openBag() {
   openSlides(); // which may have come with it
   const given = props.bag;
@@ -28,9 +45,11 @@ function openBag() {
   const tokens = slides.slice(0, parts.length).map((one) => one.token);
   bag = { n, parts, tokens, given: given.coords, xy: new Int32Array(bytes(given.coords)), scores, rank, order };
   if (before) {
-    points = words = null; // of other patches
+    laid.set(before.tokens.join(), { points, words, marks: withTokens(before) });
+    ({ points, words } = laid.get(tokens.join()) || { points: null, words: null }); // of other patches
     if ($(".features select").value === "word") $(".features select").value = "focus";
     moveIndices(before, bag);
+    recallMarks(laid.get(tokens.join()));
   }
   openSelection();
   restoreRank();

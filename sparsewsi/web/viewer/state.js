@@ -52,6 +52,7 @@ let lasso = null;
 let size = [0, 0];
 
 function forget() {
+  laid.clear();
   bag = points = words = tissue = ruler = null;
   kept = [];
   foci = [];
