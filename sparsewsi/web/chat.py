@@ -132,8 +132,8 @@ def show_evidence(answer: Answer, selection: Selection, impression: str = "", nu
             blocks.append(f"<p class='small'>Without focus {best.name} it would be {tell_effect(best.effect)}.</p>")
         if answer.slides:
             most_first = sorted(answer.slides, key=lambda slide: -slide.effect)
-            told = [f"without slide {slide.name} {tell_effect(slide.effect)}" for slide in most_first]
-            blocks.append(f"<p class='small'>It would be {', '.join(told)}.</p>")
+            told = [f"slide {slide.name} it would be {tell_effect(slide.effect)}" for slide in most_first]
+            blocks.append(f"<p class='small'>Without {', without '.join(told)}.</p>")
     elif answer.evidence:
         blocks.append(f"<p class='small'>{inert(answer.evidence)}</p>")
     if answer.cited:

@@ -18,7 +18,7 @@ from sparsewsi.report.answer import Answer
 from sparsewsi.report.case import Case, open_case
 from sparsewsi.web.api import Api
 from sparsewsi.web.chat import show_evidence, text_of
-from sparsewsi.web.desk import Desk, Opened
+from sparsewsi.web.desk import CaseSlide, Desk, Opened
 from sparsewsi.web.handlers import Handlers
 from sparsewsi.web.layout import lay_out, tell_notice
 from sparsewsi.web.serve import read_flags
@@ -90,8 +90,8 @@ def test_a_server_answers_on_the_page_from_pictures_cut_in_the_slides_own_proces
 def put(far: Desk, case: Case, me) -> tuple[Handlers, Opened, list]:
     """The page's handlers, the slide as it is open, and a chat that ends with a question to be answered."""
     _, page = lay_out(far)
-    on, opened = Handlers(far, page), Opened("token", case)
-    changes = on.on_question("Which tissue?", "", "", opened, "", [], {}, me)
+    on, opened = Handlers(far, page), Opened([CaseSlide("token", "", bag=case.bag)], case)
+    changes = on.on_question("Which tissue?", "", "", opened, (), [], {}, me)
     return on, opened, changes[page.chat]
 
 
