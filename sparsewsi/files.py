@@ -16,15 +16,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+UNSEEN = "\u200b\u200e\u200f\u202a\u202c\u2066\u2069\ufeff"  # Windows copies a path with marks of direction
 QUOTES = ('""', "''", "``", "\u201c\u201d", "\u2018\u2019")  # as shells, file managers and word processors put them
 
 
 def cache_folder() -> Path:
-    """Where fetched weights and example slides are kept: $SPARSEWSI_CACHE, default ~/.cache/sparsewsi."""
-    return Path(os.environ.get("SPARSEWSI_CACHE") or "~/.cache/sparsewsi").expanduser()
+    """Where fetched weights and example slides are kept: $SPARSEWSI_CACHE, default ~/.cache/sparsewsi.
+
+    Raises ValueError for a user without a home.
+    """
+    try:
+        return Path(os.environ.get("SPARSEWSI_CACHE") or "~/.cache/sparsewsi").expanduser()
+    except RuntimeError as error:
+        raise ValueError("this user has no home folder. Set SPARSEWSI_CACHE to a folder for weights.") from error
 
 
 def as_path(text: str | Path) -> Path:
@@ -35,14 +41,17 @@ def as_path(text: str | Path) -> Path:
     with suppress(OSError, ValueError):
         if Path(text).exists():
             return Path(text)
-    text = str(text).strip()
+    text = str(text).strip().strip(UNSEEN).strip()
     if len(text) > 1 and text[0] + text[-1] in QUOTES:
         text = text[1:-1].strip()
     if text.lower().startswith("file:"):
-        parts = urlsplit(text)
-        if parts.netloc in ("", "localhost"):
-            text = url2pathname(parts.path)
-    return Path(text).expanduser() if text.startswith("~") else Path(text)
+        rest = text[len("file:") :]
+        host, slash, path = rest[2:].partition("/") if rest.startswith("//") else ("", "", rest)
+        if host.lower() in ("", "localhost"):
+            text = url2pathname(slash + path)
+    with suppress(RuntimeError):  # no such user, or one without a home
+        return Path(text).expanduser() if text.startswith("~") else Path(text)
+    return Path(text)
 
 
 # ---- found by their names

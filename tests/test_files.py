@@ -106,3 +106,42 @@ def test_whatever_the_console_can_show_anything_is_printed(monkeypatch, encoding
     written = out.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
     assert written.startswith("before ")
     assert written.rstrip().endswith(" after")
+
+
+PASTED = [
+    '"{}"',
+    "'{}'",
+    "\u201c{}\u201d",
+    "  {}\n",
+    "\u202a{}",  # as Windows copies it
+    "\ufeff{}",
+    "{}\u200b",
+    "file:{}",
+    "file://{}",
+    "FILE://localhost{}",
+    "'file://{}'",
+]
+
+
+@pytest.mark.parametrize("form", PASTED)
+@pytest.mark.parametrize("name", ["my slide.svs", "S #1 (2).svs", "é?.svs"])
+def test_a_path_is_found_as_it_is_pasted(tmp_path: Path, form: str, name: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    assert files.as_path(form.format(tmp_path / name)) == tmp_path / name
+    if "file:" in form.lower():
+        assert files.as_path(form.format((tmp_path / name).as_uri().removeprefix("file://"))) == tmp_path / name
+
+
+@pytest.mark.parametrize("text", ["~nobody-of-this-name/a.svs", "\0", "a" * 5000, "file://", "file:", "'", '""', "~"])
+def test_what_is_no_path_raises_nothing(text: str) -> None:
+    files.as_path(text)
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch) -> None:
+    def homeless(_path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("SPARSEWSI_CACHE", raising=False)
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    with pytest.raises(ValueError, match="Set SPARSEWSI_CACHE"):
+        files.cache_folder()

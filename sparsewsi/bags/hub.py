@@ -1,10 +1,14 @@
 """Weights from the Hugging Face hub or a folder: a sentence where they cannot be had, or are not the model's own."""
 
-import contextlib
+import json
+import struct
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import torch
 
 
 def fetch_file(name: str, repo: str, *files: str) -> Path:
@@ -23,7 +27,7 @@ def fetch_file(name: str, repo: str, *files: str) -> Path:
     *others, last = files
     try:
         for file in others:
-            with contextlib.suppress(EntryNotFoundError):
+            with suppress(EntryNotFoundError):
                 return Path(hf_hub_download(repo, file))
         return Path(hf_hub_download(repo, last))
     except Exception as error:
@@ -100,8 +104,23 @@ def check_keys(what: str, loaded: dict[str, Any], quantised: bool = False) -> No
     raise ValueError(f"the weights of {what} do not fit it: {said}.{hint} It is not used with random numbers instead.")
 
 
-def check_pointers(folder: Path, what: str) -> None:
-    """Raise ValueError if a file of a model's folder is empty, or the pointer that a clone without Git LFS leaves."""
+def check_folder(folder: Path, what: str) -> None:
+    """Raise ValueError if a model's folder does not hold one model as it is: an adapter beside or in place of its
+    weights, two sets of weights, 8-bit weights without what says how to read them, pointers of Git LFS, empty files.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{what} holds an adapter (LoRA): merge it into its base (PEFT's merge_and_unload) and save the whole."
+        )
+    if (folder / "model.safetensors").is_file() and (folder / "model.safetensors.index.json").is_file():
+        raise ValueError(
+            f"{what} holds model.safetensors and an index of shards, which may differ: remove what is not meant."
+        )
+    if not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
+        raise ValueError(
+            f"{what} holds its weights as pickles (.bin), which are never loaded: save it as safetensors "
+            "(save_pretrained does)."
+        )
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.suffix in (".safetensors", ".bin", ".json", ".model"):
             with file.open("rb") as stream:
@@ -111,3 +130,33 @@ def check_pointers(folder: Path, what: str) -> None:
                     "a Git LFS pointer, not the file itself: run git lfs pull there" if head else "empty: copy it again"
                 )
                 raise ValueError(f"{file.name} of {what} is {found}.")
+    with suppress(OSError, ValueError):
+        if "quantization_config" in json.loads((folder / "config.json").read_bytes()):
+            return
+    for file in sorted(folder.glob("*.safetensors")):
+        narrow = sorted(name for name, kind in _stored_types(file).items() if kind in ("I8", "U8") or kind[:2] == "F8")
+        if narrow:
+            raise ValueError(
+                f"{what} holds weights of 8 bits ({narrow[0]}) and no quantization_config that says what they mean: "
+                "save it in 16 bits."
+            )
+
+
+def _stored_types(file: Path) -> dict[str, str]:
+    """The types of a safetensors file's tensors, by its header; nothing of a damaged one, which loading tells."""
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(min(length, 100 << 20)))
+        return {name: facts["dtype"] for name, facts in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def check_finite(model: torch.nn.Module, what: str) -> None:
+    """Raise ValueError for a weight that is NaN or infinite: what is computed with it means nothing."""
+    for name, weight in model.named_parameters():
+        if not weight.is_floating_point() or weight.is_meta or not weight.numel():
+            continue
+        if not all(bool(torch.isfinite(end)) for end in torch.aminmax(weight.detach())):
+            raise ValueError(f"{name} of {what} holds NaN or infinity. Fetch or convert it again.")

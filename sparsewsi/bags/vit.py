@@ -11,7 +11,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sparsewsi.bags.hub import check_keys, check_pointers, explain_refusal, fetch_file, first_line, require_hub
+from sparsewsi.bags.hub import (
+    check_finite,
+    check_folder,
+    check_keys,
+    explain_refusal,
+    fetch_file,
+    first_line,
+    require_hub,
+)
 from sparsewsi.bags.patch_encoder import PatchEncoder, fast_dtype, pixels_to_input
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -285,6 +293,7 @@ def load_hub_vit(name: str, device: torch.device) -> PatchEncoder:
         model.load_state_dict(stored, strict=True)
     except RuntimeError as error:
         raise ValueError(f"The weights of {name} at {spec.repo} do not fit the network they should: {error}") from error
+    check_finite(model, name)
     mean, std = (tuple(255 * value for value in values) for values in spec.statistics)
     dtype = fast_dtype(device)
     model = model.eval().to(device, dtype)
@@ -328,7 +337,7 @@ def _load_vision_model(name: str, source: str, processed: bool) -> tuple[Any, An
         require_hub(name, source)
     try:
         if folder is not None and cached:
-            check_pointers(folder, name)
+            check_folder(folder, name)
         processor = AutoImageProcessor.from_pretrained(source, local_files_only=cached) if processed else None
         model: Any
         model, loaded = AutoModel.from_pretrained(
@@ -342,7 +351,7 @@ def _load_vision_model(name: str, source: str, processed: bool) -> tuple[Any, An
         ) from error
     except ImportError as error:
         raise ValueError(f"{name} needs a package that is not installed: {first_line(error)}") from error
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"{name} is not part of transformers: it needs code from its repository, which is not executed here. "
@@ -372,6 +381,7 @@ def load_transformers_encoder(source: str, device: torch.device) -> PatchEncoder
         if needed or key.removeprefix(f"{type(model).base_model_prefix}.").split(".")[0] in parts
     ]
     check_keys(name, {**loaded, "missing_keys": needed, "unexpected_keys": foreign})
+    check_finite(model, name)
     dtype = fast_dtype(device)
     model = model.eval().to(device, dtype)
 
@@ -412,6 +422,7 @@ def load_midnight(device: torch.device) -> PatchEncoder:
     """Midnight-12k, a DINOv2 giant: its class token and the mean of its patch tokens, as its card has it."""
     _, model, loaded = _load_vision_model("midnight", MIDNIGHT, processed=False)
     check_keys("midnight", loaded)
+    check_finite(model, "midnight")
     dtype = fast_dtype(device)
     model = model.eval().to(device, dtype)
 

@@ -13,6 +13,7 @@ from sparsewsi.files import as_path
 from sparsewsi.slides.find import Found, find_slides_in, slide_stem, sort_files
 
 log = logging.getLogger(__name__)
+_MORE = "(more)"  # cells of a row that is longer than the header
 
 
 @dataclass(frozen=True)
@@ -85,16 +86,31 @@ def _read_csv(table: Path, slide_mpp: float | None) -> list[Job]:
 
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, skipinitialspace=True, strict=True)
-            rows = [{fold(key): (value or "").strip() for key, value in row.items() if key} for row in reader]
+            reader = csv.DictReader(file, skipinitialspace=True, strict=True, restkey=_MORE)
             columns = [fold(name) for name in reader.fieldnames or []]
+            given = list(reader)
+            longer = next((row for row in given if any(map(str.strip, row.pop(_MORE, ())))), None)
+            rows = [{fold(key): (value or "").strip() for key, value in row.items() if key} for row in given]
     except csv.Error as error:
         raise ValueError(f"{table.name}: a quotation mark is not closed as it should be ({error}).") from error
     except (UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"{table.name} is not a table of comma-separated values: {error}.") from error
+        raise ValueError(f"{table.name} is not a table of comma-separated values in UTF-8: {error}.") from error
     if "slide" not in columns:
+        mark = next((name for sign, name in ((";", "semicolons"), ("\t", "tabs")) if sign in "".join(columns)), "")
         raise ValueError(
-            f"{table.name} needs a column `slide` (and may have `mpp`), got {', '.join(columns) or 'none'}."
+            f"{table.name} needs a column `slide` (and may have `mpp`), got {', '.join(columns) or 'none'}"
+            + (f", set off by commas, not {mark}." if mark else ".")
+        )
+    if longer is not None:
+        raise ValueError(
+            f"{table.name}: the row of {str(next(iter(longer.values())))[:80]} has more cells than the header. Put a "
+            "name with a comma in quotation marks, and write numbers with a point."
+        )
+    unclear = [name for name in columns if name not in ("slide", "mpp") and "mpp" in name]
+    unclear += [name for name in ("slide", "mpp") if columns.count(name) > 1]
+    if unclear:
+        raise ValueError(
+            f"{table.name}: slides and um/px are read from one column each, called slide and mpp; got {unclear[0]}."
         )
     jobs = []
     for row in rows:
@@ -123,6 +139,8 @@ def make_job(path: Path, slide_mpp: float | None) -> Job:
         return Job(path, stem, slide_mpp, problem="The slide's name is not valid UTF-8; rename it.")
     except OSError as error:
         return Job(path, stem, slide_mpp, problem=f"The slide cannot be read: {error.strerror}.")
+    except ValueError:  # a null byte
+        return Job(path, stem, slide_mpp, problem="The slide's path holds signs that no path has; write it anew.")
 
 
 def _measure_bytes(path: Path) -> int:

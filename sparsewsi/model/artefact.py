@@ -104,8 +104,6 @@ def load_weights(folder: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor
     state = _read_tensors(path)
     _check_keys(set(state), set(wanted), path)
     for name, value in wanted.items():
-        if not state[name].isfinite().all():
-            raise ValueError(f"{name} in {path} holds NaN or infinity. Train it again.")
         if state[name].shape != value.shape:
             raise ValueError(
                 f"{name} is {tuple(state[name].shape)} in {path}, but config.json asks for {tuple(value.shape)}. "
@@ -114,12 +112,22 @@ def load_weights(folder: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor
     return state
 
 
-def load_adapter(folder: Path, llm: PreTrainedModel) -> PreTrainedModel | PeftModel:
-    """The LLM with the folder's adapter, if there is one. Strict: PEFT itself only warns about missing weights."""
+def load_adapter(folder: Path, llm: PreTrainedModel, base: str) -> PreTrainedModel | PeftModel:
+    """The LLM, called `base`, with the folder's adapter, if there is one.
+
+    Strict: PEFT itself only warns about missing weights, and takes an adapter that was trained on another base.
+    """
     folder = folder / "adapter"
     if not folder.is_dir():
         return llm
-    model = get_peft_model(llm, PeftConfig.from_pretrained(str(folder)))
+    settings = PeftConfig.from_pretrained(str(folder))
+    trained_on = settings.base_model_name_or_path
+    if trained_on and Path(trained_on).name.lower() != Path(base).name.lower():
+        raise ValueError(
+            f"{folder} was trained on the LLM {trained_on}, but config.json names {base}. If they are one LLM, name it "
+            "alike in both; else copy the whole folder again."
+        )
+    model = get_peft_model(llm, settings)
     assert isinstance(model, PeftModel)
     state = _read_tensors(folder / "adapter_model.safetensors")
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
@@ -168,9 +176,15 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"{path} is missing. Pass the folder that save_pretrained wrote.")
     try:
-        return load_file(path)
+        state = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}). Copy or download it again.") from error
+    for name, value in state.items():
+        if not value.is_floating_point() or value.element_size() < 2:
+            raise ValueError(f"{name} in {path} is {value.dtype}, no weight of 16 bits or more. Save it again.")
+        if not value.isfinite().all():
+            raise ValueError(f"{name} in {path} holds NaN or infinity. Train it again.")
+    return state
 
 
 def _save_tensors(state: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:

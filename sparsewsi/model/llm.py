@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sparsewsi.bags.hub import check_keys, check_pointers
+from sparsewsi.bags.hub import check_finite, check_folder, check_keys
 from sparsewsi.model.config import Unavailable
 from sparsewsi.model.embedded import EMBEDDED, embedded_folder, hide_progress_bars
 
@@ -47,7 +47,7 @@ def load_llm(
     source = str(embedded_folder()) if name == EMBEDDED else _check_name(name)
     try:
         with hide_progress_bars():
-            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+            tokenizer = _load_tokenizer(source, revision, name)
             if weights:
                 pair: Any = AutoModelForCausalLM.from_pretrained(
                     source, revision=revision, use_safetensors=True, output_loading_info=True, **options
@@ -55,7 +55,11 @@ def load_llm(
             else:
                 pair = _shape(source, revision, dtype), {}
             llm, loaded = pair
-    except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
+    except _TokenizerError as error:
+        raise ValueError(str(error)) from error.__cause__
+    except ImportError as error:
+        raise ValueError(f"the LLM {name} needs a package that is not installed: {_first_line(error)}.") from error
+    except (SafetensorError, RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(
             f"the weights of the LLM {name} cannot be read ({_first_line(error)}): they are damaged, cut short or of "
             "another model. Fetch them again."
@@ -69,6 +73,12 @@ def load_llm(
         ) from error
     if weights:
         check_keys(f"the LLM {name}", loaded, quantised=load_in_4bit)
+        check_finite(llm, f"the LLM {name}")
+    rows = llm.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
+    if max(tokenizer.get_vocab().values(), default=0) >= rows:
+        raise ValueError(
+            f"the tokenizer of the LLM {name} knows more tokens than its {rows:,} embeddings: it is of another model."
+        )
     if weights and not load_in_4bit:
         llm.to(device)  # type: ignore[arg-type]
     # Greedy decoding is to mean the arg max: the vendor's sampling defaults and penalties go, its stop tokens stay.
@@ -80,6 +90,21 @@ def load_llm(
     )
     llm.name_or_path = llm.config.name_or_path = name  # what an adapter records as its base; never a cache's path
     return llm.requires_grad_(False).eval(), tokenizer
+
+
+class _TokenizerError(Exception):
+    """A tokenizer that cannot be read, in words."""
+
+
+def _load_tokenizer(source: str, revision: str | None, name: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision)
+    except OSError:
+        raise
+    except Exception as error:  # tokenizers raises bare exceptions
+        raise _TokenizerError(
+            f"the tokenizer of the LLM {name} cannot be read ({_first_line(error)}). Fetch it again."
+        ) from error
 
 
 def default_device() -> torch.device:
@@ -102,7 +127,7 @@ def _check_name(name: str) -> str:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(f"the folder {name} holds no LLM (config.json is missing). Pass one that does.")
-        check_pointers(folder, f"the LLM folder {name}")
+        check_folder(folder, f"the LLM folder {name}")
         return str(folder)
     if name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name:
         raise ValueError(f"the LLM folder {name} does not exist. Pass a folder, a hub id, or {EMBEDDED}.")

@@ -432,7 +432,7 @@ class SparseWSI(nn.Module):
         model = cls(config, base, tokenizer)
         state = artefact.load_weights(folder, model.trained_state())
         model.load_state_dict(state, strict=False)  # the LLM's weights are the only ones missing: checked above
-        model.llm = artefact.load_adapter(folder, base)
+        model.llm = artefact.load_adapter(folder, base, config.llm)
         model.trained_on, model.limits = novelty.load(folder), limits.load(folder)
         model.name, model.weights_sha256 = name_model(folder_or_repo), artefact.weights_digest(folder)
         whole = llm is None and not getattr(base, "is_quantized", False)

@@ -87,7 +87,7 @@ def read_regions(path: str | Path, bag: Bag, number: int = 0) -> Tensor:
         raise ValueError(f"the regions of {name} have more than {MOST_CORNERS:,} corners. Simplify their shapes.")
     corners = own_coords(bag).numpy().astype(np.float64) - _origin(bag, number)  # (N, 2)
     mine, part = number_slides(bag).numpy() == number, list_parts(bag)[number]
-    chosen = np.zeros(len(corners), bool)
+    chosen, regions = np.zeros(len(corners), bool), len(polygons) + len(points)
     for rings in polygons:
         found = _inside(rings, corners + part.patch_size / 2) & mine
         if not found.any():
@@ -97,8 +97,8 @@ def read_regions(path: str | Path, bag: Bag, number: int = 0) -> Tensor:
         chosen |= ((corners <= point) & (point < corners + part.patch_size)).all(1) & mine
     if not chosen.any():
         raise ValueError(
-            f"no patch of {part.slide} lies in the {len(polygons) + len(points)} regions of {name}. Draw them on "
-            "tissue of this very slide; coordinates must be full-resolution pixels, as QuPath exports them."
+            f"no patch of {part.slide} lies in {'the region' if regions == 1 else f'the {regions} regions'} of {name}. "
+            "Draw on tissue of this very slide; coordinates must be full-resolution pixels, as QuPath exports them."
         )
     return torch.from_numpy(np.flatnonzero(chosen))
 

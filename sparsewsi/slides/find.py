@@ -12,14 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsewsi.files import walk
-from sparsewsi.slides.refusals import SlideError
+from sparsewsi.slides.refusals import UNREAD_SUFFIXES, SlideError
 from sparsewsi.slides.sources import is_image
 
 _TIFF_SUFFIXES = (".svs", ".tif", ".tiff", ".btf", ".tf2", ".tf8", ".qptiff", ".ndpi", ".scn", ".bif")
-SLIDE_SUFFIXES = frozenset({*_TIFF_SUFFIXES, ".mrxs", ".vms", ".vmu", ".svslide", ".czi", ".dcm", ".dzi"})
+SLIDE_SUFFIXES = frozenset(
+    {*_TIFF_SUFFIXES, *UNREAD_SUFFIXES, ".mrxs", ".vms", ".vmu", ".svslide", ".czi", ".dcm", ".dzi"}
+)
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
 # Of the companions of a slide: words that their names hold, and folders that file servers fill with thumbnails.
 _COMPANION = re.compile(r"(?i)(^|[^a-z])(macro|label|thumb(nail)?s?|overview|preview|map\d*|mask|barcode)([^a-z]|$)")
+_PICTURE_FOLDERS = re.compile(
+    r"(?i)(macro|label|thumb(nail)?|overview|preview|map|mask|barcode|stitch(e)?|contour|overlay|visuali[sz]ation)s?"
+)
+_UNFINISHED = (".part", ".partial", ".crdownload", ".filepart", ".download", ".tmp", ".temp", ".bak", "~")
 _SERVER_FOLDERS = ("@", "#", "$")
 _MOST_TEXT = 1 << 16  # bytes of a .vms, and where the tables of an SQLite file are named
 # Formats that begin as many other files do: how, and what the first bytes of a slide say besides. OpenSlide is not
@@ -62,7 +68,11 @@ def find_slides_in(folder: str | Path) -> Found:
         if any(part.startswith(_SERVER_FOLDERS) for part in place.relative_to(folder).parts):
             continue
         found = _sort(place, names)
-        slides += found.slides
+        if any(_PICTURE_FOLDERS.fullmatch(part) for part in place.relative_to(folder).parts):
+            left_out |= {path: "a picture, by the name of its folder" for path in found.slides if _is_picture(path)}
+        elif (place / "selection.json").is_file():
+            left_out |= {path: "a picture of a report" for path in found.slides if _is_picture(path)}
+        slides += [path for path in found.slides if path not in left_out]
         left_out |= dict(found.left_out)
         data = _data_of(place)
         if data is not None and not data[1].is_file():
@@ -192,7 +202,9 @@ def _companions(files: Iterable[Path], slides: set[Path]) -> dict[Path, str]:
     for file in files:
         owners = [stem for stem in _beginnings(file.stem) if stem in stems]
         image = file not in slides
-        if file.name in listed and file.suffix.lower() not in (".vms", ".vmu"):
+        if file.name.lower().endswith(_UNFINISHED) or file.name.startswith("~$"):
+            found[file] = "an unfinished download or a copy kept aside, by its name"
+        elif file.name in listed and file.suffix.lower() not in (".vms", ".vmu"):
             found[file] = "a part of the VMS slide beside it"
         elif image and (owners or file.stem in stems):
             found[file] = "a picture that belongs to the slide of the same name"
@@ -201,6 +213,11 @@ def _companions(files: Iterable[Path], slides: set[Path]) -> dict[Path, str]:
         elif _COMPANION.search(file.stem if image else _last_word(file)):
             found[file] = "a macro, label, thumbnail, map or mask, by its name"
     return found
+
+
+def _is_picture(path: Path) -> bool:
+    """Is it an image, or a TIFF that no scanner named?"""
+    return path.suffix.lower() in IMAGE_SUFFIXES | {".tif", ".tiff"}
 
 
 def _beginnings(name: str) -> list[str]:

@@ -16,6 +16,7 @@ from sparsewsi.slides.resize import resize
 PLACES = 4  # across and down
 LARGEST = 1024  # px of the finer level decoded for one place
 ALIKE = 0.2  # correlation of a level of the right scale with the finer one, at the least; of other images 0.1
+ALIKE_GUESSED = 0.5  # the same where the best of many scales is taken, which finds more by chance
 CLEAR = 0.8  # from here on no further scales are tried
 FLAT = 2.0  # standard deviation, grey values: what shows nothing cannot be compared
 
@@ -103,9 +104,9 @@ def _compare(
                 break
     if not scores:
         return scales[0], False
-    best = max(scores.values())
+    best, least = max(scores.values()), ALIKE if len(scales) == 1 else ALIKE_GUESSED
     # Of scales that do as well, the likeliest: they come first.
-    return (next(scale for scale in scores if scores[scale] > best - 0.01) if best >= ALIKE else None), True
+    return (next(scale for scale in scores if scores[scale] > best - 0.01) if best >= least else None), True
 
 
 def _pairs(
@@ -131,10 +132,10 @@ def _pairs(
 
 
 def _similarity(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float | None:
-    """Correlation of all places together, from their own means if they show something; None if not."""
+    """Correlation of all places together, from their own means if they show something; None if neither does."""
     one, other = (np.stack([pair[i] for pair in pairs]) for i in (0, 1))
     if min(one.std(), other.std()) < FLAT:
-        return None
+        return 0.0 if max(one.std(), other.std()) > 4 * FLAT else None  # one shows what the other does not
     inner = [a - a.mean((1, 2), keepdims=True) for a in (one, other)]
     if min(part.std() for part in inner) >= FLAT:
         one, other = inner  # fine structure tells a shift of one px, means do not

@@ -28,13 +28,17 @@ Read = Callable[[tuple[int, int], tuple[int, int]], np.ndarray]  # ((x, y), (w, 
 
 @dataclass(frozen=True)
 class Page:
-    """One tiled page. mpp: um/px across and down, None if the page states no resolution."""
+    """One tiled page. numbers: of the TIFF's kinds (1 unsigned, 2 signed, 3 floating); extra: meanings of the channels
+    behind the colours (0 none, 1 and 2 transparency)
+    """
 
     index: int
     size: tuple[int, int]
     reduced: bool
     samples: int
     bits: int
+    numbers: int
+    extra: tuple[int, ...]
     compression: int
     orientation: int
     resolution: dict[str, str]  # as OpenSlide's properties would name it
@@ -119,6 +123,8 @@ def _page(index: int, page: tifffile.TiffPage) -> Page:
         reduced=bool(page.subfiletype & 1),
         samples=page.samplesperpixel,
         bits=int(np.max(page.bitspersample)),
+        numbers=int(np.max(tag(339, 1))),
+        extra=(*map(int, page.extrasamples),),
         compression=int(page.compression),
         orientation=int(tag(274, 1)),
         resolution=resolution,

@@ -10,6 +10,8 @@ import struct
 CONVERT = "convert it to a pyramidal TIFF, e.g. vips tiffsave IN OUT.tiff --tile --pyramid --compression jpeg"
 DAMAGED = "Reading the slide failed{}; the file is damaged or cut short, copy it again."
 DAMAGED_IMAGE = "The PNG or JPEG is damaged or cut short; copy it again."
+# Of scanners whose files nothing here reads: as slides they are named and refused all the same.
+UNREAD_SUFFIXES = (".isyntax", ".i2syntax", ".vsi", ".kfb", ".sdpc", ".tmap", ".mds", ".mdsx", ".lif")
 LONGEST_REASON = 200  # characters; what is longer quotes the file's own text
 
 
@@ -22,6 +24,8 @@ def explain_unsupported(head: bytes, tail: bytes, length: int, suffix: str) -> s
 
     head, tail: its first and last MB; length: of the file, bytes; suffix: of its name, lower case
     """
+    if suffix in UNREAD_SUFFIXES:
+        return f"OpenSlide does not read {suffix} files; export a pyramidal TIFF from the scanner's own program."
     first_ifd = _first_ifd(head)
     if first_ifd is not None:
         if first_ifd >= length:

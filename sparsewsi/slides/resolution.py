@@ -5,6 +5,7 @@ Each may be wrong in the same few ways (a unit mistaken for another, a factor of
 objective, against what scanners do, and against the size of a glass slide. The sentence names the likely error.
 """
 
+import html
 import math
 import re
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ def find_resolution(
     properties: dict[str, str], vendor: str, size: tuple[int, int], slide_mpp: float | None = None
 ) -> Resolution:
     """The resolution of a slide of size = (W, H) px. The order: argument, property, OME, TIFF resolution, objective."""
-    power = _positive(properties.get("openslide.objective-power"))
+    power = _positive(properties.get("openslide.objective-power")) or _ome_power(properties)
     if slide_mpp is not None:
         return _doubt(float(slide_mpp), "argument", power, size, ())
     problem, stated, notes = _NO_MPP, _stated(properties, vendor), ()
@@ -202,13 +203,22 @@ def _tiff_mpp(properties: dict[str, str]) -> tuple[float, float] | None:
 _UM = {"": 1.0, "µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "Å": 1e-4}
 
 
+def _ome_facts(properties: dict[str, str], element: str) -> dict[str, str]:
+    """The attributes of the first element of that name in the OME-XML that a TIFF may hold."""
+    text = properties.get("tiff.ImageDescription", "")
+    found = re.search(rf"<(?:\w+:)?{element}\b[^>]*>", text) if "openmicroscopy.org" in text else None
+    pairs = re.findall(r"""(\w+)\s*=\s*("[^"]*"|'[^']*')""", found[0]) if found else []
+    return {name: html.unescape(value[1:-1]) for name, value in pairs}
+
+
+def _ome_power(properties: dict[str, str]) -> float | None:
+    """The objective that the OME-XML states."""
+    return _positive(_ome_facts(properties, "Objective").get("NominalMagnification"))
+
+
 def _ome_mpp(properties: dict[str, str]) -> tuple[float, float] | None:
     """PhysicalSizeX and Y of the first image of the OME-XML that a TIFF may hold."""
-    text = properties.get("tiff.ImageDescription", "")
-    if "openmicroscopy.org" not in text:
-        return None
-    pixels = re.search(r"<(?:\w+:)?Pixels\b[^>]*>", text)
-    facts = dict(re.findall(r'(\w+)="([^"]*)"', pixels[0])) if pixels else {}
+    facts = _ome_facts(properties, "Pixels")
     sizes = []
     for axis in "XY":
         value, unit = _positive(facts.get(f"PhysicalSize{axis}")), _UM.get(facts.get(f"PhysicalSize{axis}Unit", ""))

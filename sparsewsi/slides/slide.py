@@ -213,7 +213,7 @@ def open_slide(path: str | Path, *, slide_mpp: float | None = None, hosts: Hosts
         raise SlideError(f"slide_mpp must be a positive number of um/px, e.g. 0.25 for a 40x scan, got {slide_mpp}.")
     if slide_mpp is not None and not PLAUSIBLE_MPP[0] <= slide_mpp <= PLAUSIBLE_MPP[1]:
         raise SlideError(explain_implausible(slide_mpp))
-    if not str(path).strip():
+    if not str(path).strip(" \t\n\"'`\u201c\u201d\u2018\u2019"):
         raise SlideError("No slide was given; pass the path of one.")
     found = open_dicomweb(path, hosts) or open_deep_zoom(path, hosts)
     if found is not None:

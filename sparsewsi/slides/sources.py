@@ -58,6 +58,8 @@ def open_source(file: Path, head: bytes) -> Source | None:
 
     Raises SlideError if the file is one of these, but damaged or not to be read right.
     """
+    if file.suffix.lower() == ".vsi":
+        raise SlideError(f"A .vsi file holds the label and an overview; its px lie in .ets files beside it; {CONVERT}.")
     try:
         return OpenSlideSource(file)
     except openslide.OpenSlideUnsupportedFormatError:
@@ -143,13 +145,19 @@ class OpenSlideSource:
         """Raise SlideError if OpenSlide would show other colours than the page holds."""
         if page.orientation != 1 and page.compression not in (7, 33003, 33005):
             raise SlideError(f"The TIFF says that its px are stored turned or mirrored, which is not read; {CONVERT}.")
-        if page.bits <= 8 and page.samples != 4:
+        if page.numbers != 1 or page.bits > 16:
+            raise SlideError("The TIFF holds signed, floating or 32-bit numbers; save it as 8-bit RGB.")
+        if page.bits <= 8 and page.samples < 4:
             return
         spots = list(self._read_spots())
-        if page.samples == 4 and not any(spot[..., 3].any() for spot in spots):
+        alpha = np.concatenate([spot[..., 3].ravel() for spot in spots]) if page.samples > 3 and spots else None
+        if alpha is not None and (
+            not alpha.any() or (page.extra[:1] in ((), (0,)) and ((alpha > 0) & (alpha < 255)).any())
+        ):
+            what = "zeros" if not alpha.any() else "no colour"
             raise SlideError(
-                "The TIFF has a fourth channel of zeros, by which every px is transparent; save it with three channels "
-                "(RGB), e.g. vips extract_band IN.tif OUT.tif 0 --n 3."
+                f"The TIFF has a fourth channel of {what}, which would be read as transparency; save it with three "
+                "channels (RGB), e.g. vips extract_band IN.tif OUT.tif 0 --n 3."
             )
         brightest = max((int(spot[..., :3].max()) for spot in spots), default=255)
         if page.bits > 8 and brightest < 128:

@@ -46,6 +46,7 @@ DARK_FIELD = "The slide is dark all over, as in fluorescence; tissue is only fou
 MEANT = "tissue is found by the colours of H&E and of brown IHC"
 BLANK = "No tissue was found: the slide is blank, or too pale to be told from glass."
 MARKS = f"No stained tissue was found on the slide, only dark or pen-coloured marks, or another stain; {MEANT}."
+GREY = f"The slide has no colours, as an image of one channel; {MEANT}."
 OTHER = f"No tissue was found: what is coloured on the slide looks like dirt or another stain; {MEANT}."
 SPECKS = (
     f"Only specks smaller than {SPECK_MM2:g} mm2 are stained, by the resolution that the slide states; if tissue is "
@@ -121,6 +122,9 @@ def _tissue_of(colours: _Colours, um: float) -> Stained:
     mask = _spread(rim.view(np.uint8) + inside, colours.cell, colours.stained.shape) + colours.stained > 1
     if mask.any():
         return Stained(mask, note=_say_left_out(left_out, share))
+    lowest, highest = _extremes(colours.means)
+    if (highest - lowest).max() <= 1 and int(highest.max()) - int(lowest.min()) > 30:
+        return Stained(mask, GREY)
     if marks.any():
         return Stained(mask, MARKS)
     if left_out > LEFT_OUT[1]:

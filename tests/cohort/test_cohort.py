@@ -163,6 +163,31 @@ def test_a_quotation_mark_that_is_not_closed_drops_no_slide_of_a_table(tmp_path:
         find_slides([str(tmp_path / "list.csv")])
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("slide,mpp\na.svs,0,25\n", "more cells than the header"),
+        ("slide,mpp\na.svs,1,25\n", "more cells than the header"),
+        ("slide\na,b.svs\n", "more cells than the header"),
+        ("slide;mpp\na.svs;0,25\n", "not semicolons"),
+        ("slide\tmpp\na.svs\t0.25\n", "not tabs"),
+        ("slide,slide_mpp\na.svs,0.25\n", "got slide_mpp"),
+        ("slide,mpp_x,mpp_y\na.svs,0.25,0.25\n", "got mpp_x"),
+        ("slide,mpp,MPP\na.svs,0.25,0.5\n", "got mpp"),
+    ],
+)
+def test_a_table_is_not_read_as_another(tmp_path: Path, text: str, words: str):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        find_slides([str(tmp_path / "t.csv")])
+
+
+def test_a_path_that_none_can_be_fails_alone(tmp_path: Path):
+    (tmp_path / "a.svs").write_bytes(b"x")
+    (tmp_path / "t.csv").write_text("slide,mpp\na\0.svs,0.25\na.svs,0.25\n")
+    assert {job.stem: bool(job.problem) for job in find_slides([str(tmp_path / "t.csv")])} == {"a\0": True, "a": False}
+
+
 @pytest.mark.parametrize("mpp", ["nan", "-0.5", "0", "inf", "0,5"])
 def test_a_table_in_any_case_states_numbers(tmp_path: Path, mpp: str):
     (tmp_path / "a.svs").write_bytes(b"1")

@@ -142,6 +142,29 @@ def test_an_adapter_that_was_lost_or_belongs_to_another_model_is_noticed(
         SparseWSI.from_pretrained(tmp_path / "model")
 
 
+@pytest.mark.parametrize("base", ["another-llm", "owner/another-llm", "/home/someone/another-llm"])
+def test_an_adapter_of_another_base_is_refused_though_its_shapes_fit(
+    make_model: MakeModel, tmp_path: Path, base: str
+) -> None:
+    make_model(lora=True).save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
+    with pytest.raises(ValueError, match="was trained on the LLM"):
+        SparseWSI.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "adapter/adapter_model.safetensors"])
+@pytest.mark.parametrize("kind", ["NaN", "int8", "float8"])
+def test_weights_that_mean_nothing_are_refused(make_model: MakeModel, tmp_path: Path, file: str, kind: str) -> None:
+    make_model(lora=True).save_pretrained(tmp_path / "model")
+    state = load_file(tmp_path / "model" / file)
+    name, types = sorted(state)[0], {"int8": torch.int8, "float8": torch.float8_e4m3fn}
+    state[name] = state[name] * torch.nan if kind == "NaN" else state[name].to(types[kind])
+    save_file(state, tmp_path / "model" / file)
+    with pytest.raises(ValueError, match="NaN" if kind == "NaN" else "16 bits or more"):
+        SparseWSI.from_pretrained(tmp_path / "model")
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "adapter/adapter_model.safetensors", "novelty.safetensors"])
 def test_damaged_files_are_named(make_model: MakeModel, tmp_path: Path, name: str) -> None:
     model = make_model(lora=True)

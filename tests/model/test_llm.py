@@ -1,8 +1,10 @@
 """Loading a base LLM: from a folder, from the hub, and the embedded default."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -123,3 +125,81 @@ def test_a_file_that_is_a_pointer_empty_or_cut_is_named(tiny_llm, tmp_path, file
     path.write_bytes(path.read_bytes()[:-40] if content is None else content)
     with pytest.raises(ValueError, match="LLM"):
         load_llm(str(folder))
+
+
+def change_config(**facts: Any) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+
+    return change
+
+
+def change_weights(how: Callable[[dict], dict]) -> Callable[[Path], object]:
+    path = "model.safetensors"
+    return lambda folder: save_file(how(load_file(folder / path)), folder / path, metadata={"format": "pt"})
+
+
+def shard(folder: Path, keep: bool = False, index: str | None = None) -> None:
+    weights, places = load_file(folder / "model.safetensors"), {}
+    for number, names in enumerate((sorted(weights)[::2], sorted(weights)[1::2]), 1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        save_file({name: weights[name] for name in names}, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(names, file)
+    text = json.dumps({"metadata": {}, "weight_map": places}) if index is None else index
+    (folder / "model.safetensors.index.json").write_text(text)
+    if not keep:
+        (folder / "model.safetensors").unlink()
+
+
+def break_shard(folder: Path, content: bytes | None) -> None:
+    shard(folder)
+    path = folder / "model-00002-of-00002.safetensors"
+    path.unlink() if content is None else path.write_bytes(content)
+
+
+def add_token(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    known = json.loads(path.read_text())
+    known["added_tokens"].append(known["added_tokens"][0] | {"id": 5000, "content": "<more>"})
+    path.write_text(json.dumps(known))
+
+
+OTHER_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a shard is missing": (lambda folder: break_shard(folder, None), "00002-of-00002"),
+    "a shard is a pointer": (lambda folder: break_shard(folder, b"version https://git-lfs.github.com/spec/v1"), "LFS"),
+    "a shard is cut short": (lambda folder: break_shard(folder, bytes(60)), "cannot be read"),
+    "whole and in shards": (lambda folder: shard(folder, keep=True), "may differ"),
+    "an index of nothing": (lambda folder: shard(folder, index='{"metadata": {}, "weight_map": {}}'), "cannot be read"),
+    "an adapter": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "adapter"),
+    "float8": (change_weights(lambda w: {k: v.to(torch.float8_e4m3fn) for k, v in w.items()}), "8 bits"),
+    "int8": (change_weights(lambda w: {k: (100 * v).to(torch.int8) for k, v in w.items()}), "8 bits"),
+    "NaN": (change_weights(lambda w: w | {"model.norm.weight": w["model.norm.weight"] * torch.nan}), "NaN"),
+    "infinity": (change_weights(lambda w: w | {"model.norm.weight": w["model.norm.weight"] + torch.inf}), "infinity"),
+    "quantised": (change_config(quantization_config={"quant_method": "gptq", "bits": 4}), "package that is not"),
+    "a config that is a list": (lambda folder: (folder / "config.json").write_text("[]"), "cannot be read"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
+    "a tokenizer with more tokens": (add_token, "another model"),
+    "pickles alone": (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "pickles"),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_FOLDERS)
+def test_a_folder_that_is_not_one_whole_llm_is_a_sentence(tiny_llm, tmp_path, change) -> None:
+    folder = Path(shutil.copytree(tiny_llm, tmp_path / "llm"))
+    how, words = OTHER_FOLDERS[change]
+    how(folder)
+    with pytest.raises(ValueError, match=words):
+        load_llm(str(folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, None])
+def test_shards_and_mixed_types_give_the_same_llm(tiny_llm, tmp_path, dtype) -> None:
+    folder = Path(shutil.copytree(tiny_llm, tmp_path / "llm"))
+    change_weights(
+        lambda w: {k: v.to(dtype or (torch.float16 if len(k) % 2 else torch.bfloat16)) for k, v in w.items()}
+    )(folder)
+    shard(folder)
+    wanted = load_llm(str(tiny_llm), dtype=torch.float32)[0].state_dict()
+    for name, value in load_llm(str(folder), dtype=torch.float32)[0].state_dict().items():
+        torch.testing.assert_close(value, wanted[name], atol=1e-2, rtol=1e-2)

@@ -50,6 +50,39 @@ def test_what_can_be_opened_is_found_whatever_it_is_called(tmp_path, name):
     assert found(tmp_path) == [name]
 
 
+@pytest.mark.parametrize("name", ["a.isyntax", "b.i2syntax", "c.VSI", "d.kfb", "e.sdpc", "f.mds"])
+def test_slides_of_scanners_that_are_not_read_are_refused_and_not_missed(tmp_path, name):
+    tiff(tmp_path / name) if name == "c.VSI" else (tmp_path / name).write_text("<DataObject ObjectType='DPUfsImport'>")
+    assert found(tmp_path) == [name]
+    with pytest.raises(SlideError, match=r"does not read|label and an overview"):
+        open_slide(tmp_path / name)
+
+
+FOLDERS = ["thumbnails", "masks", "Labels", "job/contours", "results/stitches", "x/20x_256px/visualization", "macro/y"]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_pictures_in_folders_of_companions_are_left_out_and_slides_are_not(tmp_path, folder):
+    picture(tmp_path / folder / "case1.jpg"), tiff(tmp_path / folder / "case1.tif"), tiff(tmp_path / "case1.svs")
+    tiff(tmp_path / folder / "case2.svs")
+    assert sorted(found(tmp_path)) == sorted(["case1.svs", f"{folder}/case2.svs"])
+    assert left_out(tmp_path) == sorted([f"{folder}/case1.jpg", f"{folder}/case1.tif"])
+    assert found(tmp_path / folder.split("/")[0])  # whoever names the folder means it
+
+
+def test_pictures_of_our_own_reports_are_no_slides(tmp_path):
+    picture(tmp_path / "out" / "slide-1" / "overlay.png")
+    (tmp_path / "out" / "slide-1" / "selection.json").write_text("{}")
+    assert found(tmp_path) == []
+    assert left_out(tmp_path) == ["out/slide-1/overlay.png"]
+
+
+@pytest.mark.parametrize("name", ["a.svs.part", "a.svs.crdownload", "a.svs~", "~$a.svs", "a.svs.BAK", "a.tif.tmp"])
+def test_unfinished_downloads_and_copies_kept_aside_are_left_out(tmp_path, name):
+    tiff(tmp_path / name), tiff(tmp_path / "a.tif")
+    assert (found(tmp_path), left_out(tmp_path)) == (["a.tif"], [name])
+
+
 @pytest.mark.parametrize("name", ["empty.svs", "text.ndpi", "pointer.tiff", "half.mrxs", "x.scn"])
 def test_what_is_meant_as_a_slide_is_found_to_be_refused_in_words(tmp_path, name):
     (tmp_path / name).write_bytes(b"" if "empty" in name else b"version https://git-lfs.github.com/spec/v1\n")

@@ -118,6 +118,28 @@ def test_a_picture_of_something_else_is_no_level(tmp_path, size):
     assert np.abs(got.astype(int) - reduce(SLIDE, 2)).mean() < 1
 
 
+@pytest.mark.parametrize("fill", [0, 128, 255])
+@pytest.mark.parametrize("factor", [2, 4])
+def test_a_level_that_shows_nothing_where_the_slide_does_is_left_out(tmp_path, fill, factor):
+    """A conversion that broke off leaves a level of the right size without px."""
+    empty = np.full_like(reduce(SLIDE, factor), fill)
+    with open_slide(write(tmp_path / "a.tif", [(SLIDE, 0), (empty, 1)])) as slide:
+        assert slide.level_downsamples == (1.0,)
+        assert "not this slide" in slide.warnings[0]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("size", [(750, 420), (375, 210), (450, 450), (600, 300)])
+def test_a_label_is_no_level(tmp_path, size, seed):
+    """Bars and lines of text on white, whatever their scale."""
+    label, rng = Image.new("RGB", size, "white"), np.random.default_rng(seed)
+    for _ in range(int(rng.integers(1, 7))):
+        x, y = (int(rng.integers(0, side)) for side in size)
+        label.paste((0, 0, 0), (x, y, x + int(rng.integers(20, 300)), y + int(rng.integers(5, 90))))
+    with open_slide(write(tmp_path / "a.tif", [(SLIDE, 0), (np.asarray(label), 1)])) as slide:
+        assert slide.level_downsamples == (1.0,)
+
+
 @pytest.mark.parametrize("size", [(768, 448), (512, 256), (400, 300)])
 def test_a_scale_that_cannot_be_measured_is_told(tmp_path, size):
     blank = np.full((HEIGHT, WIDTH, 3), 240, np.uint8)

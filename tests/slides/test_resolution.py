@@ -131,6 +131,25 @@ def test_ome_xml_states_its_unit(size, unit, mpp):
     assert found.source == "ome"
 
 
+def ome(pixels: str, more: str = "") -> Resolution:
+    text = f'<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06">{more}<Pixels {pixels}/></OME>'
+    return find_resolution({"tiff.ImageDescription": text}, "generic-tiff", SMALL)
+
+
+@pytest.mark.parametrize("unit", ["&#181;m", "&#xB5;m", "&micro;m", "\u00b5m", "\u03bcm", "um"])
+@pytest.mark.parametrize("form", ['{}="{}"', "{}='{}'", '{} = "{}"'])
+def test_ome_xml_is_read_as_xml_may_be_written(unit, form):
+    facts = {f"PhysicalSize{axis}": "0.25" for axis in "XY"} | {f"PhysicalSize{axis}Unit": unit for axis in "XY"}
+    assert ome(" ".join(form.format(*fact) for fact in facts.items())).mpp == 0.25
+
+
+@pytest.mark.parametrize(("power", "doubted"), [("40", True), ("20", False), ("10", False), ("5", False), ("2", True)])
+def test_the_objective_of_ome_xml_is_held_against_its_resolution(power, doubted):
+    found = ome('PhysicalSizeX="1" PhysicalSizeY="1"', f'<Objective ID="Objective:0" NominalMagnification="{power}"/>')
+    assert found.mpp == 1.0
+    assert bool(found.doubt) == doubted
+
+
 def test_two_statements_that_differ_are_told():
     for stated, tags in [(0.499, 0.25), (0.25, 1.0), (0.5, 5.0)]:
         facts = {"openslide.mpp-x": str(stated), "openslide.mpp-y": str(stated), "tiff.ResolutionUnit": "inch"}

@@ -140,6 +140,26 @@ def test_a_fourth_channel_of_zeros_is_refused_and_one_of_255_is_read(tmp_path, m
         np.testing.assert_array_equal(slide.read((0, 0), (640, 384), 0.5), PIXELS)
 
 
+@pytest.mark.parametrize("more", [1, 2])
+@pytest.mark.parametrize("level", [3, 90, 250])
+def test_a_fourth_channel_that_is_no_transparency_is_refused(tmp_path, more, level):
+    noise = np.random.default_rng(0).integers(0, level, (*PIXELS.shape[:2], more), dtype=np.uint8)
+    with pytest.raises(SlideError, match="fourth channel"):
+        open_slide(write(tmp_path / "a.tif", np.dstack([PIXELS, noise]), extrasamples=["unspecified"] * more))
+
+
+def test_cmyk_is_no_fourth_channel(tmp_path):
+    ink = np.dstack([255 - PIXELS, np.zeros(PIXELS.shape[:2], np.uint8)])
+    with open_slide(write(tmp_path / "a.tif", ink, photometric="separated")) as slide:
+        assert np.abs(slide.read((0, 0), (640, 384), 0.5).astype(int) - PIXELS).max() <= 2
+
+
+@pytest.mark.parametrize("dtype", ["i1", "i2", "f4", "u4"])
+def test_numbers_that_are_no_colours_are_named(tmp_path, dtype):
+    with pytest.raises(SlideError, match="signed, floating or 32-bit"):
+        open_slide(write(tmp_path / "a.tif", (PIXELS // 2).astype(dtype)))
+
+
 @pytest.mark.parametrize("bits", [10, 12, 14])
 def test_less_than_16_bits_in_16_are_refused(tmp_path, bits):
     deep = PIXELS.astype(np.uint16) << (bits - 8)

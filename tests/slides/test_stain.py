@@ -93,3 +93,12 @@ def test_a_small_scan_on_a_large_black_ground_is_found():
     large = np.zeros((1600, 2000, 3), np.uint8)
     large[600:1000, 700:1200] = image
     assert find_stained(large, 8.0).mask[600:1000, 700:1200][tissue].mean() > 0.95
+
+
+@pytest.mark.parametrize("weights", [(1, 0, 0), (0, 1, 0), (0.3, 0.6, 0.1)])
+def test_a_slide_without_colours_is_not_called_blank(weights):
+    grey = (slide_of((HE, 1.0))[0] @ np.array(weights)).astype(np.uint8)
+    found = find_stained(np.repeat(grey[..., None], 3, 2), 8.0)
+    assert not found.mask.any()
+    assert "no colours" in found.reason
+    assert "blank" in find_stained(np.full((400, 500, 3), 240, np.uint8), 8.0).reason
