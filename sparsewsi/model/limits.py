@@ -21,7 +21,7 @@ class Limit:
 
     words: regular expressions, one of which a question of this kind matches
     right, low, high: share of right answers and its 95 % interval, over the cases asked
-    least: probability of the likeliest option below which the answer counts as not sure
+    least: probability of the likeliest option below which the answer counts as not sure; 1: it always does
     right_when_sure, sure: share of right answers among the others, and share of these
     found: share of the slides with Yes to which it said Yes; None where Yes is no answer
     """
@@ -69,8 +69,11 @@ class Limits:
         if found.found is not None:
             asked += f"; where Yes was right it said Yes in {found.found:.0%}"
         if probs and max(probs) < found.least:
+            why = f"no option has {found.least:.0%} or more"
+            if found.least >= 1:
+                why = "likely answers of this kind were wrong as often as unlikely ones"
             return (
-                f"Not sure: no option has {found.least:.0%} or more. Of all answers of this kind {found.right:.0%} "
+                f"Not sure: {why}. Of all answers of this kind {found.right:.0%} "
                 f"were right ({found.low:.0%} to {found.high:.0%}, {asked})."
             )
         right = found.right_when_sure if probs and found.least else found.right

@@ -83,12 +83,12 @@ def put_as_presence(limits: Limits, target: str) -> Suggestion | None:
 
 def word_answer(answer: Answer, limits: Limits) -> str:
     """The first line of an answer: the answer itself or, where the model was not often right when so unsure, the two
-    likeliest options."""
+    likeliest options; of yes and no the likelier, as both tell nothing."""
     found = limits.find(answer.question)
     if found is None or not answer.text:
         return answer.text
     if _unsure(answer, found):
-        if len(answer.probs) > 1:
+        if len(answer.probs) > 1 and set(answer.options) != set(YES_NO):
             best = sorted(zip(answer.probs, answer.options), key=lambda pair: -pair[0])[:2]
             return f"Not sure: {best[0][1]} or {best[1][1]}"
         return f"Not sure; perhaps: {answer.text}"

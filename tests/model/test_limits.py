@@ -1,6 +1,7 @@
 """What an artefact says of its own answers, and the words it has for patches."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,9 @@ def test_a_kind_of_question_is_known_by_its_words() -> None:
 
 def test_an_answer_comes_with_what_validation_found() -> None:
     assert TOLD.judge("Is it malignant?", [0.4, 0.6]).startswith("Not sure")
+    never = Limits((replace(MALIGNANT, least=1.0),))
+    assert "100%" not in never.judge("Is it malignant?", [0.1, 0.9])
+    assert never.judge("Is it malignant?", [0.1, 0.9]).startswith("Not sure: likely answers")
     assert "90%" in TOLD.judge("Is it malignant?", [0.1, 0.9])
     assert "80%" in TOLD.judge("Is it malignant?")
     assert "not validated" in TOLD.judge("How old is the patient?", [0.5, 0.5])

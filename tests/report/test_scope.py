@@ -63,6 +63,8 @@ def test_what_can_be_pointed_at_is_a_question_of_presence():
 def test_below_the_validated_threshold_both_likeliest_are_told():
     unsure = Answer("Is this malignant?", "No", ("Yes", "No", "Maybe"), (0.4, 0.55, 0.05))
     assert word_answer(unsure, LIMITS) == "Not sure: No or Yes"
+    doubtful = Answer("Is this malignant?", "No", ("Yes", "No"), (0.45, 0.55))
+    assert word_answer(doubtful, LIMITS) == "Not sure; perhaps: No"
     sure = Answer("Is this malignant?", "No", ("Yes", "No"), (0.2, 0.8))
     assert word_answer(sure, LIMITS) == "No"
 
