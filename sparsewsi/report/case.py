@@ -271,10 +271,12 @@ class Case:
         names: Collection[str] = FILES,
         opening: Opening | None = None,
         marks: Mapping[int, str] | None = None,
+        called: str = "",
     ) -> tuple[str, ...]:
         """Write files of these names, of FILES, FIGURES or ANNOTATIONS, into a folder, which is made; whole or none.
 
         marks: what the reader said of patches, by index: "agree" or "disagree"
+        called: what the reader calls the case, for the report alone
         opening: how slides are opened, one at a time; None: in this process. Without a path the report holds no
         patches, and boxes are drawn on a plain canvas
         What costs nothing to make is saved first. Returns the names of the files that were written: a map that cannot
@@ -300,7 +302,13 @@ class Case:
 
         def write_report(path: Path) -> None:
             overviews, patches = draw()
-            shown = {"overviews": overviews, "patches": patches, "answers": answers, "doubts": self.doubts}
+            shown = {
+                "called": called,
+                "overviews": overviews,
+                "patches": patches,
+                "answers": answers,
+                "doubts": self.doubts,
+            }
             html.write_report(path, bag, selection, self.config, limits=self.limits, marks=marks, **shown, **made)
 
         def write_map(path: Path) -> None:

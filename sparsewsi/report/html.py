@@ -58,13 +58,14 @@ def write_report(
     selector: str = "learned",
     limits: Limits | None = None,
     marks: Mapping[int, str] | None = None,
+    called: str = "",
 ) -> None:
     """One HTML file to read, print and file away: no script, nothing fetched, every picture inside.
 
     overviews: each slide with its boxes (plots.draw_overlay). patches: uint8 (p, p, 3), best first (plots.cut_patches);
     none where the slide is not at hand. doubts: sentences that stand under the notice. marks: what the reader said of
     patches, by index. The answers and the pictures that they rest on come first, the rest is folded. Words of users and
-    of the model are escaped. The slide is named by Bag.slide and digests only.
+    of the model are escaped. The slide is named by Bag.slide and digests only, the case as the reader called it.
     """
     assert len(patches) in (0, len(selection.indices)), "one picture per kept patch, or none"
     slides = {}
@@ -105,7 +106,8 @@ def write_report(
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">"
         f"<title>SparseWSI: {escape(bag.slide)}</title><style>{_STYLE}</style></head><body>"
-        f"<h1>{escape(bag.slide)}</h1>{chr(10).join(filter(None, parts))}</body></html>"
+        f"<h1>{escape(f'{called} ({bag.slide})' if called else bag.slide)}</h1>"
+        f"{chr(10).join(filter(None, parts))}</body></html>"
     )
     write_text(path, page)
 

@@ -27,6 +27,12 @@ WORDINGS = {  # of the kinds that limits.json may name: one that training used
     ),
 }
 WHERE = re.compile(r"^\s*(where|show me|point (to|at)|find|locate)\b", re.IGNORECASE)
+# What is asked of a tumour and is another question than whether there is one, unless a kind names it.
+BEYOND = re.compile(
+    r"\b(grade|grading|gleason|nottingham|stage|staging|margins?|mitos[ei]s|mitotic|how (many|much|large|big|deep)|"
+    r"ki-?67|her2|prognosis|survival|treatment|therapy)\b",
+    re.IGNORECASE,
+)
 FREE = re.compile(r"\b(describe|description|caption|what (do you|can be) see)", re.IGNORECASE)
 NO_MATTER = re.compile(
     r"\b(where|is|are|the|a|an|any|show|me|point|to|at|find|locate|there|in|this|slide|of)\b|[^\w\s]"
@@ -58,7 +64,11 @@ def within(limits: Limits, question: str, options: Sequence[str] = ()) -> bool:
 
     A model that states no limits sets no scope.
     """
-    if not limits.kinds or limits.find(question) is not None or FREE.search(question):
+    kind = limits.find(question)
+    beyond = BEYOND.search(question)
+    if beyond and limits.kinds and not (kind and BEYOND.search(" ".join([kind.kind, *kind.words]))):
+        return False
+    if not limits.kinds or kind is not None or FREE.search(question):
         return True
     asked = " ".join([question, *options]).lower()
     return any(re.search(rf"\b{re.escape(word)}\b", asked) for word in limits.vocabulary)

@@ -89,6 +89,7 @@ class Opened:
         self._case: Case | None = case
         self._beside: weakref.WeakSet[Opened] = weakref.WeakSet()
         self.marks: dict[int, str] = {}  # by index of a patch: what the reader says of it
+        self.called = ""  # what the reader calls the case
 
     @property
     def case(self) -> Case:
@@ -105,13 +106,15 @@ class Opened:
     def beside(self, case: Case, slides: Sequence[CaseSlide] = ()) -> "Opened":
         """The same slides with other patches, or some of them alone; it goes when this one does."""
         other = Opened(slides or self.slides, case)
+        other.called = self.called
         if not slides:
             other.marks = self.marks
         self._beside.add(other)
         return other
 
     def take_marks(self, before: "Opened") -> None:
-        """Keep what the reader said of the patches of slides that were in the case before."""
+        """Keep what the reader said of the case before, and of the patches of its slides that are still there."""
+        self.called = before.called
         starts = dict(self._starts())
         for token, start in before._starts():
             count = next((len(one.bag.coords) for one in self.slides if one.token == token and one.bag), 0)
@@ -510,8 +513,11 @@ class Desk:
         """Where a session's upload, or what else it has, lies. Its name, the browser's, is used as a digest only."""
         return self.folder / (hashlib.sha256(str(session).encode()).hexdigest()[:32] + what)
 
-    def record(self, session: str | None, **event: Any) -> None:
-        """Add a line to the session's log, and to the server's, unless they are full or the session has ended."""
+    def record(self, session: str | None, *, shared: bool = True, **event: Any) -> None:
+        """Add a line to the session's log, and to the server's, unless they are full or the session has ended.
+
+        shared: False for what a reader wrote that is nobody else's
+        """
         folder = self.folder_of(session, "-files")
         line = {"time": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", "session": folder.name[:8], **event}
         with self._writing:
@@ -519,7 +525,7 @@ class Desk:
                 return
             folder.mkdir(mode=0o700, exist_ok=True)
             append_line(folder / "log.jsonl", line)
-            if self.log is not None and _has_room(self.log, MOST_LOGGED_IN_ALL):
+            if shared and self.log is not None and _has_room(self.log, MOST_LOGGED_IN_ALL):
                 append_line(self.log, line)
 
     def files_of(self, session: str | None) -> Path:

@@ -51,7 +51,7 @@ from sparsewsi.web.examples import EXAMPLES, name_example, open_example
 from sparsewsi.web.gallery import find_sample
 from sparsewsi.web.jobs import Halted, Job
 from sparsewsi.web.layout import FEWEST, MOST, Page, state_facts, tell_about, tell_doubts
-from sparsewsi.web.limits import check_question, check_slides, check_turns, read_told
+from sparsewsi.web.limits import MOST_CALLED, check_question, check_slides, check_turns, read_told
 from sparsewsi.web.turns import Turn
 from sparsewsi.web.viewer import (
     BY_SLIDE,
@@ -250,6 +250,7 @@ class Handlers:
             page.coming: tuple(new),
             page.beside: False,
             page.typed_path: "",
+            page.mpp: "",  # or it would be taken for the next slide's
             page.question: ask_for_question(),
         }
         if beside:
@@ -270,6 +271,7 @@ class Handlers:
             page.facts: state_facts(desk, None, f"{', '.join(names)} · being analysed"),
             page.doubts: "",
             page.aside: None,
+            page.called: "",
             page.picks: {"pinned": [], "dropped": []},
             page.picked: UNPICKED,
         }
@@ -449,7 +451,7 @@ class Handlers:
             def opening(path: Path, slide_mpp: float | None) -> Slide:
                 return desk.open_slide(path, slide_mpp, job)
 
-            written = case.write(where, list(answers.values()), names, opening, opened.marks)
+            written = case.write(where, list(answers.values()), names, opening, opened.marks, opened.called)
             if name == BY_SLIDE:
                 with zipfile.ZipFile(folder / name, "w", zipfile.ZIP_DEFLATED) as archive:
                     for one in written:
@@ -753,6 +755,17 @@ class Handlers:
         known = [pair for pair in told if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], int)]
         opened.marks.clear()
         opened.marks |= {index: mark for index, mark in known if mark in MARKS and 0 <= index < opened.patches}
+
+    def on_called(self, called: str, opened: Opened | None, aside: Aside | None, request: gr.Request) -> None:
+        """Keep what the reader calls the case: for its report and the log of this session, and for no file's name."""
+        if opened is None or not isinstance(called, str):
+            return
+        name = " ".join(called.split())[:MOST_CALLED]
+        if name == opened.called:
+            return
+        for one in (opened, *([aside.opened] if aside else [])):
+            one.called = name
+        self.desk.record(request.session_hash, shared=False, event="name", name=name)
 
     def on_unpick(self) -> Changes:
         """Nothing is pinned or dropped any more, in the viewer too."""

@@ -14,7 +14,7 @@ from sparsewsi.report.scope import suggest
 from sparsewsi.web.cards import choose_slide
 from sparsewsi.web.chat import inert
 from sparsewsi.web.desk import Desk
-from sparsewsi.web.limits import MOST_SLIDES
+from sparsewsi.web.limits import MOST_CALLED, MOST_SLIDES
 from sparsewsi.web.viewer import slide_viewer
 
 FEWEST, MOST = 8, 256  # patches of a what-if
@@ -36,6 +36,7 @@ class Page:
     aside: gr.State  # handlers.Aside | None: what a what-if has taken the place of
     right: gr.State  # beside.Right | None: what the slide is compared with
     facts: gr.HTML
+    called: gr.Textbox  # what the reader calls the case: it goes into the report and the session's log
     gallery: gr.HTML
     upload: gr.UploadButton
     typed_path: gr.Textbox
@@ -80,15 +81,15 @@ def lay_out(desk: Desk) -> tuple[gr.Blocks, Page]:
             "right": gr.State(None),
         }
         with gr.Column(elem_id="room"):
-            facts = _lay_out_bar(desk)
+            facts, called = _lay_out_bar(desk)
             view, other = slide_viewer(elem_id="view"), slide_viewer(elem_id="other", visible=False)
             talk = _lay_out_chat(desk)
             rest = _lay_out_what_if()
             sources = _lay_out_sources(desk)
-    return demo, Page(**states, facts=facts, view=view, other=other, **sources, **talk, **rest)
+    return demo, Page(**states, facts=facts, called=called, view=view, other=other, **sources, **talk, **rest)
 
 
-def _lay_out_bar(desk: Desk) -> gr.HTML:
+def _lay_out_bar(desk: Desk) -> tuple[gr.HTML, gr.Textbox]:
     with gr.Row(elem_id="bar"):
         gr.HTML(
             "<span class='brand'>SparseWSI</span>"
@@ -96,9 +97,19 @@ def _lay_out_bar(desk: Desk) -> gr.HTML:
             "<button type='button' id='add-slide' aria-controls='sources'>Add a slide</button>",
             elem_id="brand",
         )
+        called = gr.Textbox(
+            show_label=False,
+            label="Name of the case, for the report",
+            placeholder="Name this case",
+            max_lines=1,
+            max_length=MOST_CALLED,
+            container=False,
+            min_width=120,
+            elem_id="called",
+        )
         facts = gr.HTML(state_facts(desk, None), elem_id="facts")
         gr.HTML("<span class='use'>Research use only, not for diagnosis</span>", elem_id="use")
-    return facts
+    return facts, called
 
 
 def _lay_out_sources(desk: Desk) -> dict:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any
 
+MOST_CALLED = 80  # characters of the name that a reader gives a case
 MOST_CHARS = 2000  # of a question; of its options together
 MOST_ANSWERED = 1000  # characters of an answer whose evidence is asked for; the model's own have 128 tokens at most
 MOST_OPTIONS = len(ascii_uppercase)

@@ -42,7 +42,7 @@ def _wire_slides(demo: gr.Blocks, page: Page, on: Comparing, allow_paths: bool) 
         opened.append(page.typed_path.submit(on.on_typed_path, typed, page.asked, **waiting, **EVERY))
     talk = [page.chat, page.questions, page.answers, page.compare, page.picks, page.picked, page.aside]
     cleared = [page.coming, page.view, page.opened, *talk, page.secret, page.waiting, page.facts, page.question]
-    cleared += [page.doubts, page.typed_path, page.beside, page.k, page.selector]
+    cleared += [page.called, page.mpp, page.doubts, page.typed_path, page.beside, page.k, page.selector]
     filled = [page.opened, page.view, page.facts, page.secret, page.planted, page.examples, page.starters, page.mpp]
     filled += [page.k, page.alone, page.coming, *talk]
     told = [page.opened, page.aside, page.coming]
@@ -52,8 +52,12 @@ def _wire_slides(demo: gr.Blocks, page: Page, on: Comparing, allow_paths: bool) 
         shown.success(on.on_left, None, [page.right, page.other, page.view], **QUIET, **EVERY)
         seen = [page.coming, page.opened, page.chat]
         analysed.append(shown.success(on.on_slide_shown, seen, filled, **QUIET, **WORK, **EVERY))
+    named = [page.called, page.opened, page.aside]
+    for told_of in (page.called.blur, page.called.submit):
+        told_of(on.on_called, named, None, **QUIET, **EVERY)
     for event in analysed:
         event.success(on.on_analysed, [page.opened, page.answers], None, **QUIET, **EVERY)
+        event.success(on.on_called, named, None, **QUIET, **EVERY)
         event.success(on.on_case, page.opened, [page.doubts, page.view], **QUIET, **EVERY)
         event.success(on.on_map_wanted, page.opened, page.view, **QUIET, **EVERY)
     analysed[0].success(on.on_left, None, [page.right, page.other, page.view], **QUIET)

@@ -1,5 +1,7 @@
 """What a model can be asked, and what it says where it is not sure."""
 
+import dataclasses
+
 import pytest
 
 from sparsewsi.model.limits import Limit, Limits
@@ -20,6 +22,16 @@ LIMITS = Limits(
 def test_a_question_of_no_kind_that_was_trained_is_outside(question):
     assert not within(LIMITS, question)
     assert within(Limits(), question), "a model without limits sets no scope"
+
+
+@pytest.mark.parametrize("question", ["What grade is the malignant tumour?", "How many mitoses has the malignancy?"])
+def test_a_grade_is_another_question_than_whether_there_is_a_tumour(question):
+    """Seen when it was tried: "What grade?" was answered with a kind of tumour."""
+    assert not within(LIMITS, question)
+    graded = dataclasses.replace(
+        LIMITS, kinds=(dataclasses.replace(LIMITS.kinds[0], kind="grade", words=(r"grade|mitos",)),)
+    )
+    assert within(graded, question), "a model that was validated on it may"
 
 
 @pytest.mark.parametrize(

@@ -459,6 +459,28 @@ def test_the_path_of_the_slide_before_does_not_stay_in_its_box(on, me, tmp_path)
     assert show(on, tmp_path / "a.png", "0.5", me)[on.page.typed_path] == ""
 
 
+def test_the_name_of_a_case_goes_into_its_report_and_the_sessions_log_alone(
+    on, opened, me, desk, tmp_path, monkeypatch
+):
+    """Never into a file's name or the server's log: it may name a patient."""
+    monkeypatch.setattr(desk, "log", tmp_path / "server.jsonl")
+    on.on_called("  Case 7,\n polyp " + 100 * "x", opened, None, me)
+    assert opened.called == ("Case 7, polyp " + 100 * "x")[:80]
+    opened.case.write(tmp_path, names=["report.html", "selection.json"], called=opened.called)
+    assert f"<h1>{opened.called} (slide 1)</h1>" in (tmp_path / "report.html").read_text()
+    assert "Case 7" not in (tmp_path / "selection.json").read_text()
+    assert "Case 7" in (desk.files_of(me.session_hash) / "log.jsonl").read_text()
+    assert not desk.log.exists()
+    assert not [path for path in desk.folder.rglob("*") if "Case" in path.name]
+    on.on_called("", opened, None, me)
+
+
+def test_the_resolution_typed_for_one_slide_is_not_the_next_ones(on, me, tmp_path):
+    """Seen when it was tried: after Cancel the next slide was read at the resolution typed for the one before."""
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "a.png")
+    assert on.on_slide(Asked((str(tmp_path / "a.png"),)), "0.96", None, None, None, me)[on.page.mpp] == ""
+
+
 def test_picks_can_be_cleared(on):
     assert on.on_unpick()[on.page.picks] == {"pinned": [], "dropped": []}
 
