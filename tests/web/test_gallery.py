@@ -8,7 +8,7 @@ import torch
 
 from sparsewsi.bags.bag import Bag, save_bag
 from sparsewsi.slides.refusals import SlideError
-from sparsewsi.web.desk import Desk
+from sparsewsi.web.desk import CaseSlide, Desk
 from sparsewsi.web.gallery import GALLERY, find_sample, read_gallery
 
 
@@ -80,7 +80,7 @@ def test_features_of_a_gallery_slide_are_kept_in_the_cache(desk: Desk, tmp_path:
     bag = Bag(torch.randn(9, 1280), coords, 224, 0.5, config.encoder, "slide 0a1b2c3d")
     save_bag(bag, tmp_path / f"{sample.name}-{config.encoder}-{config.mpp:g}-{config.patch_size}.safetensors")
     with desk.jobs.run("somebody", "slide") as job:
-        kept = desk._read_bag("token", str(Path(sample.address)), sample.mpp, job)
+        kept = desk._read_bag(CaseSlide("token", str(Path(sample.address)), sample.mpp), 0, job)
     assert torch.equal(kept.coords, bag.coords)
 
 
