@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import uuid
@@ -98,6 +99,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(partial, path)
         if os.name == "posix":  # the rename itself is on disk only when the folder is
             _fsync(path.parent)
+    except Exception as error:
+        # Writers in Rust, such as safetensors', tell a full disk as an error of their own.
+        number = None if isinstance(error, OSError) else re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -145,3 +145,12 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch) -> None:
     monkeypatch.setattr(Path, "expanduser", homeless)
     with pytest.raises(ValueError, match="Set SPARSEWSI_CACHE"):
         files.cache_folder()
+
+
+def test_what_a_writer_in_rust_says_of_the_disk_is_an_error_of_the_disk(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    with pytest.raises(FileNotFoundError), files.replacing(tmp_path / "a.safetensors") as partial:
+        save_file({"x": torch.zeros(1)}, partial.parent / "no folder" / "x")
+    assert list(tmp_path.iterdir()) == []

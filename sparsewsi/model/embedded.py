@@ -38,15 +38,22 @@ def embedded_folder() -> Path:
     """The folder of the embedded LLM in bfloat16 safetensors, made on first use, and made again where it is damaged.
 
     Its files are compared with the digests that were taken when they were made. Two processes may come here at once:
-    each works under its own temporary name, and the first rename wins.
+    each works under its own temporary name, and the first rename wins. Raises ValueError for a cache folder that cannot
+    be written to.
     """
     cache = cache_folder()
     final = cache / f"{EMBEDDED}-{GGUF_SHA256[:8]}"
     if is_whole(final):
         return final
-    cache.mkdir(parents=True, exist_ok=True)
-    remove_stale(cache)
-    work = Path(tempfile.mkdtemp(prefix=f".{EMBEDDED}-", dir=cache))
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        remove_stale(cache)
+        work = Path(tempfile.mkdtemp(prefix=f".{EMBEDDED}-", dir=cache))
+    except OSError as error:
+        raise ValueError(
+            f"the LLM cannot be unpacked into the cache folder {cache} ({error.strerror}). Set SPARSEWSI_CACHE to a "
+            "folder that may be written to."
+        ) from error
     try:
         unpacked = work / "model"
         _dequantise(_gguf_file(cache, work), unpacked)

@@ -80,6 +80,8 @@ def unpack(archive: Path, folder: Path, most: int = UNPACKED, look: Callable[[],
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            raise ValueError("The zip archive holds a name that is too long for this server; shorten it.") from error
         raise ValueError("The zip archive is damaged or encrypted; pack the slide again.") from error
     return _slide_in(folder)
 

@@ -125,3 +125,11 @@ def test_the_cached_llm_may_be_read_by_whom_the_umask_lets(monkeypatch, tmp_path
     finally:
         os.umask(before)
     assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o666 & ~umask}
+
+
+@pytest.mark.parametrize("place", ["file/cache", "file", "n" * 300])
+def test_a_cache_folder_that_cannot_be_written_to_is_named_with_the_remedy(tmp_path: Path, monkeypatch, place) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SPARSEWSI_CACHE", str(tmp_path / place))
+    with pytest.raises(ValueError, match="Set SPARSEWSI_CACHE"):
+        load_llm(EMBEDDED)

@@ -54,6 +54,12 @@ def archive(path: Path, entries: dict[str, bytes]) -> Path:
     return path
 
 
+def test_a_name_that_is_too_long_is_not_called_damage(tmp_path):
+    with pytest.raises(ValueError, match="too long"):
+        intake.unpack(archive(tmp_path / "a.zip", {"n" * 300 + ".svs": b"x"}), tmp_path / "unpacked")
+    assert not (tmp_path / "unpacked").exists()
+
+
 @pytest.mark.parametrize("name", ["../evil.svs", "/etc/evil", "a/../../evil", "C:/evil", "..\\evil"])
 def test_13_an_archive_that_leads_out_is_not_unpacked(name, tmp_path):
     packed_file = archive(tmp_path / "a.zip", {"good.dcm": b"x", name: b"x"})
