@@ -76,8 +76,10 @@ class Limits:
                 f"Not sure: {why}. Of all answers of this kind {found.right:.0%} "
                 f"were right ({found.low:.0%} to {found.high:.0%}, {asked})."
             )
-        right = found.right_when_sure if probs and found.least else found.right
-        return f"Of such answers {right:.0%} were right on {asked}."
+        if probs and found.least:
+            share = f"{found.sure:.0%} of all are as sure"
+            return f"Of such answers {found.right_when_sure:.0%} were right ({share}) on {asked}."
+        return f"Of such answers {found.right:.0%} were right on {asked}."
 
     def save(self, folder: str | Path) -> None:
         """Write FILE into a model's folder."""
