@@ -137,10 +137,6 @@ function drawFoci(pen) {
       hull(area.flatMap(cornersOf)).forEach(([x, y]) => pen.lineTo(x, y));
       pen.closePath();
       pen.lineJoin = "round";
-      pen.globalAlpha = 0.12;
-      pen.fillStyle = ink;
-      pen.fill();
-      pen.globalAlpha = 1;
       for (const [width, stroke] of [
         [5, DARK],
         [2.5, ink],
