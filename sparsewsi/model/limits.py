@@ -13,6 +13,16 @@ from pathlib import Path
 from sparsewsi.files import write_json
 
 FILE = "limits.json"
+WHETHER = re.compile(  # what Yes or No answers: a verb first, "whether", or no more than two words
+    r"(^|[,:;.] *)(is|are|was|were|do|does|did|has|have|can|could|any|evidence|signs?)\b|\bwhether\b|"
+    r"^\W*\w+\W*(\w+\W*)?$"
+)
+BEYOND = re.compile(  # asked of a tumour, and another question than whether there is one, unless a kind names it
+    r"\b(grad(e|ed|es|ing)|gleason|nottingham|stag(e|ed|es|ing)|(sub)?types?|margins?|nodes?|inva[ds]\w*|metasta\w*|"
+    r"mitos[ei]s|mitotic|how (many|much|large|big|deep)|ki-?67|her2|prognosis|survival|treatment|therapy|"
+    r"free of|rule out|exclude)\b",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,14 @@ class Limit:
     found: float | None = None
 
 
+def _tells(limit: Limit, text: str, options: Sequence[str]) -> bool:
+    """Whether what was validated of a kind tells anything of a question that holds its words."""
+    if BEYOND.search(text) and not BEYOND.search(" ".join([limit.kind, *limit.words])):
+        return False
+    yes_no = not options or {option.lower() for option in options} == {"yes", "no"}
+    return limit.found is None or (yes_no and WHETHER.search(text) is not None)
+
+
 @dataclass(frozen=True)
 class Limits:
     """The kinds of question a model was validated on, and the words it has for patches.
@@ -50,19 +68,24 @@ class Limits:
     vocabulary: tuple[str, ...] = ()
     alike: float = 0.0
 
-    def find(self, question: str) -> Limit | None:
-        """The kind of a question, None where it is of no validated one."""
-        text = question.lower()
-        return next((limit for limit in self.kinds if any(re.search(word, text) for word in limit.words)), None)
+    def find(self, question: str, options: Sequence[str] = ()) -> Limit | None:
+        """The kind of a question, None where it is of no validated one.
 
-    def judge(self, question: str, probs: Sequence[float] = ()) -> str:
+        Of a kind that was validated with Yes and No are only questions that these answer: "What grade is the tumour?"
+        is not of the kind of "Is there a tumour?".
+        """
+        text = question.lower().strip()
+        kinds = [limit for limit in self.kinds if any(re.search(word, text) for word in limit.words)]
+        return next((limit for limit in kinds if _tells(limit, text, options)), None)
+
+    def judge(self, question: str, probs: Sequence[float] = (), options: Sequence[str] = ()) -> str:
         """A sentence that belongs beside an answer: not sure, how often such answers were right, or not validated.
 
         probs: of the options, where there are any.
         """
         if not self.kinds:
             return ""
-        found = self.find(question)
+        found = self.find(question, options)
         if found is None:
             return "Answers to this kind of question were not validated: take this one as no more than a guess."
         asked = f"{found.slides} slides of {found.cases} cases that the model had not seen"

@@ -185,7 +185,7 @@ class Case:
         if options:
             answer = replace(answer, probs=tuple(reader.option_probs(seen, question, options).tolist()))
         if not answer.reader:
-            answer = replace(answer, limit=self.limits.judge(question, list(answer.probs)))
+            answer = replace(answer, limit=self.limits.judge(question, list(answer.probs), answer.options))
         if not evidence or not text:
             return answer
         if isinstance(reader, PictureReader):

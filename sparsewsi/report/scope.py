@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sparsewsi.model.limits import Limit, Limits
+from sparsewsi.model.limits import BEYOND, Limit, Limits
 from sparsewsi.report.answer import Answer
 
 YES_NO = ("Yes", "No")
@@ -27,12 +27,6 @@ WORDINGS = {  # of the kinds that limits.json may name: one that training used
     ),
 }
 WHERE = re.compile(r"^\s*(where|show me|point (to|at)|find|locate)\b", re.IGNORECASE)
-# What is asked of a tumour and is another question than whether there is one, unless a kind names it.
-BEYOND = re.compile(
-    r"\b(grade|grading|gleason|nottingham|stage|staging|margins?|mitos[ei]s|mitotic|how (many|much|large|big|deep)|"
-    r"ki-?67|her2|prognosis|survival|treatment|therapy)\b",
-    re.IGNORECASE,
-)
 FREE = re.compile(r"\b(describe|description|caption|what (do you|can be) see)", re.IGNORECASE)
 NO_MATTER = re.compile(
     r"\b(where|is|are|the|a|an|any|show|me|point|to|at|find|locate|there|in|this|slide|of)\b|[^\w\s]"
@@ -64,11 +58,11 @@ def within(limits: Limits, question: str, options: Sequence[str] = ()) -> bool:
 
     A model that states no limits sets no scope.
     """
-    kind = limits.find(question)
-    beyond = BEYOND.search(question)
-    if beyond and limits.kinds and not (kind and BEYOND.search(" ".join([kind.kind, *kind.words]))):
+    if not limits.kinds or limits.find(question) is not None:
+        return True
+    if BEYOND.search(question):
         return False
-    if not limits.kinds or kind is not None or FREE.search(question):
+    if FREE.search(question):
         return True
     asked = " ".join([question, *options]).lower()
     return any(re.search(rf"\b{re.escape(word)}\b", asked) for word in limits.vocabulary)
@@ -83,7 +77,7 @@ def find_target(question: str) -> str:
 
 def put_as_presence(limits: Limits, target: str) -> Suggestion | None:
     """The question whose "Yes" is pointed at for a target; None for one that the model has no word for."""
-    found = limits.find(target)
+    found = limits.find(f"Is there {target}?")
     if found is not None and WORDINGS.get(found.kind, ("", ()))[1] == YES_NO:
         return Suggestion(WORDINGS[found.kind][0], YES_NO)
     if any(word in target for word in limits.vocabulary):
@@ -94,7 +88,7 @@ def put_as_presence(limits: Limits, target: str) -> Suggestion | None:
 def word_answer(answer: Answer, limits: Limits) -> str:
     """The first line of an answer: the answer itself or, where the model was not often right when so unsure, the two
     likeliest options; of yes and no the likelier, as both tell nothing."""
-    found = limits.find(answer.question)
+    found = limits.find(answer.question, answer.options)
     if found is None or not answer.text:
         return answer.text
     if _unsure(answer, found):

@@ -1,5 +1,6 @@
 """What an artefact says of its own answers, and the words it has for patches."""
 
+import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,26 @@ def test_an_answer_comes_with_what_validation_found() -> None:
     assert "80%" in TOLD.judge("Is it malignant?")
     assert "not validated" in TOLD.judge("How old is the patient?", [0.5, 0.5])
     assert Limits().judge("Is it malignant?") == ""
+
+
+@pytest.mark.parametrize(
+    ("question", "options", "validated"),
+    [
+        ("Is there cancer?", (), True),
+        ("Is there cancer?", ("No", "Yes"), True),
+        ("Cancer?", (), True),
+        ("Can you say whether this is cancer?", (), True),
+        ("What grade is the cancer?", (), False),
+        ("Name the cancer that this is.", (), False),
+        ("Can you grade the cancer?", (), False),
+        ("Are the margins free of cancer?", (), False),
+        ("Is this cancer?", ("lymphoma", "melanoma"), False),
+    ],
+)
+def test_what_was_validated_with_yes_and_no_tells_nothing_of_other_questions(question, options, validated) -> None:
+    told = Limits((dataclasses.replace(MALIGNANT, found=0.4),))
+    assert (told.find(question, options) is not None) == validated
+    assert ("not validated" in told.judge(question, options=options)) != validated
 
 
 def test_limits_survive_their_file_and_a_broken_one_is_named(tmp_path: Path) -> None:
