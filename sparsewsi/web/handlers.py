@@ -678,12 +678,15 @@ class Handlers:
         target, yes = find_target(question.text), answer.probs[0] if answer.probs else 0.0
         if yes <= 0.5 or not answer.effects:
             return f"The model does not find {target} (Yes: {yes:.0%})", None
+        found = case.limits.find(question.put)
+        sure = answer.rests != "not" and (found is None or yes >= found.least)
+        here = "Here:" if sure else f"Not sure (Yes: {yes:.0%}), if anywhere:"
         focus = max(answer.foci, key=lambda one: one.effect, default=None)
         best = int(np.argmax(answer.effects))
         if focus is not None and focus.effect >= answer.effects[best]:
-            return f"Here: focus {focus.name}", {"name": focus.name, "nonce": uuid.uuid4().hex}
+            return f"{here} focus {focus.name}", {"name": focus.name, "nonce": uuid.uuid4().hex}
         rank = int(case.selection.ranks[best])
-        return f"Here: #{rank}", {"rank": rank, "nonce": uuid.uuid4().hex}
+        return f"{here} #{rank}", {"rank": rank, "nonce": uuid.uuid4().hex}
 
     def on_answered(self, request: gr.Request) -> Changes:
         """The answer has come, or will not: the box is for the next question, if that has not been asked already."""

@@ -419,10 +419,20 @@ def test_where_is_the_tumour_is_answered_by_pointing(on, limited, me):
     *_, last = on.on_asked(limited, asked[page.chat], asked[page.questions], {}, me)
     answer, said = last[page.answers][1], chat.text_of(last[page.chat][-1])
     if answer.probs[0] > 0.5:
-        assert said.startswith("Here:")
+        assert said.startswith(("Here:", "Not sure (Yes:"))
         assert last[page.view].props["focus"]
     else:
         assert said.startswith("The model does not find carcinoma")
+
+
+@pytest.mark.parametrize(("yes", "without_all", "said"), [(0.9, 3.0, "Here: #"), (0.56, 3.0, "Not"), (0.9, 0.0, "Not")])
+def test_a_place_that_the_model_is_not_sure_of_is_told_as_such(on, opened, yes, without_all, said):
+    limits = Limits((Limit("carcinoma", ("carcinoma",), 22, 19, 0.77, 0.58, 0.95, least=0.63, found=0.4),))
+    case = dataclasses.replace(opened.case, limits=limits)
+    where = chat.Question("Where is the carcinoma?", ("Yes", "No"), put="Does this slide contain carcinoma?")
+    effects = (0.01,) * len(case.selection.indices)
+    answer = Answer(where.put, "Yes", where.options, (yes, 1 - yes), effects, without_all=without_all)
+    assert on._put_first(answer, where, case)[0].startswith(said)
 
 
 def test_an_organ_is_never_told_for_certain_below_the_models_own_threshold(on, limited, me):
