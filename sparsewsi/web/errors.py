@@ -19,7 +19,7 @@ def explain_errors() -> Iterator[None]:
         raise
     except (ValueError, OSError, RuntimeError) as error:
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        text = " ".join(text.split()).replace("Pass slide_mpp=", 'Fill in "Scan µm/px" and press Enter')
+        text = " ".join(text.split()).replace("Pass slide_mpp=", 'Fill in "Scan µm/px" (under Open) and press Enter')
         text = text[:1].upper() + text[1:] if text.split(" ")[0].isalpha() else text  # a file's name stays as it is
         raise gr.Error(text, duration=30, print_exception=False) from error
     except Exception as error:  # a defect: the server's log has the rest
