@@ -108,6 +108,8 @@ class OpenSlideSource:
         if self.vendor in TIFF_VENDORS:
             doubts, suspects = self._look_at_pages()
         found, more = measure_downsamples(sizes, self._read_cheaply, suspects)
+        if None in found:  # it may be the level before it that shows something else
+            found, more = measure_downsamples(sizes, self._read_cheaply, range(1, len(sizes)))
         kept = [level for level, scale in enumerate(found) if scale is not None]
         self._levels = tuple(kept)
         self._stated, self._own_downsamples = tuple(sizes[i] for i in kept), tuple(own[i] for i in kept)

@@ -128,6 +128,13 @@ def test_a_level_that_shows_nothing_where_the_slide_does_is_left_out(tmp_path, f
         assert "not this slide" in slide.warnings[0]
 
 
+def test_an_empty_level_in_the_middle_does_not_cost_the_good_one_behind_it(tmp_path):
+    empty = np.full_like(reduce(SLIDE, 2), 255)
+    with open_slide(write(tmp_path / "a.tif", [(SLIDE, 0), (empty, 1), (reduce(SLIDE, 4), 1)])) as slide:
+        assert slide.level_downsamples == (1.0, 4.0)
+        assert "750 x 420" in slide.warnings[0]
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("size", [(750, 420), (375, 210), (450, 450), (600, 300)])
 def test_a_label_is_no_level(tmp_path, size, seed):
