@@ -161,8 +161,8 @@ def beside_encoding(address: str, pid: int) -> None:
     print(f"{len(every)} questions: median {every[len(every) // 2]:.1f} s, longest {every[-1]:.1f} s (limit 5 s)")
     print(f"encoded meanwhile: {patches[-1] if patches else 'nothing'} patches; still at it: {work.is_alive()}")
     alive.clear()
+    work.join(10)  # it hears of that with the next line of the server's
     left = time.perf_counter()
-    work.join(10)
     print(f"left: processor free after {seconds_until_idle(process, left):.1f} s (limit 2 s)")
 
 

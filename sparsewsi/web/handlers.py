@@ -873,7 +873,7 @@ class Handlers:
             answer = desk.measure(other, turns, text, given, job.name)
             shown, pointed = self._put_first(answer, question, other)
             answers = {1: answer}
-            asked = dataclasses.asdict(answer) | {"what_if": label}
+            asked: dict[str, Any] = dataclasses.asdict(answer) | {"what_if": label}
             desk.record(session, event="ask", slide=other.bag.slide, **asked)
             self.on_analysed(mine, answers, request)
             yield {

@@ -32,7 +32,7 @@ from sparsewsi import phantom
 from sparsewsi.model.embedded import embedded_folder
 from sparsewsi.report.phantom import PRESENT_QUESTION, QUESTIONS
 from sparsewsi.web.desk import Desk
-from sparsewsi.web.gallery import read_gallery
+from sparsewsi.web.gallery import Sample, read_gallery
 from sparsewsi.web.page import build_page
 from sparsewsi.web.serve import launch_settings
 
@@ -894,7 +894,7 @@ def test_the_readers_own_impression_goes_before_the_answer_and_into_the_log(read
 
 
 @pytest.fixture
-def stand_in_gallery(tiny_model, cached_phantom, tmp_path, monkeypatch) -> Iterator[tuple[str, Path]]:
+def stand_in_gallery(tiny_model, cached_phantom, tmp_path, monkeypatch) -> Iterator[tuple[str, Sample]]:
     """A page whose gallery's slides lie on a server of this machine, in place of those of the Pathology Atlas."""
     import functools
     from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -930,10 +930,10 @@ def write_deep_zoom(folder: Path, pixels: np.ndarray, tile: int = 256) -> None:
     for level in range((max(picture.size) - 1).bit_length(), -1, -1):
         (folder / "HE_files" / str(level)).mkdir(parents=True)
         for column, row in itertools.product(*(range(-(-side // tile)) for side in picture.size)):
-            box = (column * tile, row * tile, (column + 1) * tile, (row + 1) * tile)
-            part = picture.crop((*box[:2], *map(min, box[2:], picture.size)))
+            right, lower = min((column + 1) * tile, picture.width), min((row + 1) * tile, picture.height)
+            part = picture.crop((column * tile, row * tile, right, lower))
             part.save(folder / "HE_files" / str(level) / f"{column}_{row}.jpeg", quality=85)
-        picture = picture.resize(tuple(max(1, -(-side // 2)) for side in picture.size), Image.Resampling.BOX)
+        picture = picture.resize((-(-picture.width // 2), -(-picture.height // 2)), Image.Resampling.BOX)
     (folder / "HE.dzi").write_text(
         f'<Image xmlns="http://schemas.microsoft.com/deepzoom/2008" Format="jpeg" Overlap="0" TileSize="{tile}">'
         f'<Size Width="{pixels.shape[1]}" Height="{pixels.shape[0]}"/></Image>'
