@@ -5,6 +5,7 @@ OpenVINO is missing, torch does, in three to four times the time (benchmarks/enc
 alike to 1e-4 in float32, in bfloat16 with a cosine above 0.9995, nearer to each other than to float32.
 """
 
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -155,6 +156,8 @@ def compile_lite0(network: Any, chunk: int, dtype: torch.dtype) -> Callable[[Ten
     dtype: bfloat16 or float32, what it multiplies in; OpenVINO's own choice would be float16 on ARM.
     None where OpenVINO is not installed.
     """
+    # Its import alone tells Intel and Google that it is used: what it would tell them by goes missing instead.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # as import does it
     try:
         from openvino import Core
     except ImportError:

@@ -1,5 +1,7 @@
 """EfficientNet-Lite0 is the published network, the same for a patch alone or in a batch, on OpenVINO and on torch."""
 
+import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -145,3 +147,18 @@ def test_damaged_weights_are_refused_in_a_sentence(tmp_path: Path):
             path.write_bytes(content)
         with pytest.raises(ValueError, match=r"The weights of efficientnet-lite0-he .* cannot be read"):
             load_efficientnet_lite0_he(torch.device("cpu"), path)
+
+
+def test_who_encodes_is_counted_by_nobody(tmp_path):
+    """OpenVINO counts its uses in the home folder, under a number of this user's, and tells its makers at import."""
+    program = """
+import sys
+import numpy as np
+from sparsewsi.bags.encoders import load_encoder
+load_encoder("efficientnet-lite0-he", device="cpu")(np.zeros((1, 224, 224, 3), np.uint8))
+assert "openvino" in sys.modules and "openvino_telemetry.main" not in sys.modules
+"""
+    command, home = [sys.executable, "-c", program], {"HOME": str(tmp_path), "USERPROFILE": str(tmp_path)}
+    ended = subprocess.run(command, env={**os.environ, **home}, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert not list(tmp_path.rglob("*"))
