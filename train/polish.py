@@ -40,7 +40,7 @@ from train.data.real import SlideFacts, SlideStream, describe, load_slides
 from train.data.stream import MosaicStream
 from train.data.tumours import ask_tumours
 from train.flags import add_flag, make_parser, run_command
-from train.run import complete_settings, prepare, record_metrics, take_step
+from train.run import complete_settings, prepare, read_metrics, record_metrics, take_step
 from train.run_folder import hold
 from train.sharpen import average
 
@@ -179,8 +179,8 @@ def polish(config: TrainConfig, data: HardToKnow, banks: Sequence[Bank]) -> Path
             examples = [data.example(step * config.accumulation + i) for i in range(config.accumulation)]
             noise = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
             keep = functools.partial(keep_some, generator=noise)
-            metrics = take_step(stage, optimizer, examples, config, step, keep)
-            record(metrics | {"step": step, "seconds": time.perf_counter() - began})
+            (metrics,) = read_metrics([{"step": step} | take_step(stage, optimizer, examples, config, step, keep)])
+            record(metrics | {"seconds": time.perf_counter() - began})
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
                 ended = Ended(config.kernel, config.gate, config.denoiser, config.tau_end)
                 save_state(out, step + 1, stage.model, stage.sparselearn, optimizer, ended, config.keep)

@@ -50,7 +50,7 @@ def describe_truth(truth: phantom.GroundTruth, bag: Bag, selection: Selection, n
             *head,
             f"- Most of the tissue: **{name_kind(truth.dominant)}**",
             f"- Hidden foci: **{hidden}**",
-            f"- The {len(kept)} selected patches: {shown or 'none'}",
+            f"- The model's own {len(kept)} patches: {shown or 'none'}",
         ]
     )
 

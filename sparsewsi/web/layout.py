@@ -263,7 +263,7 @@ def state_facts(desk: Desk, case: Case | None, doing: str = "", wrong: bool = Fa
             told += f" · keeps {desk.config.num_tokens} patches"
         return f"<div class='facts'><span>{html.escape(told)}</span></div>"
     kept, total = len(case.selection.indices), case.selection.num_patches
-    parts = [f"{kept:,} of {total:,} patches", f"{case.bag.mpp:.3g} µm/px" if case.bag.mpp else "scale unknown"]
+    parts = [f"{kept:,} of {total:,} patches", f"read at {case.bag.mpp:.3g} µm/px" if case.bag.mpp else "scale unknown"]
     told = "".join(f"<span>{html.escape(part)}</span>" for part in [*parts, f"model {desk.title}"])
     name = f"Case of {len(case.bag.parts)} slides" if case.bag.parts else case.bag.slide
     return (

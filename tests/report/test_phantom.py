@@ -19,11 +19,11 @@ def test_the_truth_of_a_phantom_is_told_and_of_a_real_slide_nothing():
     text = describe_truths([truth], bag, selection)
     assert name_kind(truth.dominant) in text
     assert all(name_kind(kind) in text for kind in truth.present)
-    assert "The 5 selected patches" in text
+    assert "The model's own 5 patches" in text
     assert describe_truths([None], bag, selection) == ""
     case = join([bag, replace(bag, slide="b"), replace(bag, slide="c")])
     both = describe_truths([truth, None, truth], case, selection)
-    assert re.findall(r"Slide (\d)|The (\d) selected", both) == [("1", ""), ("", "5"), ("3", ""), ("", "0")]
+    assert re.findall(r"Slide (\d)|own (\d) patches", both) == [("1", ""), ("", "5"), ("3", ""), ("", "0")]
 
 
 def test_one_option_of_a_phantoms_own_question_is_right():
