@@ -211,7 +211,9 @@ def test_several_slides_are_one_case_in_which_each_patch_knows_its_slide(tiny_mo
         assert 0 <= int(row["y"]) < 1024
     found = [len(json.loads((out / name).read_text())["features"]) for name in sorted(squares)]
     assert found == [sum(row["slide"] == name for row in rows) for name in ("phantom 3", "phantom 4")]
-    assert "phantom 4: x" in (out / "report.html").read_text() or not found[1]
+    report = (out / "report.html").read_text()
+    assert "Slide 2 (phantom 4)" in report
+    assert "slide 2: x" in report or not found[1]
     again = [str(tiny_slide), str(other), "--model", str(tiny_model), "--out", str(tmp_path / "again")]
     assert main([*again, "--replay", str(out / "selection.json")]) == 0
     assert (tmp_path / "again" / "patches.csv").read_text() == (out / "patches.csv").read_text()

@@ -266,16 +266,19 @@ class SparseWSI(nn.Module):
         return sorted({end_of_turn(self.tokenizer), *given})
 
     @torch.no_grad()
-    def option_probs(self, selection: Selection, question: str, options: Sequence[str]) -> Tensor:
+    def option_probs(
+        self, selection: Selection, question: str | Sequence[Mapping[str, str]], options: Sequence[str]
+    ) -> Tensor:
         """Probability of each option as the answer, (n_options,) float32 on the CPU, sums to 1; an empty option gets 0.
 
+        question: in words, or the whole chat with it as the last turn, as `answer` was given it
         config.option_scoring: "text": softmax over the mean log-likelihood per token of the option's text, with the end
         of the turn, as the assistant's answer; "letter": softmax over the logits of the options' letters.
         """
         if not any(option.strip() for option in options):
             raise ValueError(f"option_probs needs at least one option that is not empty, got {list(options)!r}.")
-        prompt = build_prompt(self.tokenizer, [{"role": "user", "content": question}], options)
-        return self._option_probs(selection, prompt, options)
+        chat = [{"role": "user", "content": question}] if isinstance(question, str) else question
+        return self._option_probs(selection, build_prompt(self.tokenizer, chat, options), options)
 
     def _choose(self, selection: Selection, prompt: Prompt, options: Sequence[str]) -> Iterator[str]:
         with torch.no_grad():

@@ -116,10 +116,13 @@ class PictureReader:
         """The assistant's next turn, piece by piece. Raises ValueError for messages that are not a chat."""
         return self.stream(lay_out_turns(pictures, self._shown(pictures), messages, options))
 
-    def option_probs(self, pictures: Pictures, question: str, options: Sequence[str]) -> Tensor:
-        """Probability of each option, (n,) float32: softmax over mean log-likelihoods; an empty option gets 0."""
+    def option_probs(self, pictures: Pictures, question: str | Messages, options: Sequence[str]) -> Tensor:
+        """Probability of each option, (n,) float32: softmax over mean log-likelihoods; an empty option gets 0.
+
+        question: in words, or the whole chat with it as the last turn
+        """
         real = [number for number, option in enumerate(options) if option.strip()]
-        asked = [{"role": "user", "content": question}]
+        asked = [{"role": "user", "content": question}] if isinstance(question, str) else question
         turns = lay_out_turns(pictures, self._shown(pictures), asked, options)
         totals, lengths = self.score(turns, [options[number].strip() for number in real], True)
         probs = torch.zeros(len(options))

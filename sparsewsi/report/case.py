@@ -61,7 +61,7 @@ class Reader(Protocol):
         self, selection: Selection, messages: Messages, options: Sequence[str] | None = None
     ) -> Iterator[str]: ...
 
-    def option_probs(self, selection: Selection, question: str, options: Sequence[str]) -> Tensor: ...
+    def option_probs(self, selection: Selection, question: str | Messages, options: Sequence[str]) -> Tensor: ...
 
     def leave_one_out(
         self,
@@ -183,7 +183,7 @@ class Case:
                 return replace(answer, evidence=unknown if evidence and text else "")
         seen: Any = pictures or self._show(reader) if isinstance(reader, PictureReader) else self.selection
         if options:
-            answer = replace(answer, probs=tuple(reader.option_probs(seen, question, options).tolist()))
+            answer = replace(answer, probs=tuple(reader.option_probs(seen, messages, options).tolist()))
         if not answer.reader:
             answer = replace(answer, limit=self.limits.judge(question, list(answer.probs), answer.options))
         if not evidence or not text:

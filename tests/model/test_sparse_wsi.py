@@ -453,6 +453,14 @@ def test_with_options_the_answer_is_the_likeliest_of_them(model: SparseWSI) -> N
     selection = model.select(make_bag())
     probs = model.option_probs(selection, CHAT[0]["content"], OPTIONS)
     assert "".join(model.answer(selection, [CHAT[0]], OPTIONS)) == OPTIONS[int(probs.argmax())]
+    assert torch.equal(probs, model.option_probs(selection, [CHAT[0]], OPTIONS))
+    found = set()
+    for earlier in ("Fat?", "Is there a liver here, and is it normal?", "no"):  # also after other questions
+        chat = [{"role": "user", "content": earlier}, {"role": "assistant", "content": earlier}, CHAT[0]]
+        after = model.option_probs(selection, chat, OPTIONS)
+        assert "".join(model.answer(selection, chat, OPTIONS)) == OPTIONS[int(after.argmax())]
+        found.add(tuple(after.tolist()))
+    assert len(found | {tuple(probs.tolist())}) == 4
 
 
 def test_the_models_own_selection_is_mmr_where_it_has_a_diversity(make_model: MakeModel) -> None:
