@@ -55,15 +55,17 @@ def in_batches(path: str, side: int, px: int, places: list[tuple[int, int]], con
     """Speed and a digest of the px of all places, by CPU seconds, also the child's."""
     from sparsewsi.slides.confined import ConfinedSlide, open_confined
     from sparsewsi.slides.slide import open_slide
-    from sparsewsi.web.viewer import Slides
 
+    page: Any = None
     if batch == TILES:
-        places = sorted({(x // TILE, y // TILE) for x, y in places})  # column, row
+        from sparsewsi.web.viewer import Slides  # it takes seconds to import
+
+        page, places = Slides(), sorted({(x // TILE, y // TILE) for x, y in places})  # column, row
     with (open_confined if confined else open_slide)(path) as slide:
         mpp, digest, seconds = slide.require_mpp() * side / px, hashlib.sha256(), 0.0
         child = slide.process.pid if isinstance(slide, ConfinedSlide) else None
-        page, step = Slides(), max(1, batch)
-        token = page.add(path, "reader", slide)
+        step = max(1, batch)
+        token = page.add(path, "reader", slide) if page else ""
 
         def read(first: int) -> Any:
             if batch == TILES:
