@@ -102,4 +102,6 @@ def word_answer(answer: Answer, limits: Limits) -> str:
 def _unsure(answer: Answer, found: Limit) -> bool:
     if answer.probs:
         return max(answer.probs) < found.least
-    return found.right < 0.5  # in words, without a probability: as good as such answers are
+    return (
+        found.right < 0.5 or found.sure < 0.5
+    )  # in words, without a probability: as good, as sure as such answers are

@@ -86,6 +86,14 @@ def test_what_organ_is_this_is_never_told_for_certain_by_a_model_that_is_mostly_
 
 
 @pytest.mark.parametrize(
+    ("share", "told"), [(0.04, "Not sure; perhaps: Yes"), (0.4, "Not sure; perhaps: Yes"), (0.9, "Yes")]
+)
+def test_an_answer_in_words_is_as_sure_as_such_answers_are(share, told):
+    limits = dataclasses.replace(LIMITS, kinds=(dataclasses.replace(LIMITS.kinds[0], least=0.9, sure=share),))
+    assert word_answer(Answer("Is this malignant?", "Yes"), limits) == told
+
+
+@pytest.mark.parametrize(
     ("without_all", "effects", "foci", "rests"),
     [
         (3.0, (0.1,), (), "strongly"),
