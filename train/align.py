@@ -85,7 +85,8 @@ class Alignment:
             slide = self.real.draw(generator)
             bags.append(self.real.draw_features(slide, PATCHES, generator)[0])
             slides.append(slide)
-        seen = self.see(torch.cat(bags)).unflatten(0, (BAGS, PATCHES)).mean(1)  # (B, H)
+        patches = self.see(torch.cat(bags)).split([len(bag) for bag in bags])  # a small slide has fewer than PATCHES
+        seen = torch.stack([some.mean(0) for some in patches])  # (B, H)
         loss = seen.new_zeros(())
         for kind, (high, low) in POLES.items():
             told = [number for number, slide in enumerate(slides) if slide.facts[kind]]
@@ -133,7 +134,7 @@ def align(
     torch.manual_seed(seed)
     parameters = [*model.slide_encoder.parameters(), *model.projector.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    schedule = one_cycle(optimizer, lr, steps)
     loss = torch.zeros(())
     for _ in range(steps):
         loss = alignment.loss(generator)
@@ -143,6 +144,13 @@ def align(
         optimizer.step()
         schedule.step()
     return loss.item()
+
+
+def one_cycle(optimizer: torch.optim.Optimizer, lr: float, steps: int) -> torch.optim.lr_scheduler.OneCycleLR:
+    """The rate rises for a tenth of the steps, two at least, then falls. Raises ValueError for fewer than three."""
+    if steps < 3:
+        raise ValueError(f"the rate rises and falls again, which takes 3 steps at least, not {steps}.")
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=max(0.1, 2 / steps))
 
 
 @torch.no_grad()

@@ -214,7 +214,7 @@ def demo_stage2() -> TrainConfig:
     """
     return TrainConfig(
         stage=2, out="runs/demo2", init="runs/demo1/checkpoints/last", steps=280, accumulation=12, questions_per_bag=3,
-        dim=256, lr=1e-3, lr_lora=1e-3, lora_rank=16, lora_alpha=32, dense=0.25, anneal=0.35, hard=0.4, tau_start=1.0,
+        lr=1e-3, lr_lora=1e-3, lora_rank=16, lora_alpha=32, dense=0.25, anneal=0.35, hard=0.4, tau_start=1.0,
         tau_end=0.05, k_start=0.75, patches_start=12, patches=80, patches_hard=384, curriculum=0.6, real_slides=0.4,
         open_world=0.5, keep_aligned=0.3, checkpoint_every=20, keep=8,
     )  # fmt: skip

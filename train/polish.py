@@ -221,16 +221,18 @@ def main() -> None:
     parser.add_argument("--unseen", type=Path, required=True, help="bank of python -m train.unseen")
     parser.add_argument("--phantoms", type=Path, required=True, help="folder of python -m train.data.phantoms")
     parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--accumulation", type=int, default=12, help="bags of a step")
     parser.add_argument("--lr", type=float, default=4e-4)
+    parser.add_argument("--checkpoint_every", type=int, default=10, help="steps")
     parser.add_argument("--average", type=int, default=5, help="number of last checkpoints that are averaged")
     parser.add_argument("--diversity", type=float, default=30.0, help="of the written model's selection")
     add_flag(parser, "--seed")
     given = parser.parse_args()
     config = TrainConfig(
-        stage=2, out=str(given.folder), init=str(given.start), steps=given.steps, accumulation=12, questions_per_bag=3,
-        seed=given.seed, banks=list(map(str, given.banks)), slides=str(given.slides), lr=given.lr, lr_lora=given.lr,
-        lora_rank=16, lora_alpha=32, dense=0.0, anneal=0.0, hard=1.0, tau_start=0.05, tau_end=0.05, warmup=0.1,
-        keep_aligned=0.3, checkpoint_every=10, keep=given.average, dim=256,
+        stage=2, out=str(given.folder), init=str(given.start), steps=given.steps, accumulation=given.accumulation,
+        questions_per_bag=3, seed=given.seed, banks=list(map(str, given.banks)), slides=str(given.slides),
+        lr=given.lr, lr_lora=given.lr, lora_rank=16, lora_alpha=32, dense=0.0, anneal=0.0, hard=1.0, tau_start=0.05,
+        tau_end=0.05, warmup=0.1, keep_aligned=0.3, checkpoint_every=given.checkpoint_every, keep=given.average,
     )  # fmt: skip
     banks = [load_bank(path, "train") for path in given.banks]
     data = open_stream(banks, given.slides, given.unseen, given.phantoms, given.seed, config.questions_per_bag)

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparsewsi.model.sparse_wsi import SparseWSI
-from train.align import POLES, SHARPNESS, word_of
+from train.align import POLES, SHARPNESS, one_cycle, word_of
 from train.checkpoint import latest, load_state
 from train.data.bank import Bank, load_bank
 from train.data.open_world import GLASS, WITHOUT, OpenWorld, absent_slides
@@ -67,7 +67,7 @@ def sharpen(
     sparselearn.requires_grad_(False)
     model.scorer.requires_grad_(True)
     optimizer = torch.optim.AdamW(model.scorer.parameters(), lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    schedule = one_cycle(optimizer, lr, steps)
     k, losses, began = model.config.num_tokens, [], time.time()
     for step in range(steps):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -106,7 +106,7 @@ def sharpen(
         torch.nn.utils.clip_grad_norm_(model.scorer.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
         if (step + 1) % 20 == 0:
             print(f"step {step + 1}: loss {np.mean(losses[-20:]):.3f}, {time.time() - began:.0f} s", flush=True)
     return float(np.mean(losses[-max(1, steps // 10) :]))
@@ -163,6 +163,8 @@ def main() -> None:
     slides = tuple(slide for slide in slides if any(slide.facts.values()))
     clean = [slide.slide for slide in slides if slide.facts["carcinoma"] == slide.facts["malignant"] == "No"]
     real_banks: list[Bank] = [each for each in banks if each.origin == "real"]
+    if not real_banks:
+        raise ValueError("--banks holds no bank of labelled tiles; sharpening needs one (python -m train.data.mosaic).")
     world = OpenWorld(real_banks[0], absent_slides(bank, clean), given.seed)
     closed = MosaicStream(banks, given.seed, 2)
     real = SlideStream(bank, slides, given.seed)
