@@ -15,6 +15,7 @@ except ImportError:  # Windows
 
 PREFIX = "sparsewsi-"
 TIDY_EVERY, UNOPENED = 60.0, 900.0  # s
+TRIES = 3
 
 
 @contextmanager
@@ -29,7 +30,11 @@ def make_folder() -> Iterator[Path]:
     ):
         if fcntl is not None:
             fcntl.flock(held, fcntl.LOCK_EX)  # let go by the system, however the process ends
-        yield Path(name)
+        try:
+            yield Path(name)
+        finally:
+            for _ in range(TRIES):  # who is still at work may write into it meanwhile
+                shutil.rmtree(name, ignore_errors=True)
 
 
 def _is_held(folder: Path) -> bool:

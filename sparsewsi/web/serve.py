@@ -25,6 +25,7 @@ from sparsewsi.web.page import build_page
 from sparsewsi.web.uploads import Uploads
 from sparsewsi.web.viewer import PAGE_CSS, theme
 
+ENDED_BY = {signal.SIGTERM: 0, signal.SIGINT: 130}  # and the status then
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -108,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve the app until it is interrupted; returns the exit status."""
     share_heaps()
     on_space = bool(os.environ.get("SPACE_ID"))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # a service that is stopped leaves no slide behind
+    for number in ENDED_BY:
+        signal.signal(number, _end)  # a service that is stopped leaves no slide behind
     try:
         flags = read_flags(argv, on_space)
         read_logins(flags.auth)
@@ -124,7 +126,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2
+    except _Ended as ended:
+        # Threads that are in C++, encoding or answering, would be ended there by a usual exit, which aborts.
+        os._exit(ended.status)
     return 0
+
+
+class _Ended(BaseException):
+    """The server was told to end."""
+
+    def __init__(self, status: int):
+        self.status = status
+
+
+def _end(number: int, _frame: object) -> None:
+    """End, once: a second signal does not disturb the deleting. Work that fails for that is nobody's any more."""
+    for one in ENDED_BY:
+        signal.signal(one, signal.SIG_IGN)
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    raise _Ended(ENDED_BY[signal.Signals(number)])
 
 
 def serve(desk: Desk, flags: argparse.Namespace) -> None:
