@@ -51,11 +51,14 @@ from sparsewsi.web.turns import Turns
 from sparsewsi.web.viewer import PICTURES, Slides
 
 Messages = Sequence[Mapping[str, str]]
+Talk = tuple[list, Mapping[int, Any], Mapping[int, Answer]]  # a chat, its questions and answers, by their place in it
+Exchange = tuple[str, str, str]  # of which slides, what was asked, what was answered
 MOST_OPENED, MOST_FEATURES = 512, 512 << 20  # analysed slides that are kept, and bytes of their features
 MOST_PATCHES = 200_000  # of a case; their features take half a GB
 BATCH = 16  # patches that are encoded in one turn: who waits for theirs waits so long
 MOST_DECODED = 192 << 20  # bytes of px of all PNG and JPEG slides that are open: one of 8,192 x 8,192 px
 MOST_GONE = 10_000  # sessions that are remembered to have ended
+LEFT_FOR, MOST_LEFT, MOST_LEFT_FEATURES = 600.0, 64, 256 << 20  # s that a closed page's case is kept, how many, bytes
 MOST_LOGGED, MOST_LOGGED_IN_ALL = 1 << 20, 1 << 30  # bytes of a session's log, and of the server's
 
 
@@ -90,6 +93,8 @@ class Opened:
         self._beside: weakref.WeakSet[Opened] = weakref.WeakSet()
         self.marks: dict[int, str] = {}  # by index of a patch: what the reader says of it
         self.called = ""  # what the reader calls the case
+        self.talk: Talk = ([], {}, {})
+        self.earlier: tuple[Exchange, ...] = ()  # what was answered while the case had other slides
 
     @property
     def case(self) -> Case:
@@ -114,7 +119,7 @@ class Opened:
 
     def take_marks(self, before: "Opened") -> None:
         """Keep what the reader said of the case before, and of the patches of its slides that are still there."""
-        self.called = before.called
+        self.called, self.earlier = before.called, before.earlier
         starts = dict(self._starts())
         for token, start in before._starts():
             count = next((len(one.bag.coords) for one in self.slides if one.token == token and one.bag), 0)
@@ -138,6 +143,29 @@ class Opened:
         self.slides = tuple(replace(one, bag=None) for one in self.slides)
         for other in list(self._beside):
             other.close()
+
+
+@dataclass(frozen=True, eq=False)
+class Left:
+    """A case whose page was closed or loaded anew, for a while and for who shows one of its tokens.
+
+    slides: those that can be opened again; with their patches, where these are nobody else's to see
+    lost:   how many were uploaded, and are deleted
+    kept:   indices of its patches; None if it was not wholly analysed
+    """
+
+    tokens: frozenset[str]
+    slides: tuple[CaseSlide, ...]
+    lost: int
+    kept: tuple[int, ...] | None
+    talk: Talk
+    earlier: tuple[Exchange, ...]
+    called: str
+    since: float
+
+    @property
+    def bytes(self) -> int:
+        return sum(one.bag.features.nbytes for one in self.slides if one.bag)
 
 
 class Desk:
@@ -175,6 +203,8 @@ class Desk:
         self._here: set[str] = set()  # sessions with an open page
         self._asked: dict[str, float] = {}  # by session: when it last asked for something (time.monotonic)
         self._openings: dict[str, object] = {}  # by session: the slide that was asked for last
+        self._shown: dict[str, list[CaseSlide]] = {}  # by session: of its case, in order
+        self._left: OrderedDict[str, Left] = OrderedDict()  # by session, which has ended
         self._images: weakref.WeakSet[Slide] = weakref.WeakSet()
         self._loading, self._writing, self._weighing = threading.Lock(), threading.Lock(), threading.Lock()
         self._loaded: tuple[Model, PatchEncoder] | None = None
@@ -344,7 +374,9 @@ class Desk:
         if job.ended:
             self.slides.drop(job.token)
             raise Halted
-        return replace(one, token=job.token, props=one.props | {"token": job.token})
+        shown = replace(one, token=job.token, props=one.props | {"token": job.token})
+        self._shown[job.session] = [*(self._shown.get(job.session, []) if beside else []), replace(shown, bag=None)]
+        return shown
 
     def drop_upload(self, file: str | Path) -> None:
         """Delete what was uploaded and read; what was not uploaded stays."""
@@ -367,7 +399,8 @@ class Desk:
         doing.tell("loading the model")
         self.load()
         try:
-            bag = self._read_bag(one, sum(len(other.bag.coords) for other in others if other.bag), doing)
+            beside = sum(len(other.bag.coords) for other in others if other.bag)
+            bag = one.bag or self._read_bag(one, beside, doing)
         except SlideError:
             doing.look()  # a slide that was closed under its reader is nobody's any more
             raise
@@ -607,12 +640,50 @@ class Desk:
             self._asked.pop(str(session), None)
         self._here.discard(str(session))
         self.leave(str(session))
+        self._remember(str(session))
         for token in self.slides.forget(str(session)):
             self._drop(token)
         self.turns.drop(str(session))
         self._openings.pop(str(session), None)
         for what in ("", "-files"):
             shutil.rmtree(self.folder_of(session, what), ignore_errors=True)
+
+    def _remember(self, session: str) -> None:
+        """Keep for a while what can be opened again of a session that ends: nothing that was uploaded.
+
+        Features are kept only where slides are opened by path, by the one who sits there.
+        """
+        shown = [one for one in self._shown.pop(session, []) if self.slides.holds(one.token)]
+        if not shown:
+            return
+        cases = [one for token, one in list(self._opened.items()) if self.slides.owner_of(token) == session]
+        opened = cases[-1] if cases else None
+        encoded = {one.token: one.bag for one in opened.slides} if opened else {}
+        whole = opened is not None and all(encoded.get(one.token) for one in shown)
+        again = tuple(
+            replace(one, token="", bag=encoded.get(one.token) if self.allow_paths else None)
+            for one in shown
+            if not self.is_upload(one.path)
+        )
+        kept = tuple(opened.case.selection.indices.tolist()) if opened and whole else None
+        talk, earlier, called = (opened.talk, opened.earlier, opened.called) if opened else (([], {}, {}), (), "")
+        tokens = frozenset(one.token for one in shown)
+        self._left[session] = Left(
+            tokens, again, len(shown) - len(again), kept, talk, earlier, called, time.monotonic()
+        )
+        while len(self._left) > MOST_LEFT or sum(one.bytes for one in list(self._left.values())) > MOST_LEFT_FEATURES:
+            self._left.popitem(last=False)
+
+    def take_left(self, token: str) -> Left | None:
+        """The case of a page that was loaded anew, once; its session ends, if it has not yet.
+
+        token: of one of its slides: who had the page knows it, and nobody can guess it
+        """
+        if owner := self.slides.owner_of(token):
+            self.forget(owner)
+        session = next((one for one, left in list(self._left.items()) if token in left.tokens), "")
+        left = self._left.pop(session, None)
+        return left if left is not None and left.since > time.monotonic() - LEFT_FOR else None
 
     # ---- callers come and go: the door tells
 
@@ -640,6 +711,9 @@ class Desk:
         for session, last in list(self._asked.items()):
             if last < late and session not in self._here and not self.jobs.busy(session):
                 self.forget(session)
+        for session, left in list(self._left.items()):
+            if left.since < time.monotonic() - LEFT_FOR:
+                self._left.pop(session, None)
         known = {self.folder_of(session).name for session in [*self._here, *self._asked, *self.slides.owners()]}
         for entry in self.folder.iterdir():
             strange = re.fullmatch(r"[0-9a-f]{32}(-files)?", entry.name) and entry.name[:32] not in known

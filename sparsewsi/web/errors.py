@@ -1,7 +1,10 @@
 """What went wrong, as one sentence on the page or for the caller of the API."""
 
-from collections.abc import Iterator
+import functools
+import html
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import gradio as gr
 
@@ -37,6 +40,24 @@ def say_which(which: str) -> Iterator[None]:
         if not which:
             raise
         raise ValueError(f"{which}: {error}") from error
+
+
+def tell_beside(part: gr.HTML, handler: Callable[..., dict[Any, Any]]) -> Callable[..., Iterator[dict[Any, Any]]]:
+    """The handler with its errors told in a part of the page, where what it was given was typed, and in no toast."""
+
+    @functools.wraps(handler)
+    def handle(*given: Any, **named: Any) -> Iterator[dict[Any, Any]]:
+        yield {part: ""}
+        try:
+            changes = handler(*given, **named)
+        except gr.Error as error:
+            if not error.message or not error.visible:
+                raise
+            yield {part: f"<p role='alert'>{html.escape(error.message)}</p>"}
+            raise gr.Error(error.message, visible=False, print_exception=False) from error
+        yield changes
+
+    return handle
 
 
 def refuse(sentence: str) -> gr.Error:

@@ -45,12 +45,12 @@ from sparsewsi.web.chat import (
     show_suggestions,
     text_of,
 )
-from sparsewsi.web.desk import CaseSlide, Desk, Opened
+from sparsewsi.web.desk import CaseSlide, Desk, Exchange, Left, Opened
 from sparsewsi.web.errors import explain_errors, refuse, say_which, stop_unseen
 from sparsewsi.web.examples import EXAMPLES, name_example, open_example
 from sparsewsi.web.gallery import find_sample
 from sparsewsi.web.jobs import Halted, Job
-from sparsewsi.web.layout import FEWEST, MOST, Page, state_facts, tell_about, tell_doubts
+from sparsewsi.web.layout import FEWEST, MOST, Page, state_facts, tell_about, tell_doubts, tell_earlier
 from sparsewsi.web.limits import MOST_CALLED, check_question, check_slides, check_turns, read_told
 from sparsewsi.web.turns import Turn
 from sparsewsi.web.viewer import (
@@ -78,7 +78,9 @@ MOST_VIEWS, MOST_PICKS = 200, 4096  # taken from one event of the viewer
 UNPICKED = "Pinned: 0 · dropped: 0"
 OUTSIDE = "This model cannot answer that; it can answer:"
 AT_READY = "It will be asked when the slide is ready."
-ANEW = "The case has other slides now, so the chat starts anew; what was answered before is in the log."
+UNKNOWN = "The page was loaded anew, and this server does not know the slide of before any more: open it again."
+DELETED = "The page was loaded anew. What is uploaded is deleted when its page goes: choose the file again."
+STOPPED_AT_RELOAD = "The page was loaded anew, which ended the analysis of before."
 CANCELLED = "The analysis was cancelled. Open the slide again to go on."
 NOT_ADDED = "The analysis was cancelled; the case is as it was."
 NO_WORD = "This model has no word for that, so it cannot point at it."
@@ -99,10 +101,14 @@ class Aside:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """Slides that were asked for: paths or addresses. beside: they are added to the case that is open."""
+    """Slides that were asked for: paths or addresses.
+
+    beside: they are added to the case that is open; left: they are those of a page before, with its chat
+    """
 
     paths: tuple[str, ...]
     beside: bool = False
+    left: Left | None = None
 
 
 class Handlers:
@@ -170,12 +176,36 @@ class Handlers:
                     self.desk.check(line, job)
         return {self.page.asked: Asked(tuple(str(as_path(line)) for line in lines), beside)}
 
-    def on_load(self, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Changes:  # noqa: B008
-        """Open the slide that the page's address names, if it names one of the examples."""
-        name = dict(request.query_params).get("slide", "")
-        if name not in EXAMPLES:
+    def on_load(
+        self,
+        token: str,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> Iterator[Changes]:
+        """Open what the page showed before it was loaded anew, or else the example that its address names.
+
+        token: of a slide that it showed; "" on a page that is new. What cannot come back is told
+        """
+        page, name = self.page, dict(request.query_params).get("slide", "")
+        left = self.desk.take_left(token) if token else None
+        if token and name not in EXAMPLES and (left is None or left.lost or left.kept is None):
+            lost = UNKNOWN if left is None else DELETED if left.lost else STOPPED_AT_RELOAD
+            again = left is not None and bool(left.slides)
+            yield {page.left: left, page.lost: f"<p>{lost}</p>", page.reopen: gr.Button(visible=again)}
             raise stop_unseen()
-        return self._open_example(name, request, progress)
+        if left is not None and left.slides:
+            yield self.on_reopen(left, request)
+        elif name in EXAMPLES:
+            yield self._open_example(name, request, progress)
+        else:
+            raise stop_unseen()
+
+    def on_reopen(self, left: Left | None, request: gr.Request) -> Changes:
+        """Open again what a page before this one showed."""
+        if left is None:
+            raise stop_unseen()
+        with self._opening(request):
+            return {self.page.asked: Asked(tuple(one.path for one in left.slides), left=left)}
 
     def _open_example(self, name: str, request: gr.Request, progress: gr.Progress, beside: bool = False) -> Changes:
         progress(None, desc=OPENING[name])
@@ -226,7 +256,8 @@ class Handlers:
                 raise ValueError("Open a slide first.")
             mpp, known = read_mpp(resolution), [one.token for one in there]
             again = [one for one in coming or () if beside and one.token not in known]
-            wanted = [*again, *(CaseSlide("", path, mpp) for path in asked.paths)]
+            left = asked.left.slides if asked.left and mpp is None else ()
+            wanted = [*again, *(left or (CaseSlide("", path, mpp) for path in asked.paths))]
             there = tuple(one for one in there if all(_is_anew(one, other) for other in wanted))
             check_slides(len(there) + len(wanted))
             looked: list[CaseSlide] = []
@@ -234,7 +265,9 @@ class Handlers:
                 first = opens.enter_context(desk.open_slide(wanted[0].path, wanted[0].slide_mpp, job))
                 for one in wanted:
                     with nullcontext(first) if not looked else desk.open_slide(one.path, one.slide_mpp, job) as slide:
-                        looked.append(dataclasses.replace(one, props=slide_props("", slide, name_example(one.path))))
+                        props = slide_props("", slide, name_example(one.path))
+                        bag = one.bag if one.bag and one.bag.slide == props["name"] else None
+                        looked.append(dataclasses.replace(one, props=props, bag=bag))
                 _require_different([*there, *looked])
                 opens.pop_all()  # it stays open, for the viewer
             desk.slides.drop(*(one.token for one in again))
@@ -252,6 +285,8 @@ class Handlers:
             page.typed_path: "",
             page.mpp: "",  # or it would be taken for the next slide's
             page.question: ask_for_question(),
+            page.lost: "",
+            page.reopen: gr.Button(visible=False),
         }
         if beside:
             desk.turns.stop(session)
@@ -267,6 +302,7 @@ class Handlers:
             page.questions: {},
             page.answers: {},
             page.compare: "",
+            page.earlier: "",
             page.secret: gr.Accordion(visible=False),
             page.facts: state_facts(desk, None, f"{', '.join(names)} · being analysed"),
             page.doubts: "",
@@ -339,16 +375,16 @@ class Handlers:
             if found is None or not desk.keep(found):  # another one was opened meanwhile
                 raise Halted
             self.on_analysed(found, {}, request)  # before the page offers its files
-            anew = {} if others_chat is None else self._start_anew(others_chat)
+            anew = {} if others_chat is None or base is None else self._start_anew(others_chat, base, found)
             yield self._show_case(found, rest, changed=base is not None) | anew
         return found
 
-    def _start_anew(self, chat: list) -> Changes:
-        """What was answered was about other slides."""
+    def _start_anew(self, chat: list, before: Opened, found: Opened) -> Changes:
+        """What was answered was about other slides: it stays to be read, apart."""
         page = self.page
-        if _take_waiting(chat):
-            gr.Info(ANEW, duration=6)
-        return {page.chat: [], page.questions: {}, page.answers: {}, page.compare: ""}
+        found.earlier = (*before.earlier, *read_exchanges(name_slides(before), _take_waiting(chat)))
+        anew: Changes = {page.chat: [], page.questions: {}, page.answers: {}, page.compare: ""}
+        return anew | {page.earlier: tell_earlier(found.earlier)}
 
     def _show_case(self, opened: Opened, rest: tuple[CaseSlide, ...] = (), changed: bool = False) -> Changes:
         """The page of a case that was just analysed. rest: slides on their way; changed: it had other slides before."""
@@ -414,7 +450,31 @@ class Handlers:
                 raise Halted
             desk.sweep(session)
         self.on_analysed(found, {}, request)
-        return self._show_case(found, changed=True) | self._start_anew(chat)
+        return self._show_case(found, changed=True) | self._start_anew(chat, base, found)
+
+    def on_talked(
+        self, opened: Opened | None, aside: Aside | None, chat: list, questions: Questions, answers: Answers
+    ) -> None:
+        """Keep the chat beside its case, for a page that is loaded anew: that of before a what-if, in one."""
+        if aside is not None:
+            aside.opened.talk = (aside.chat, aside.questions, aside.answers)
+        elif opened is not None:
+            opened.talk = (chat, questions, answers)
+
+    def on_back(self, asked: Asked | None, opened: Opened | None, chat: list, request: gr.Request) -> Changes:
+        """A case that was opened again has its chat again, if the same patches are kept of the same slides."""
+        page, left = self.page, asked.left if asked else None
+        if left is None or left.kept is None or opened is None or opened.closed or chat:
+            raise stop_unseen()
+        slides, before = ([(one.path, one.slide_mpp) for one in case.slides] for case in (opened, left))
+        if slides != before or tuple(opened.case.selection.indices.tolist()) != left.kept:
+            raise stop_unseen()
+        opened.talk, opened.earlier = left.talk, left.earlier
+        chat, questions, answers = left.talk
+        self.on_analysed(opened, dict(answers), request)
+        back: Changes = {page.chat: chat, page.questions: questions, page.answers: answers, page.called: left.called}
+        back |= {page.earlier: tell_earlier(left.earlier)}
+        return back | self._show_evidence_of(opened, chat, dict(answers))
 
     def on_shown(self, event: gr.EventData) -> Changes:
         """Another slide of the case is looked at: regions that are imported are of that one."""
@@ -945,6 +1005,18 @@ def _require_different(slides: Sequence[CaseSlide]) -> None:
     for place, name in enumerate(names):
         if name in names[:place]:
             raise ValueError(f"{name} is in the case already, as slide {names.index(name) + 1}; it was not added.")
+
+
+def name_slides(opened: Opened) -> str:
+    """The slides of a case, as its answers are told by; also of one that was closed."""
+    return ", ".join(one.props["name"] for one in opened.slides)
+
+
+def read_exchanges(about: str, chat: list) -> list[Exchange]:
+    """What was asked in a chat and answered, in the chat's own words. about: the slides that it was about"""
+    asked = [place for place, message in enumerate(chat[:-1]) if message["role"] == "user"]
+    said = [(text_of(chat[place]), text_of(chat[place + 1])) for place in asked]
+    return [(about, " ".join(question.split()), answer) for question, answer in said]
 
 
 def _take_waiting(chat: list) -> list:

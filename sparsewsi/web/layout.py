@@ -1,6 +1,7 @@
 """What is on the page: its parts by name, and the words of its bar."""
 
 import html
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +14,17 @@ from sparsewsi.report.phantom import QUESTIONS
 from sparsewsi.report.scope import suggest
 from sparsewsi.web.cards import choose_slide
 from sparsewsi.web.chat import inert
-from sparsewsi.web.desk import Desk
+from sparsewsi.web.desk import Desk, Exchange
 from sparsewsi.web.limits import MOST_CALLED, MOST_SLIDES
 from sparsewsi.web.viewer import slide_viewer
 
+TELL_WRONG = """
+watch("value", () => {
+  if (!props.value) return;
+  document.dispatchEvent(new Event("slide-refused"));
+  element.scrollIntoView({ block: "nearest" });
+});
+"""
 FEWEST, MOST = 8, 256  # patches of a what-if
 
 
@@ -35,16 +43,22 @@ class Page:
     waiting: gr.State  # chat.Question | None: typed while the slide was analysed
     aside: gr.State  # handlers.Aside | None: what a what-if has taken the place of
     right: gr.State  # beside.Right | None: what the slide is compared with
+    left: gr.State  # desk.Left | None: what a page before this one showed, to be opened again
     facts: gr.HTML
     called: gr.Textbox  # what the reader calls the case: it goes into the report and the session's log
+    token: gr.Textbox  # of the slide that a page before this one showed
+    lost: gr.HTML
+    reopen: gr.Button
     gallery: gr.HTML
     upload: gr.UploadButton
     typed_path: gr.Textbox
     mpp: gr.Textbox
+    wrong: gr.HTML
     beside: gr.Checkbox
     view: gr.HTML
     other: gr.HTML
     doubts: gr.HTML
+    earlier: gr.HTML
     chat: gr.Chatbot
     question: gr.Textbox
     alone: gr.Markdown
@@ -79,6 +93,7 @@ def lay_out(desk: Desk) -> tuple[gr.Blocks, Page]:
             "waiting": gr.State(None),
             "aside": gr.State(None),
             "right": gr.State(None),
+            "left": gr.State(None),
         }
         with gr.Column(elem_id="room"):
             facts, called = _lay_out_bar(desk)
@@ -114,6 +129,10 @@ def _lay_out_bar(desk: Desk) -> tuple[gr.HTML, gr.Textbox]:
 
 def _lay_out_sources(desk: Desk) -> dict:
     with gr.Column(elem_id="sources"):
+        token = gr.Textbox(visible=False)
+        with gr.Row(elem_id="lost"):
+            lost = gr.HTML(padding=False)
+            reopen = gr.Button("Open again", size="sm", visible=False, min_width=110, elem_id="reopen")
         beside = gr.Checkbox(label="Add to the case that is open", value=False, container=False, elem_id="beside")
         gallery = choose_slide(elem_id="gallery")
         upload = gr.UploadButton(
@@ -137,17 +156,29 @@ def _lay_out_sources(desk: Desk) -> dict:
                 min_width=150,
                 elem_id="mpp",
             )
+        wrong = gr.HTML(elem_id="wrong", padding=False, js_on_load=TELL_WRONG)
         gr.HTML(
             "<p class='small'>SVS, NDPI, MRXS, DICOM and what else OpenSlide reads; formats of several files as one "
             f"ZIP. Several files, or paths one a line, are one case of up to {MOST_SLIDES} slides. Uploads are read "
             "by this server alone and deleted when the tab is closed.</p>"
         )
-    return {"beside": beside, "gallery": gallery, "upload": upload, "typed_path": typed_path, "mpp": mpp}
+    return {
+        "token": token,
+        "lost": lost,
+        "reopen": reopen,
+        "beside": beside,
+        "gallery": gallery,
+        "upload": upload,
+        "typed_path": typed_path,
+        "mpp": mpp,
+        "wrong": wrong,
+    }
 
 
 def _lay_out_chat(desk: Desk) -> dict:
     with gr.Column(elem_id="ask"):
         doubts = gr.HTML(elem_id="doubts")
+        earlier = gr.HTML(elem_id="earlier", padding=False)
         chat = gr.Chatbot(
             label="Answers",
             show_label=False,
@@ -202,6 +233,7 @@ def _lay_out_chat(desk: Desk) -> dict:
             planted = gr.Markdown(elem_id="planted")
     return {
         "doubts": doubts,
+        "earlier": earlier,
         "chat": chat,
         "question": question,
         "alone": alone,
@@ -280,6 +312,19 @@ def tell_doubts(case: Case | None) -> str:
     below = "".join(f"<p>{doubt}</p>" for doubt in more)
     count = f" (and {len(more)} more)" if more else ""
     return f"<details><summary>⚠ {first}{count}</summary>{below}</details>"
+
+
+def tell_earlier(exchanges: Sequence[Exchange]) -> str:
+    """HTML of what was asked and answered while the case had other slides, folded: none of it is about these."""
+    if not exchanges:
+        return ""
+    many = f"{len(exchanges)} answer{'s' if len(exchanges) > 1 else ''}"
+    rows = "".join(
+        f"<dt>{html.escape(asked)}</dt><dd>{html.escape(answered)} <small>({html.escape(about)})</small></dd>"
+        for about, asked, answered in exchanges
+    )
+    told = f"{many} about the slides of before; with other slides the chat starts anew"
+    return f"<details><summary>{told}</summary><dl>{rows}</dl></details>"
 
 
 def tell_scope(desk: Desk) -> str:

@@ -1,5 +1,6 @@
 """The page of a desk, wired: which handler runs on which event, one after the other."""
 
+import functools
 from typing import Any
 
 import gradio as gr
@@ -8,11 +9,13 @@ from gradio.events import api
 from sparsewsi.web.api import Api
 from sparsewsi.web.beside import Comparing
 from sparsewsi.web.desk import Desk
+from sparsewsi.web.errors import tell_beside
 from sparsewsi.web.layout import Page, lay_out
 
 WORK: dict[str, Any] = {"concurrency_id": "work", "concurrency_limit": None}  # whose turn it is: jobs.py
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 QUIET: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
+SHOWN_BEFORE = "() => [document.querySelector('#room')?.dataset.left || '']"  # viewer/address.js says it
 EVERY: dict[str, Any] = {"trigger_mode": "multiple"}  # also while the same event is still busy with another slide
 
 
@@ -32,23 +35,27 @@ def build_page(desk: Desk) -> gr.Blocks:
 def _wire_slides(demo: gr.Blocks, page: Page, on: Comparing, allow_paths: bool) -> list:
     """Returns the events of which one ends when a slide has been analysed."""
     waiting = {"show_progress_on": page.facts, **PRIVATE}
+    tell = functools.partial(tell_beside, page.wrong)
+    chosen, asked = [page.asked, page.mpp, page.wrong], [page.asked, page.wrong]
     opened = [
-        page.gallery.choose(on.on_choose, page.beside, [page.asked, page.mpp], **waiting, **EVERY),
-        page.upload.upload(on.on_upload, [page.upload, page.beside], page.asked, **waiting, **EVERY),
-        demo.load(on.on_load, None, page.asked, **QUIET),
+        page.gallery.choose(tell(on.on_choose), page.beside, chosen, **waiting, **EVERY),
+        page.upload.upload(tell(on.on_upload), [page.upload, page.beside], asked, **waiting, **EVERY),
+        demo.load(on.on_load, page.token, [page.asked, page.left, page.lost, page.reopen], js=SHOWN_BEFORE, **QUIET),
+        page.reopen.click(tell(on.on_reopen), page.left, asked, **waiting),
     ]
     if allow_paths:
         typed = [page.typed_path, page.beside]
-        opened.append(page.typed_path.submit(on.on_typed_path, typed, page.asked, **waiting, **EVERY))
-    talk = [page.chat, page.questions, page.answers, page.compare, page.picks, page.picked, page.aside]
+        opened.append(page.typed_path.submit(tell(on.on_typed_path), typed, asked, **waiting, **EVERY))
+    talk = [page.chat, page.questions, page.answers, page.compare, page.picks, page.picked, page.aside, page.earlier]
     cleared = [page.coming, page.view, page.opened, *talk, page.secret, page.waiting, page.facts, page.question]
     cleared += [page.called, page.mpp, page.doubts, page.typed_path, page.beside, page.k, page.selector]
+    cleared += [page.lost, page.reopen, page.wrong]
     filled = [page.opened, page.view, page.facts, page.secret, page.planted, page.examples, page.starters, page.mpp]
     filled += [page.k, page.alone, page.coming, *talk]
     told = [page.opened, page.aside, page.coming]
     analysed = [page.view.remove(on.on_remove, [*told, page.chat], filled, **QUIET, **WORK)]
     for trigger in [*[event.success for event in opened], page.mpp.submit]:
-        shown = trigger(on.on_slide, [page.asked, page.mpp, *told], cleared, **QUIET, **EVERY)
+        shown = trigger(tell(on.on_slide), [page.asked, page.mpp, *told], cleared, **QUIET, **EVERY)
         shown.success(on.on_left, None, [page.right, page.other, page.view], **QUIET, **EVERY)
         seen = [page.coming, page.opened, page.chat]
         analysed.append(shown.success(on.on_slide_shown, seen, filled, **QUIET, **WORK, **EVERY))
@@ -56,8 +63,11 @@ def _wire_slides(demo: gr.Blocks, page: Page, on: Comparing, allow_paths: bool) 
     for told_of in (page.called.blur, page.called.submit):
         told_of(on.on_called, named, None, **QUIET, **EVERY)
     for event in analysed:
-        event.success(on.on_analysed, [page.opened, page.answers], None, **QUIET, **EVERY)
-        event.success(on.on_called, named, None, **QUIET, **EVERY)
+        offered = event.success(on.on_analysed, [page.opened, page.answers], None, **QUIET, **EVERY)
+        back = [page.chat, page.questions, page.answers, page.called, page.earlier, page.view]
+        named_again = offered.success(on.on_back, [page.asked, page.opened, page.chat], back, **QUIET, **EVERY)
+        for one in (event, named_again):
+            one.success(on.on_called, named, None, **QUIET, **EVERY)
         event.success(on.on_case, page.opened, [page.doubts, page.view], **QUIET, **EVERY)
         event.success(on.on_map_wanted, page.opened, page.view, **QUIET, **EVERY)
     analysed[0].success(on.on_left, None, [page.right, page.other, page.view], **QUIET)
@@ -69,6 +79,7 @@ def _wire_slides(demo: gr.Blocks, page: Page, on: Comparing, allow_paths: bool) 
 
 def _wire_questions(page: Page, on: Comparing, analysed: list) -> None:
     ended = [page.opened, page.chat, page.answers]
+    said = [page.opened, page.aside, page.chat, page.questions, page.answers]
     talk = [page.chat, page.questions, page.question]
     typed = [page.question, page.given_options, page.impression, page.opened, page.coming, page.chat, page.questions]
     page.examples.click(on.on_starter, [page.examples, page.starters], [page.question, page.given_options], **QUIET)
@@ -97,6 +108,7 @@ def _wire_questions(page: Page, on: Comparing, analysed: list) -> None:
         )
         for one in (answered, both):
             one.then(on.on_answered, None, page.question, **QUIET, **EVERY)
+            one.then(on.on_talked, said, None, **QUIET, **EVERY)
     page.question.stop(on.on_stop, page.chat, [page.chat, page.question], queue=False, **QUIET)  # never behind others
     taken_back = [
         page.chat.undo(
@@ -110,6 +122,7 @@ def _wire_questions(page: Page, on: Comparing, analysed: list) -> None:
     for event in taken_back:
         event.success(on.on_analysed, [page.opened, page.answers], None, **QUIET)
         event.success(on.on_answer_shown, ended, page.view, **QUIET)
+        event.success(on.on_talked, said, None, **QUIET)
 
 
 def _wire_what_if(page: Page, on: Comparing) -> None:

@@ -35,13 +35,12 @@ from sparsewsi.web.desk import Desk
 from sparsewsi.web.gallery import Sample, read_gallery
 from sparsewsi.web.page import build_page
 from sparsewsi.web.serve import launch_settings
+from tests.web.waits import SCREENSHOTS, note_wait
 
 ROOT = Path(__file__).resolve().parents[2]
-SCREENSHOTS = ROOT / "screenshots"
 PREFIX = "/desk"
 PATIENCE = 240_000  # ms; umap's first compilation on a busy machine
 SECRETS = ("MUSTERMANN", "1950-12-24", "ACC-4711")
-LATENCIES: dict[str, dict[str, str]] = {}  # what was waited for -> slide -> how long, and the limit
 pytestmark = pytest.mark.browser
 
 
@@ -151,17 +150,10 @@ def served(request, browser, tiny_model: Path, cached_phantom: Path, tmp_path_fa
     environment = {"SPARSEWSI_LOG": str(home / "log.jsonl"), "GRADIO_ROOT_PATH": PREFIX}
     with running(home, model, **environment) as (address, out), behind_prefix(address.rstrip("/")) as url:
         yield SimpleNamespace(**vars(told), url=url, home=home, slide=slide, model=model.name, out=out)
-    lines = [f"| {what} | {' | '.join(took.get(name, '') for name in ('phantom', 'real'))} |" for what, took in
-             LATENCIES.items()]  # fmt: skip
-    head = "| wait for | phantom, untrained model | real slide, shipped model |\n|---|---|---|\n"
-    (SCREENSHOTS / "latencies.md").write_text(head + "\n".join(lines) + "\n")
 
 
 def waited(served, what: str, seconds: float, limit: float | None = None) -> None:
-    """Note how long something took, and hold it to its limit."""
-    unit = f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
-    LATENCIES.setdefault(what, {})[served.name] = unit + (f" (limit {limit:g} s)" if limit else "")
-    assert limit is None or seconds <= limit, f"{what}: {unit}"
+    note_wait(what, served.name, seconds, limit)
 
 
 def open_slide_on(page, served) -> None:
@@ -579,8 +571,11 @@ def test_13_a_broken_slide_is_a_sentence_and_what_was_open_stays(reading, served
     try:
         began = time.time()
         open_by_path(reading, junk)
-        reading.wait_for_selector(".toast-body >> text=The file holds text")
+        reading.wait_for_selector("#wrong >> text=The file holds text")
         waited(served, "broken slide to a sentence", time.time() - began, 10)
+        field, sentence = (reading.locator(part).bounding_box() for part in ("#path", "#wrong"))
+        assert 0 <= sentence["y"] - field["y"] - field["height"] < 40, "where it was typed"
+        assert reading.locator(".toast-body").count() == 0, "and in no toast besides"
         reading.screenshot(path=served.looks / "error.png")
         assert reading.inner_text("#facts") == facts
         assert reading.locator(".item").count() == served.kept
@@ -839,8 +834,10 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_work_is_told_waited_for_cancelled_and_replaced(browser, served, large, tmp_path):
-    """Seen when it was tried: an abandoned analysis went on; a question typed meanwhile was refused."""
+def test_seen_an_abandoned_analysis_went_on_and_a_question_typed_meanwhile_was_refused(
+    browser, served, large, tmp_path
+):
+    """Work is told, waited for, cancelled and replaced."""
     page, second = open_page(browser, served), tmp_path / f"b{served.slide.suffix}"
     second.write_bytes(served.slide.read_bytes())
     began = time.time()
@@ -854,7 +851,7 @@ def test_work_is_told_waited_for_cancelled_and_replaced(browser, served, large, 
     began = time.time()
     page.locator('[data-do="cancel"]').click(timeout=20_000)
     page.wait_for_function("document.querySelector('#facts').innerText.includes('cancelled')")
-    waited(served, "cancel to free", time.time() - began, 5)
+    waited(served, "cancel to free", time.time() - began, 2)
     assert page.locator(".item").count() == 0
     open_by_path(page, large)
     page.wait_for_selector(".work:not([hidden])")
@@ -874,6 +871,7 @@ def test_work_is_told_waited_for_cancelled_and_replaced(browser, served, large, 
     began = time.time()
     with page.expect_request(re.compile("/queue/join")):
         page.reload()
+    page.wait_for_selector("#lost >> text=ended the analysis")
     open_slide_on(page, served)
     page.wait_for_selector(".item")
     waited(served, "a slide after a reload during an analysis, to its patches", time.time() - began)
@@ -948,9 +946,7 @@ def test_a_slide_of_the_gallery_is_read_from_its_server_and_says_what_is_publish
     began = time.time()
     page.locator("#gallery .sample").first.click()
     page.wait_for_selector(".item")
-    LATENCIES.setdefault("slide of the gallery (server on this machine), to its patches", {})["phantom"] = (
-        f"{time.time() - began:.1f} s"
-    )
+    note_wait("slide of the gallery (server on this machine), to its patches", "phantom", time.time() - began)
     page.click("#doubts .about summary")
     assert sample.diagnosis in page.inner_text("#doubts")
     page.close()

@@ -3,6 +3,46 @@
 const journal = [];
 let restored = false; // whether the page shows what its address says
 
+// What is looked at, for the page that takes the place of this one when it is loaded anew, in this tab alone.
+const LEFT = "sparsewsi-left";
+const previous = second ? null : takeLeft();
+
+function takeLeft() {
+  try {
+    const left = JSON.parse(sessionStorage.getItem(LEFT));
+    sessionStorage.removeItem(LEFT);
+    const [entry] = performance.getEntriesByType("navigation");
+    return left && entry && ["reload", "back_forward"].includes(entry.type) ? left : null;
+  } catch {
+    return null; // a frame without storage
+  }
+}
+if (previous) room.dataset.left = previous.token;
+
+window.addEventListener("pagehide", () => {
+  if (second || !root.isConnected || !slide) return;
+  const { x, y, scale, turn } = view;
+  const [marks, seen] = [[...shared.marks], [...shared.seen]];
+  const looked = { x, y, scale, turn, fitted, number: shownNumber(), current: shared.current, heat: layers.heat };
+  const left = { token: slides[0].token, names: slides.map((one) => one.name), n: bag && bag.n, looked, marks, seen };
+  try {
+    sessionStorage.setItem(LEFT, JSON.stringify(left));
+  } catch {
+    /* some frames forbid it */
+  }
+});
+
+// Whether the slides that came are those of the page before, which is then shown as it was.
+const isBefore = () => previous && !restored && previous.names.join() === slides.map((one) => one.name).join();
+
+function lookAsBefore() {
+  const { x, y, scale, turn, number, heat } = previous.looked;
+  showSlide(number);
+  view.turn = turn;
+  if (!previous.looked.fitted) moveTo(x, y, scale);
+  layers.heat = heat;
+}
+
 let settle = 0;
 let sending = 0;
 let told = "";
@@ -51,6 +91,7 @@ function tellSoon() {
 
 // The first slide of a page is shown as its address says.
 function restore() {
+  if (isBefore()) return lookAsBefore();
   const query = new URLSearchParams(location.search);
   if (restored || second || !slide.source || query.get("slide") !== slide.source) {
     restored = true;
@@ -63,7 +104,16 @@ function restore() {
 
 function restoreRank() {
   if (restored) return;
+  const again = isBefore();
+  if (again && bag.parts.length < slides.length) return; // the others are on their way
   restored = true;
+  if (again && previous.n === bag.n) {
+    shared.marks = new Map(previous.marks);
+    shared.seen = new Set(previous.seen);
+    if (previous.marks.length) trigger("marks", { marks: previous.marks });
+    go(previous.looked.current, false);
+    return markStrip();
+  }
   const rank = parseInt(new URLSearchParams(location.search).get("patch"), 10);
   if (rank >= 1) go(indexOfRank(rank), false);
 }

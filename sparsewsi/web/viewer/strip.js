@@ -63,7 +63,8 @@ function makeItem(index, kind) {
   item.querySelector("img").src = patchAddress(index, 168);
   if (slides.length > 1) {
     const tag = document.createElement("i");
-    tag.textContent = `slide ${numberOf(index) + 1}`;
+    tag.textContent = numberOf(index) + 1;
+    tag.style.setProperty("--slide", slideInk(numberOf(index)));
     item.querySelector("span").before(tag);
   }
   item.querySelector("em").textContent =

@@ -47,6 +47,10 @@ function showSources(open = !room.hasAttribute("data-sources")) {
   const button = opener();
   if (button) button.setAttribute("aria-expanded", open);
 }
+// What could not be opened is told in that panel, which opens for it.
+document.addEventListener("slide-refused", () => {
+  if (!second && root.isConnected) showSources(true);
+});
 document.addEventListener("click", (event) => {
   if (second || !root.isConnected || !event.target.closest) return;
   const button = event.target.closest("#open-menu, #add-slide");
