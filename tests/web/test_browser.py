@@ -790,6 +790,55 @@ def test_seen_the_same_notice_under_every_answer_and_sentences_nobody_reads(read
     assert not re.search(r"\b1(\.0[0-4]?)?× less", titles), "an effect of one is no effect"
 
 
+def test_seen_a_score_map_that_let_half_the_slide_glow_and_hid_the_stain(reading, served):
+    """Now it says kept, near the cut or far, and what is kept is shown as it is."""
+    middles = """() => {
+      const { x, y, scale } = document.querySelector('.viewer').dataset;
+      const canvas = document.querySelector('canvas.slide'), pen = canvas.getContext('2d');
+      const put = (by, side) => Math.round(by * scale * devicePixelRatio + side / 2);
+      return [...document.querySelectorAll('.item img')].map(image => {
+        const [px, py, side] = image.src.match(/patch.([0-9_]+)/)[1].split('_').map(Number);
+        const [cx, cy] = [put(px + side / 2 - x, canvas.width), put(py + side / 2 - y, canvas.height)];
+        return [...pen.getImageData(cx, cy, 1, 1).data].slice(0, 3);
+      });
+    }"""
+    reading.locator(".slide").focus()
+    for key in ("Escape", "0", "b", "o"):  # the whole slide, without boxes and foci over it
+        reading.keyboard.press(key)
+    try:
+        reading.wait_for_timeout(500)
+        reading.wait_for_function("document.querySelector('.viewer').dataset.waiting === '0'")
+        plain = reading.evaluate(middles)
+        reading.keyboard.press("h")
+        reading.wait_for_selector(".colours:visible")
+        reading.wait_for_timeout(300)
+        assert reading.evaluate(middles) == plain, "the stain of what is kept"
+        assert re.match(rf"kept\s+next {served.kept} by score\s+left out", reading.inner_text(".colours"))
+    finally:
+        for key in ("h", "b", "o"):
+            reading.keyboard.press(key)
+
+
+def test_seen_mostly_fat_with_on_slides_that_are_not(browser, reading, served):
+    """The page's own panel with the truth stood beside it."""
+    if served.name != "real":
+        pytest.skip("the untrained model describes nothing")
+    with asking(reading, "Describe this slide.") as answer:
+        assert not re.match(r"(?i)mostly fat", answer.inner_text()), "skin and muscle"
+    page = open_page(browser, served)
+    page.click("#phantom")
+    page.wait_for_selector(".item")
+    ask(page, "Describe this slide.")
+    wait_until_weighed(page, 1)
+    page.click("#secret > button")
+    page.wait_for_selector("#secret >> text=Most of the tissue")
+    [most] = re.findall(r"Most of the tissue: (.+)", page.inner_text("#secret"))
+    said = page.inner_text("#chat .bot >> nth=0")
+    found = re.match(r"(?i)mostly ([a-z ]+?)( with|[.,;]|$)", said)
+    assert found is None or found[1] == most, f"{said!r} beside {most!r}"
+    page.close()
+
+
 def test_seen_a_doubt_that_fired_on_every_slide(reading, served):
     if served.name == "real":
         assert not re.search(r"[Rr]ank \d+ is as good as", reading.inner_text("#doubts"))

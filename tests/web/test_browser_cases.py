@@ -182,7 +182,7 @@ def test_seen_a_reload_forgot_the_slides_and_the_chat_without_a_word(page, app):
     page.wait_for_function("document.querySelector('#called textarea, #called input').value === 'Case 7'")
     assert "Mustermann" not in page.url + page.evaluate("JSON.stringify({...sessionStorage, ...localStorage})")
     ask(page, "Is it fat?")
-    assert page.locator("#chat .user-row").count() == 2
+    page.wait_for_function("document.querySelectorAll('#chat .bot-row').length === 2")
 
 
 def test_seen_a_reload_lost_an_upload_without_a_word(page, app):
