@@ -18,13 +18,7 @@ from sparsewsi.web.desk import Desk, Exchange
 from sparsewsi.web.limits import MOST_CALLED, MOST_SLIDES
 from sparsewsi.web.viewer import slide_viewer
 
-TELL_WRONG = """
-watch("value", () => {
-  if (!props.value) return;
-  document.dispatchEvent(new Event("slide-refused"));
-  element.scrollIntoView({ block: "nearest" });
-});
-"""
+TELL_WRONG = Path(__file__).parent / "viewer" / "wrong.js"
 FEWEST, MOST = 8, 256  # patches of a what-if
 
 
@@ -156,7 +150,7 @@ def _lay_out_sources(desk: Desk) -> dict:
                 min_width=150,
                 elem_id="mpp",
             )
-        wrong = gr.HTML(elem_id="wrong", padding=False, js_on_load=TELL_WRONG)
+        wrong = gr.HTML(elem_id="wrong", padding=False, js_on_load=TELL_WRONG.read_text(encoding="utf-8"))
         gr.HTML(
             "<p class='small'>SVS, NDPI, MRXS, DICOM and what else OpenSlide reads; formats of several files as one "
             f"ZIP. Several files, or paths one a line, are one case of up to {MOST_SLIDES} slides. Uploads are read "
