@@ -85,9 +85,7 @@ def open_phantom(page) -> None:
 
 def ask(page) -> None:
     page.locator("#examples .gallery-item").nth(QUESTION).click()
-    page.wait_for_function("document.querySelector('#options textarea').value.includes('\\n')")
-    page.press("#question textarea", "Enter")
-    page.wait_for_selector('#chat .bot a[href*="#patch-"]')
+    page.wait_for_selector("#chat .bot .rests")
 
 
 def draw(address: str, out: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from sparsewsi import Bag, Selection, SparseWSI, extract_bag, load_bag, save_bag
 from sparsewsi.phantom import example_slide
 from sparsewsi.report.case import open_case
+from sparsewsi.report.scope import word_answer
 
 QUESTION = "Which of these tissues is present in this slide?"
 OPTIONS = ["mucin", "carcinoma", "blood", "necrosis"]
@@ -25,7 +26,7 @@ def answer_from(slide: Path, model: SparseWSI, out: Path) -> Bag:
     messages = [{"role": "user", "content": QUESTION}]
     text = "".join(case.answer(model, messages, OPTIONS))
     answer = case.measure(model, messages, text, OPTIONS)
-    print(f"{QUESTION} {answer.text} {answer.evidence}", case.notice, sep="\n")
+    print(f"{QUESTION} {word_answer(answer, model.limits)} {answer.evidence}", case.notice, sep="\n")
     case.write(out, [answer])
     return bag
 

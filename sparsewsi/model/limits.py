@@ -49,6 +49,11 @@ class Limit:
     found: float | None = None
 
 
+def is_unsure(limit: Limit, probs: Sequence[float]) -> bool:
+    """Whether an answer of this kind counts as not sure; one in words, which has no probs, where most of them would."""
+    return max(probs) < limit.least if probs else limit.right < 0.5 or limit.sure < 0.5
+
+
 def _tells(limit: Limit, text: str, options: Sequence[str]) -> bool:
     """Whether what was validated of a kind tells anything of a question that holds its words."""
     if BEYOND.search(text) and not BEYOND.search(" ".join([limit.kind, *limit.words])):
@@ -91,8 +96,8 @@ class Limits:
         asked = f"{found.slides} slides of {found.cases} cases that the model had not seen"
         if found.found is not None:
             asked += f"; where Yes was right it said Yes in {found.found:.0%}"
-        if probs and max(probs) < found.least:
-            why = f"no option has {found.least:.0%} or more"
+        if is_unsure(found, probs):
+            why = f"no option has {found.least:.0%} or more" if probs else "few answers of this kind are sure enough"
             if found.least >= 1:
                 why = "likely answers of this kind were wrong as often as unlikely ones"
             return (

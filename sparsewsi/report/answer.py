@@ -9,6 +9,7 @@ from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.evidence import MATTERS
 from sparsewsi.model.selection import Selection
 
+WORTH = math.log(1.05)  # nats, from which an effect is worth a number
 STRONGLY = math.log(10)  # nats that an answer must lose without all patches, to rest on the slide strongly
 
 
@@ -37,6 +38,10 @@ class Answer:
     slides:   the same for each slide of a case of several, named by its number from 1
     impression: what the reader wrote before the answer was shown
     cited:    numbers of the patches that the reader says it rests on: its own words, not measured
+    asked:    the reader's words where the model was asked something else: of "where is it?" whether there is any
+    beside:   what the patches are called where they are others than the case's: of an answer that stood beside one of
+              these in a comparison; effects, foci and cited are of those patches
+    unweighed: why nobody knows what it rests on although that was wanted: it is being weighed, it was stopped ...
     """
 
     question: str
@@ -52,6 +57,9 @@ class Answer:
     without_all: float | None = None
     foci: tuple[FocusEffect, ...] = ()
     impression: str = ""
+    asked: str = ""
+    beside: str = ""
+    unweighed: str = ""
     slides: tuple[FocusEffect, ...] = ()
 
     @property
@@ -63,6 +71,22 @@ class Answer:
             return "strongly"
         most = max([self.without_all, *self.effects, *(group.effect for group in (*self.foci, *self.slides))])
         return "partly" if most >= MATTERS else "not"
+
+    @property
+    def put(self) -> str:
+        """The question in the words of who asked it."""
+        return self.asked or self.question
+
+    @property
+    def grounds(self) -> list[str]:
+        """How sure the model is and what the answer rests on, in sentences; of each what is known."""
+        order = sorted(zip(self.probs, self.options), key=lambda pair: -pair[0])
+        sure = ", ".join(f"{option} {prob:.0%}" for prob, option in order)
+        rests = f"Rests on the slide: {self.rests}." if self.rests else ""
+        best = max(self.foci, key=lambda focus: focus.effect, default=None)
+        if best is not None and best.effect >= WORTH and self.rests != "not":
+            rests += f" Without focus {best.name} it would be {format_effect(best.effect)} times less likely."
+        return [text for text in (sure and f"{sure}.", rests or self.unweighed, self.limit) if text]
 
     @property
     def citation(self) -> str:

@@ -23,6 +23,7 @@ from sparsewsi.report.annotations import can_annotate
 from sparsewsi.report.answer import Answer
 from sparsewsi.report.case import ANNOTATIONS, FILES, Case, Model, Reader, open_case, replay_case
 from sparsewsi.report.record import Record, read_selection
+from sparsewsi.report.scope import word_answer
 from sparsewsi.slides.slide import open_slide
 
 DEFAULT_QUESTION = "Describe this slide."
@@ -154,11 +155,13 @@ def _put(
     """
     print(f"\n{again or f'Q: {question}'}\nA: ", end="", flush=True)
     pieces, messages = [], [{"role": "user", "content": question}]
+    at_once = not (options or evidence)  # nothing is told before it is judged
     for piece in case.answer(reader, messages, options):
         pieces.append(piece)
-        print(piece, end="", flush=True)
-    print()
+        if at_once:
+            print(case.continue_answer(reader, messages, pieces), end="", flush=True)
     answer = case.measure(reader, messages, "".join(pieces), options, evidence=evidence)
+    print("" if at_once else word_answer(answer, case.limits))
     for option, prob in zip(answer.options, answer.probs):
         print(f"   {prob:6.1%}  {option}")
     for sentence in filter(None, (answer.limit, answer.evidence, answer.citation)):

@@ -153,6 +153,15 @@ class Case:
             return reader.answer(pictures or self._show(reader), messages, list(options) or None)
         return reader.answer(self.selection, messages, list(options) or None)
 
+    def continue_answer(self, reader: Reader | PictureReader, messages: Messages, pieces: Sequence[str]) -> str:
+        """The last of the pieces of an answer in words, as people may be told it: the first one after what is to be
+        doubted of any answer to this question."""
+        said = "".join(pieces).lstrip()
+        if len(said) > len(pieces[-1]) or not said:
+            return pieces[-1] if said else ""
+        name = reader.name if isinstance(reader, PictureReader) else ""
+        return word_answer(Answer(messages[-1]["content"], said, reader=name), self.limits)
+
     def measure(
         self,
         reader: Reader | PictureReader,
@@ -164,36 +173,68 @@ class Case:
         progress: Callable[[int, int], None] | None = None,
         pictures: Pictures | None = None,
     ) -> Answer:
-        """What is known of an answer: its options' probabilities and, if wanted, what it loses without each patch.
+        """What is known of an answer: `judge` and, if wanted, `weigh`."""
+        answer = self.judge(reader, messages, text, options, pictures)
+        return self.weigh(reader, messages, answer, progress, pictures) if evidence else answer
 
-        Of a reader of pictures: who it is, what was sent to it, which patches it cites; and, only where it gives
-        likelihoods, the same as of the model's own LLM.
+    def judge(
+        self,
+        reader: Reader | PictureReader,
+        messages: Messages,
+        text: str | None,
+        options: Sequence[str] = (),
+        pictures: Pictures | None = None,
+    ) -> Answer:
+        """What is known of an answer at once: its options' probabilities, how often such answers were right.
 
-        messages, options, pictures: as they were given to `answer`; text: what came back
-        progress: called with (passes done, passes in all) of the evidence; what it raises ends the work
+        Of a reader of pictures: who it is, what was sent to it, which patches it cites.
+
+        messages, options, pictures: as they were given to `answer`; text: what came back, or None for the likeliest
+        option, which is what the model's own LLM answers
         """
-        question, text = messages[-1]["content"], text.strip()
+        question, given, text = messages[-1]["content"], text, (text or "").strip()
         answer = Answer(question, text, tuple(options))
         if isinstance(reader, PictureReader):
             cited = find_cited(text, self.selection.ranks.tolist())
             answer = replace(answer, reader=reader.name, sent=reader.sends, cited=cited, limit=NOT_VALIDATED)
             if not reader.likelihoods:
-                unknown = f"{reader.name} gives no likelihoods, so what this answer rests on is not measured."
-                unknown = f"{unknown} {reader.again}".strip()
-                return replace(answer, evidence=unknown if evidence and text else "")
-        seen: Any = pictures or self._show(reader) if isinstance(reader, PictureReader) else self.selection
+                return answer
         if options:
+            seen: Any = pictures or self._show(reader) if isinstance(reader, PictureReader) else self.selection
             answer = replace(answer, probs=tuple(reader.option_probs(seen, messages, options).tolist()))
+            if given is None:
+                answer = replace(answer, text=options[int(np.argmax(answer.probs))].strip())
         if not answer.reader:
             answer = replace(answer, limit=self.limits.judge(question, list(answer.probs), answer.options))
-        if not evidence or not text:
+        return answer
+
+    def weigh(
+        self,
+        reader: Reader | PictureReader,
+        messages: Messages,
+        answer: Answer,
+        progress: Callable[[int, int], None] | None = None,
+        pictures: Pictures | None = None,
+    ) -> Answer:
+        """The answer, with what it loses without each patch, each focus and all of them.
+
+        Of a reader of pictures only where that gives likelihoods; else with a sentence that says so.
+
+        messages, pictures: as they were given to `judge`
+        progress: called with (passes done, passes in all); what it raises ends the work
+        """
+        text, options, answer = answer.text, list(answer.options) or None, replace(answer, unweighed="")
+        if not text:
             return answer
         if isinstance(reader, PictureReader):
-            found = reader.leave_one_out(seen, messages, text, list(options) or None, progress)
+            if not reader.likelihoods:
+                unknown = f"{reader.name} gives no likelihoods, so what this answer rests on is not measured."
+                return replace(answer, evidence=f"{unknown} {reader.again}".strip())
+            found = reader.leave_one_out(pictures or self._show(reader), messages, text, options, progress)
         else:
             groups = [*self.foci, *self._by_slide]
             places = [group.places for group in groups]
-            found = reader.leave_one_out(seen, messages, text, list(options) or None, progress, places)
+            found = reader.leave_one_out(self.selection, messages, text, options, progress, places)
             weighed = self._weigh(groups, found.group_effects.tolist())
             answer = replace(answer, foci=weighed[: len(self.foci)], slides=weighed[len(self.foci) :])
         answer = replace(answer, effects=tuple(found.effects.tolist()), evidence=found.sentence)
@@ -263,6 +304,11 @@ class Case:
         indices = torch.cat([stay, filled]).sort().values
         selection = replace(self.selection, indices=indices, tokens=model.tokens_of(bag, indices))
         return replace(self, selection=selection, selector=selector)
+
+    def without(self, focus: Focus) -> "Case":
+        """The case without the patches of a focus; nothing takes their place."""
+        ranks = self.selection.ranks.tolist()
+        return replace(self, selection=self.selection.without([ranks[place] for place in focus.places]))
 
     def write(
         self,
@@ -334,11 +380,12 @@ class Case:
                 drawn_map = umap.draw_map(umap.map_features(bag.features, selection), selection)
             except Exception:  # as above: the rest is worth having
                 drawn_map = None
-            last = answers[-1] if answers else None
-            title = f"{last.question} {word_answer(last, self.limits)}" if last else bag.slide
-            data = figure.draw_figure(
-                path.suffix[1:], whole, patches, selection, drawn_map, title, f"{self.summary}. {self.notice}"
-            )
+            last = next((answer for answer in reversed(answers) if not answer.beside), None)
+            told = {"title": bag.slide, "notice": f"{self.summary}. {self.notice}"}
+            if last is not None:
+                said = word_answer(last, self.limits, selection.ranks.tolist())
+                told |= {"question": last.put, "title": said, "grounds": " ".join(last.grounds)}
+            data = figure.draw_figure(path.suffix[1:], whole, patches, selection, drawn_map, **told)
             write_bytes(path, data)
 
         writers: dict[str, Callable[[Path], None]] = {  # what costs least comes first

@@ -15,6 +15,7 @@ from sparsewsi.model.selection import Selection
 
 COLUMNS, GAP = 8, 6  # of patches; px between them
 LINE = 190  # characters that fit at the foot
+GROUNDS = 165  # and under the title
 INCHES, DPI = (16.0, 9.0), 150
 
 
@@ -26,19 +27,22 @@ def draw_figure(
     feature_map: Image.Image | None,
     title: str,
     notice: str,
+    question: str = "",
+    grounds: str = "",
 ) -> bytes:
     """The figure as a file's content.
 
     kind: "png" or "svg". overview: the slide with its boxes (plots.draw_overlay). patches: best first
-    (plots.cut_patches). feature_map: umap.draw_map, None where it could not be drawn. title: what was asked and
-    answered; notice: stands at the foot.
+    (plots.cut_patches). feature_map: umap.draw_map, None where it could not be drawn. title: what was
+    answered, or the slide; question: what was asked; grounds: how sure that is and what it rests on; notice: stands at
+    the foot.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second, that who draws nothing does not wait for
     from matplotlib.figure import Figure
 
     figure = Figure(INCHES, dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(1, 2, width_ratios=(1.05, 1), left=0.02, right=0.98, top=0.9, bottom=0.07, wspace=0.03)
+    grid = figure.add_gridspec(1, 2, width_ratios=(1.05, 1), left=0.02, right=0.98, top=0.85, bottom=0.07, wspace=0.03)
     slide = figure.add_subplot(grid[0])
     slide.imshow(overview)
     right = grid[1].subgridspec(2, 1, height_ratios=(1.1, 1), hspace=0.08)
@@ -54,17 +58,16 @@ def draw_figure(
         figure.add_subplot(right[1]).imshow(feature_map)
     for axes in figure.axes:
         axes.set_axis_off()
-    figure.text(
-        0.02,
-        0.92,
-        textwrap.shorten(title, 120, placeholder=" …"),
-        fontsize=17,
-        weight="bold",
-        color="#1c2024",
-        parse_math=False,
-    )
+    ink, quiet = "#1c2024", "#59626d"
+    for text, y, most, look in (
+        (question, 0.985, 150, {"fontsize": 13, "color": quiet}),
+        (title, 0.95, 120, {"fontsize": 17, "color": ink, "weight": "bold"}),
+    ):
+        figure.text(0.02, y, textwrap.shorten(text, most, placeholder=" …"), va="top", parse_math=False, **look)
+    told = textwrap.fill(grounds, GROUNDS, max_lines=2, placeholder=" …")
+    figure.text(0.02, 0.908, told, fontsize=11, color=ink, va="top", parse_math=False)
     foot = textwrap.fill(notice, LINE)
-    figure.text(0.02, 0.012, foot, fontsize=9, color="#59626d", va="bottom", parse_math=False)
+    figure.text(0.02, 0.012, foot, fontsize=9, color=quiet, va="bottom", parse_math=False)
     data = io.BytesIO()
     figure.savefig(data, format=kind, metadata={"Date": None} if kind == "svg" else None)
     return data.getvalue()

@@ -138,21 +138,28 @@ def _answer_html(
         f'<tr><td>{escape(option)}</td><td class="number">{prob:.1%}</td></tr>'
         for option, prob in zip(answer.options, answer.probs)
     )
+    said = word_answer(answer, limits, () if answer.beside else selection.ranks.tolist())
     out = [
-        f'<section class="answer"><p class="text"><b>Q{number}. {escape(answer.question)}</b></p>',
-        f'<p class="text said">{escape(word_answer(answer, limits)) or "(no answer)"}</p>',
+        f'<section class="answer"><p class="text"><b>Q{number}. {escape(answer.put)}</b></p>',
+        f"<p>Put to the model as: {escape(answer.question)}</p>" if answer.asked else "",
+        f"<p>Answered from {escape(answer.beside)}, side by side with the patches of this report.</p>"
+        if answer.beside
+        else "",
+        f'<p class="text said">{escape(said) or "(no answer)"}</p>',
         f"<p>Rests on the slide: {answer.rests}.</p>" if answer.rests else "",
         _most_html(answer, bag, selection, patches),
         f"<p>The reader's impression, before: {escape(answer.impression)}</p>" if answer.impression else "",
         f"<table><tr><th>Option</th><th>Probability</th></tr>{rows}</table>" if rows else "",
         f"<p>{escape(answer.limit)}</p>" if answer.limit else "",
-        f"<p>{escape(answer.evidence)}</p>" if answer.evidence else "",
+        f"<p>{escape(told)}</p>" if (told := answer.unweighed or answer.evidence) else "",
         f"<p>Read by {escape(answer.reader)}, from pictures of the patches. {escape(answer.sent)}</p>"
         if answer.reader
         else "",
-        f"<p>Cited by the reader, not measured: {_link(answer.cited)}.</p>" if answer.cited else "",
+        f"<p>Cited by the reader, not measured: {_link(answer.cited)}.</p>"
+        if answer.cited and not answer.beside
+        else "",
     ]
-    if answer.effects:
+    if answer.effects and not answer.beside:
         # The sort is stable: ties go to the better score.
         most_first = sorted(selection.best_first.tolist(), key=lambda place: -answer.effects[place])
         links = " · ".join(
@@ -172,8 +179,8 @@ def _answer_html(
 
 
 def _most_html(answer: Answer, bag: Bag, selection: Selection, patches: Sequence[np.ndarray]) -> str:
-    """The pictures of the patches that the answer rests on most."""
-    if not answer.effects or not len(patches):
+    """The pictures of the patches that the answer rests on most; none where it does not rest on the slide."""
+    if not answer.effects or answer.beside or answer.rests == "not" or not len(patches):
         return ""
     best_first = selection.best_first.tolist()
     numbers = number_slides(bag)[selection.indices].tolist()
@@ -206,7 +213,7 @@ def _figures(
         at = _place(bag, index)
         shares = [f"the reader says: {escape(marks[index])}"] if index in marks else []
         for i, answer in enumerate(answers, 1):
-            if answer.effects:
+            if answer.effects and not answer.beside:
                 above = sum(effect > answer.effects[place] for effect in answer.effects)
                 shares.append(f"Q{i}: {format_effect(answer.effects[place])}, evidence rank {above + 1}")
         picture = ""

@@ -146,6 +146,7 @@ def read_selection(path: str | Path) -> Record:
     """Read what write_selection wrote. Raises ValueError, in words, for any other file."""
     name, content = Path(path).name, read_json(path)
     try:
+        answers = [answer for answer in content["answers"] if not answer.get("beside")]  # those are of other patches
         slide, patches, chosen = content["slide"], content["patches"], content["selection"]
         record = Record(
             slide=str(slide["name"]),
@@ -157,7 +158,7 @@ def read_selection(path: str | Path) -> Record:
             coords=torch.tensor(chosen["coords"], dtype=torch.int32),
             scores=torch.tensor(chosen["scores"], dtype=torch.float32),
             weights_sha256=content["model"]["weights_sha256"],
-            questions=tuple((str(a["question"]), tuple(map(str, a["options"]))) for a in content["answers"]),
+            questions=tuple((str(a["question"]), tuple(map(str, a["options"]))) for a in answers),
         )
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{name} is no selection.json of this version ({error!r:.100}). Make it again.") from error

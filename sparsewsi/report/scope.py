@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sparsewsi.model.limits import BEYOND, Limit, Limits
-from sparsewsi.report.answer import Answer
+from sparsewsi.model.limits import BEYOND, Limit, Limits, is_unsure
+from sparsewsi.report.answer import Answer, FocusEffect
 
 YES_NO = ("Yes", "No")
 WORDINGS = {  # of the kinds that limits.json may name: one that training used
@@ -85,23 +85,68 @@ def put_as_presence(limits: Limits, target: str) -> Suggestion | None:
     return None
 
 
-def word_answer(answer: Answer, limits: Limits) -> str:
-    """The first line of an answer: the answer itself or, where the model was not often right when so unsure, the two
-    likeliest options; of yes and no the likelier, as both tell nothing."""
+def word_answer(answer: Answer, limits: Limits, ranks: Sequence[int] = ()) -> str:
+    """The first line of an answer: whatever speaks against it first, then the answer, or the two likeliest options; of
+    yes and no the likelier, as both tell nothing.
+
+    What speaks against it: the model was not often right when so unsure, or on such questions at all; the answer does
+    not rest on the slide; or what it rests on is not known (yet). Of another reader nobody knows how often it is right.
+    ranks: Selection.ranks, by which an answer to "where is ...?" names a patch
+    """
+    limits = Limits() if answer.reader else limits
     found = limits.find(answer.question, answer.options)
-    if found is None or not answer.text:
-        return answer.text
-    if _unsure(answer, found):
-        if len(answer.probs) > 1 and set(answer.options) != set(YES_NO):
-            best = sorted(zip(answer.probs, answer.options), key=lambda pair: -pair[0])[:2]
-            return f"Not sure: {best[0][1]} or {best[1][1]}"
-        return f"Not sure; perhaps: {answer.text}"
-    return answer.text
+    if not answer.text:
+        return ""
+    if answer.asked:
+        return _word_place(answer, found, bool(limits.kinds), ranks)
+    unsure = found is not None and is_unsure(found, answer.probs)
+    doubts = [*(["not sure"] if unsure else []), *_word_rest(answer, unsure)]
+    if not doubts:
+        return f"A guess: {answer.text}" if limits.kinds and found is None else answer.text
+    head = _begin(", and ".join(doubts))
+    if unsure and len(answer.probs) > 1 and set(answer.options) != set(YES_NO):
+        best = sorted(zip(answer.probs, answer.options), key=lambda pair: -pair[0])[:2]
+        return f"{head}: {best[0][1]} or {best[1][1]}"
+    return f"{head}; {'a guess' if limits.kinds and found is None else 'perhaps'}: {answer.text}"
 
 
-def _unsure(answer: Answer, found: Limit) -> bool:
-    if answer.probs:
-        return max(answer.probs) < found.least
-    return (
-        found.right < 0.5 or found.sure < 0.5
-    )  # in words, without a probability: as good, as sure as such answers are
+def find_place(answer: Answer, ranks: Sequence[int]) -> FocusEffect | int | None:
+    """What an answer to "where is ...?" points at: a focus or the number of a patch, whichever it rests on more.
+
+    None where it is no Yes, does not rest on the slide, or was not weighed.
+    """
+    if not answer.effects or answer.probs[0] <= 0.5 or answer.rests == "not":
+        return None
+    focus = max(answer.foci, key=lambda one: one.effect, default=None)
+    best = max(range(len(answer.effects)), key=lambda place: answer.effects[place])
+    return focus if focus is not None and focus.effect >= answer.effects[best] else ranks[best]
+
+
+def _word_place(answer: Answer, found: Limit | None, limited: bool, ranks: Sequence[int]) -> str:
+    target, yes = find_target(answer.asked), answer.probs[0]
+    sure = found is None or not is_unsure(found, answer.probs)
+    if yes <= 0.5:
+        told = f"the model does not find {target} (Yes: {yes:.0%})"
+        if doubts := [*([] if sure else ["not sure"]), *_word_rest(answer, not sure)]:
+            return f"{_begin(', and '.join(doubts))}; {told}"
+        return _begin(told)
+    place = find_place(answer, ranks)
+    if place is None:
+        why = "Not from what the slide shows" if answer.rests == "not" else "Not weighed"
+        return f"{why} (Yes: {yes:.0%}), so nothing is pointed at"
+    named = f"focus {place.name}" if isinstance(place, FocusEffect) else f"#{place}"
+    if not sure:
+        return f"Not sure (Yes: {yes:.0%}), if anywhere: {named}"
+    return f"A guess (Yes: {yes:.0%}): {named}" if limited and found is None else f"Here: {named}"
+
+
+def _begin(text: str) -> str:
+    """A sentence's beginning."""
+    return text[:1].upper() + text[1:]
+
+
+def _word_rest(answer: Answer, doubted: bool = False) -> list[str]:
+    """What is to be said first of what the answer rests on. doubted: something is said already"""
+    if answer.rests == "not":
+        return ["not from what the slide shows"]
+    return ["not weighed"] if answer.unweighed and not doubted else []

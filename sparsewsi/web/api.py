@@ -9,6 +9,7 @@ import gradio as gr
 
 from sparsewsi.bags.bag import own_coords
 from sparsewsi.report.record import describe_slides
+from sparsewsi.report.scope import word_answer
 from sparsewsi.slides.remote import is_remote
 from sparsewsi.web.desk import CaseSlide, Desk
 from sparsewsi.web.door import CALLER
@@ -124,8 +125,10 @@ class Api:
             options: answer options of a multiple-choice question.
             without: ranks of patches that are not to be shown, such as those of a focus.
         Returns:
-            answer, probabilities (one per option), notice; where another reader answers also reader, sent (what left
-            the server, and where to), cited (numbers of the patches it names: its own words) and again (what it takes
+            headline, which is what may be shown to people: the answer, after whatever speaks against believing it;
+            answer, the model's own words, and probabilities (one per option), neither to be shown alone; limit, how
+            often such answers were right; notice; where another reader answers also reader, sent (what left the
+            server, and where to), cited (numbers of the patches it names: its own words) and again (what it takes
             to ask once more, without some patches).
         """
         desk = self.desk
@@ -137,8 +140,9 @@ class Api:
                 opened = dataclasses.replace(opened, selection=opened.selection.without(without))
             with desk.jobs.run(caller, "question", case) as job:
                 text = "".join(desk.answer(opened, messages, given, job.name))
-                found = desk.measure(opened, messages, text, given, job.name, evidence=False)
-            said = {"answer": found.text, "probabilities": list(found.probs), "notice": opened.notice}
+                found = desk.judge(opened, messages, text, given, job.name)
+            said = {"headline": word_answer(found, opened.limits), "answer": found.text}
+            said |= {"probabilities": list(found.probs), "limit": found.limit, "notice": opened.notice}
             if not found.reader or desk.reader is None:
                 return said
             told = {name: getattr(found, name) for name in ("reader", "sent", "cited")}
@@ -155,8 +159,10 @@ class Api:
             answer: an answer to it, such as the one that ask returned.
             options: answer options, if it was a multiple-choice question.
         Returns:
-            effects in nats, in the order of analyze's indices; indices; slide_numbers; ranks by score; slides, of a
-            case of several what the answer loses without all patches of each; sentence, what they mean; notice.
+            headline, which is what may be shown to people: the answer, after whatever speaks against believing it,
+            also that it does not rest on the slide; rests, how far it does: "strongly", "partly" or "not"; effects in
+            nats, in the order of analyze's indices; indices; slide_numbers; ranks by score; slides, of a case of
+            several what the answer loses without all patches of each; sentence, what they mean; notice.
         """
         desk = self.desk
         with explain_errors():
@@ -164,15 +170,18 @@ class Api:
             check_question(question, given, answer)
             opened = desk.find_case(case)
             with desk.jobs.run(caller, "question", case) as job:
-                found = desk.measure(opened, [{"role": "user", "content": question}], answer, given, job.name)
+                messages = [{"role": "user", "content": question}]
+                found = desk.weigh(opened, messages, desk.judge(opened, messages, answer, given, job.name), job.name)
             kept = opened.selection
             return {
+                "headline": word_answer(found, opened.limits),
+                "rests": found.rests,
                 "indices": kept.indices.tolist(),
                 "slide_numbers": (opened.numbers + 1).tolist(),
                 "ranks": kept.ranks.tolist(),
                 "effects": list(found.effects),
                 "slides": {slide.name: slide.effect for slide in found.slides},
-                "sentence": found.evidence,
+                "sentence": found.unweighed or found.evidence,
                 "notice": opened.notice,
             }
 

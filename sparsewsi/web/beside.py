@@ -11,23 +11,26 @@ from typing import Any
 
 import gradio as gr
 
+from sparsewsi.report.answer import Answer
+from sparsewsi.report.case import Case
+from sparsewsi.report.scope import word_answer
 from sparsewsi.web import chat as words
-from sparsewsi.web.chat import Question, Questions, show_both, show_evidence, show_question, shows_both
+from sparsewsi.web.chat import Column, Question, Questions, show_both, show_question, shows_both
 from sparsewsi.web.desk import Opened
 from sparsewsi.web.errors import explain_errors
 from sparsewsi.web.handlers import (
-    BROKEN_OFF,
-    STOPPED,
-    UNWEIGHED,
     Answers,
     Aside,
     Changes,
     Handlers,
     ask_for_question,
+    break_off,
     check_size,
     evidence_props,
     name_selection,
-    number_kept,
+    point,
+    require_whole,
+    show_known,
     wait_for_answer,
     whole_props,
 )
@@ -49,6 +52,15 @@ class Right:
     label: str
     left: str = ""
     answers: Answers = field(default_factory=dict)
+
+
+def lay_column(title: str, answer: Answer, case: Case) -> Column:
+    """An answer as it stands beside another one; what holds for both stands below."""
+    return (
+        title,
+        word_answer(answer, case.limits, case.selection.ranks.tolist()),
+        show_known(replace(answer, impression="", limit=""), case),
+    )
 
 
 class Comparing(Handlers):
@@ -73,7 +85,7 @@ class Comparing(Handlers):
             if opened is None:
                 raise ValueError("Open a slide first: two selections of it are shown side by side.")
             check_size(k)
-            self._require_whole(opened, aside)
+            require_whole(opened, aside)
             aside = aside or Aside(opened, chat, questions, answers)
             with desk.jobs.run(session, "question", opened.token) as job:
                 case = desk.choose(aside.opened.case, int(k), selector, picks["pinned"], picks["dropped"], job.name)
@@ -108,7 +120,7 @@ class Comparing(Handlers):
         desk, page, session = self.desk, self.page, str(request.session_hash)
         self._refuse_while_busy(chat, request)
         with explain_errors():
-            self._require_whole(opened, aside)
+            require_whole(opened, aside)
             whole = aside.opened if aside else opened
             if whole is None or len(whole.slides) < 2:
                 raise ValueError("Add a second slide to the case first: two of its slides are shown side by side.")
@@ -134,27 +146,6 @@ class Comparing(Handlers):
             page.given_options: "\n".join(question.options),
         }
 
-    def on_ask_again(
-        self,
-        opened: Opened | None,
-        chat: list,
-        questions: Questions,
-        answers: Answers,
-        aside: Aside | None,
-        k: int,
-        selector: str,
-        picks: dict[str, list[int]],
-        request: gr.Request,
-    ) -> Iterator[Changes]:
-        with explain_errors():
-            self._require_whole(opened, aside)
-        yield from super().on_ask_again(opened, chat, questions, answers, aside, k, selector, picks, request)
-
-    def _require_whole(self, opened: Opened | None, aside: Aside | None) -> None:
-        """Raise ValueError where two slides of the case stand side by side."""
-        if opened is not None and aside is not None and opened.slides != aside.opened.slides:
-            raise ValueError("Leave the comparison of two slides first.")
-
     def on_asked_too(
         self,
         opened: Opened | None,
@@ -171,52 +162,50 @@ class Comparing(Handlers):
             yield gr.skip()
             return
         desk, page = self.desk, self.page
+        case, question = right.opened.case, questions.get(place - 1, Question(answers[place].put))
+        left = lay_column(right.left or name_selection(opened.case), answers[place], opened.case)
+        said = {at: one.text for at, one in right.answers.items()}
+        turns, given = words.turns_of(chat[:place], questions, desk.config.multi_turn, said)
+        answer, failure, whole = self._begin_answer(question, turns, given), None, False
         desk.turns.begin(session, asked)
         turn = desk.turns.take(session, asked)
         assert turn is not None
-        case, question = right.opened.case, questions.get(place - 1, Question(answers[place].question))
-        shown, _ = self._put_first(answers[place], question, opened.case)
-        first = replace(answers[place], impression="", limit="")
-        numbers = number_kept(opened.case)
-        known_left = show_evidence(first, opened.case.selection, numbers=numbers)
-        left = (right.left or name_selection(opened.case), shown, known_left)
-        told = (question.impression, answers[place].limit)
-        text, lines, failure, if_it_fails = "", [STOPPED], None, BROKEN_OFF
-        known: Answers = {}
-        props: dict[str, Any] = {"evidence": None}
 
-        def both(*lines: str) -> list:
-            return [*chat[:place], show_both(left, (right.label, text, lines), *told)]
+        def both(answer: Answer) -> list:
+            column = lay_column(right.label, answer, case)
+            return [*chat[:place], show_both(left, column, whole, question.impression, answers[place].limit)]
 
         yield {page.question: wait_for_answer()}
         try:
             with explain_errors(), suppress(Halted), desk.jobs.run(session, "question", right.opened.token) as job:
-                said = {at: one.text for at, one in right.answers.items()}
-                turns, given = words.turns_of(chat[:place], questions, desk.config.multi_turn, said)
                 check_turns(turns, given)
                 if turn.stopped:
                     raise Halted
-                with closing(desk.answer(case, turns, given, job.name)) as pieces:  # type: ignore[type-var]
-                    for piece in pieces:
-                        text += piece
-                        yield {page.chat: both()}
-                if_it_fails = UNWEIGHED
-                answer = desk.measure(case, turns, text.strip(), given, job.name)
-                known = {place: replace(answer, impression=question.impression)}
-                text, pointed = self._put_first(answer, question, case)
-                lines = show_evidence(replace(answer, limit=""), case.selection, numbers=number_kept(case))
-                props = {"evidence": evidence_props(case.selection, answer)}
-                props |= {} if pointed is None else {"focus": pointed}
-                desk.record(session, event="ask", slide=case.bag.slide, beside=right.label, **asdict(known[place]))
+                with closing(self._tell(answer, case, turns, job.name)) as steps:
+                    for answer in steps:
+                        yield {page.chat: both(answer)}
+                answer, whole = desk.weigh(case, turns, answer, job.name), True
         except gr.Error as error:  # no half answer may stand as a whole one
-            failure, lines = error, [if_it_fails]
+            failure = error
         finally:
             turn.done = True
+        known = {place: replace(answer, beside=right.label)} if whole else {}
+        props: dict[str, Any] = {"evidence": None}
+        if whole:
+            props = {"evidence": evidence_props(case.selection, answer)}
+            pointed = point(answer, case)
+            props |= {} if pointed is None else {"focus": pointed}
+            desk.record(session, event="ask", slide=case.bag.slide, **asdict(known[place]))
+        else:
+            answer = break_off(answer, failure is not None)
         if desk.turns.get(session) is turn:  # else it was cleared, or another slide opened
             earlier = {at: one for at, one in right.answers.items() if at < place}
+            mine = earlier | known
+            pairs = ((one, mine.get(at)) for at, one in answers.items())
+            self._offer(opened, [one for pair in pairs for one in pair if one is not None], request)
             yield {
-                page.chat: both(*lines),
-                page.right: replace(right, answers=earlier | known),
+                page.chat: both(answer),
+                page.right: replace(right, answers=mine),
                 page.other: gr.HTML(**props),
                 page.question: ask_for_question(),
             }

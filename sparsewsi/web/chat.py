@@ -4,7 +4,6 @@ A message's first block is what was said; the blocks after it are about it and a
 """
 
 import html
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from sparsewsi.model.foci import Focus
 from sparsewsi.model.prompt import format_question
 from sparsewsi.model.selection import Selection
-from sparsewsi.report.answer import Answer, format_effect
+from sparsewsi.report.answer import WORTH, Answer, format_effect
 from sparsewsi.report.scope import Suggestion
 
 
@@ -33,7 +33,6 @@ class Question:
 
 
 MOST_CITED, MOST_FOCI = 3, 2  # patches and foci shown in an answer
-WORTH = math.log(1.05)  # nats, from which an effect is worth a number
 Questions = Mapping[int, Question]  # by their place in the chat
 
 
@@ -57,6 +56,11 @@ def show_question(question: Question) -> dict[str, Any]:
     return {"role": "user", "content": inert("\n\n".join(filter(None, [question.text, "\n".join(options)])))}
 
 
+def show_next(question: Question) -> str:
+    """HTML of a question that waits for the answer before it."""
+    return f"<p><b>Next:</b> {inert(question.text)} <small>(Stop puts it back into the box)</small></p>"
+
+
 def read_edit(text: str, before: Question) -> Question:
     """The question that an edited message of show_question asks; one that had no options gets none."""
     question, _, lines = text.strip().rpartition("\n\n") if before.options else (text, "", "")
@@ -74,13 +78,13 @@ def turns_of(
 ) -> tuple[list[dict[str, str]], tuple[str, ...]]:
     """The chat up to the last question as the model takes it, or without history that one; and its options.
 
-    said: what was answered, by its place in the chat; told where the chat shows a comparison
+    said: what was answered, by its place in the chat, which may show it otherwise
     """
     asked = back_to_question(chat)
     last = len(asked) - 1
     turns = []
     for place, message in enumerate(asked[:last] if history else []):
-        text = (said or {}).get(place, "") if shows_both(message) else text_of(message)
+        text = (said or {}).get(place, "" if shows_both(message) else text_of(message))
         if place in questions:
             text = format_question(questions[place].text, questions[place].options)
         turns.append({"role": message["role"], "content": text})
@@ -93,11 +97,14 @@ def show_answer(text: str, blocks: Sequence[str] = ()) -> dict[str, Any]:
     return {"role": "assistant", "content": [inert(text.strip()) or "(no answer)", *blocks]}
 
 
-def show_evidence(answer: Answer, selection: Selection, impression: str = "", numbers: Sequence[int] = ()) -> list[str]:
+def show_evidence(
+    answer: Answer, selection: Selection, impression: str = "", numbers: Sequence[int] = (), named: bool = True
+) -> list[str]:
     """HTML of what was measured: a bar per option, how far it rests on the slide, the foci and patches as pictures.
 
     Of another reader also which patches it cites, marked as its own words.
     numbers: of a case of several slides, that of each kept patch's slide, from 1: citations name it
+    named: whether the viewer shows these foci; else their letters are others'
 
     A link to #patch-5 or #focus-B is shown as a picture by the viewer, which has the address of the slide.
     """
@@ -115,10 +122,13 @@ def show_evidence(answer: Answer, selection: Selection, impression: str = "", nu
     if answer.rests:
         told = f"Without all {len(selection.indices)} patches it would be {tell_effect(answer.without_all or 0)}."
         blocks.append(f"<span class='rests {answer.rests}' title='{told}'>rests on the slide: {answer.rests}</span>")
-    if answer.effects:
+    if answer.rests == "not":  # pictures would look like evidence
+        blocks.append(f"<p class='small'>{told}</p>")
+    elif answer.effects:
         effects, patches = np.asarray(answer.effects), selection.ranks.tolist()
         most = [i for i in np.argsort(-effects, kind="stable")[:MOST_CITED] if effects[i] > 0]
-        foci = sorted((focus for focus in answer.foci if focus.effect >= WORTH), key=lambda focus: -focus.effect)
+        worth = (focus for focus in answer.foci if named and focus.effect >= WORTH)
+        foci = sorted(worth, key=lambda focus: -focus.effect)
         links = [
             _link(f"focus-{focus.name}", _begin(f"{on.get(focus.ranks[0], '')}focus {focus.name}"), focus.effect)
             for focus in foci[:MOST_FOCI]
@@ -134,8 +144,8 @@ def show_evidence(answer: Answer, selection: Selection, impression: str = "", nu
             most_first = sorted(answer.slides, key=lambda slide: -slide.effect)
             told = [f"slide {slide.name} it would be {tell_effect(slide.effect)}" for slide in most_first]
             blocks.append(f"<p class='small'>Without {', without '.join(told)}.</p>")
-    elif answer.evidence:
-        blocks.append(f"<p class='small'>{inert(answer.evidence)}</p>")
+    if not answer.effects and (told := answer.unweighed or answer.evidence):
+        blocks.append(f"<p class='small'>{inert(told)}</p>")
     if answer.cited:
         links = ", ".join(f"<a href='#patch-{rank}'>{on.get(rank, '')}#{rank}</a>" for rank in answer.cited)
         blocks.append(f"<p class='small'>Cited by the reader, not measured: {links}</p>")
@@ -165,6 +175,20 @@ def show_suggestions(suggestions: Sequence[Suggestion]) -> str:
     return f"<div class='chips'>{chips}</div>"
 
 
+def show_without(foci: Sequence[Focus], kept: int, sent: str) -> str:
+    """HTML of the foci without which a question can be asked again: #without-A is one tap. kept: patches of all
+
+    sent: what leaves this program with each question
+    """
+    chips = "".join(
+        f"<a class='chip' href='#without-{focus.name}' title='{inert(f'One more request. {sent}')}'>"
+        f"focus {focus.name} ({kept - len(focus.places)} pictures)</a>"
+        for focus in foci
+    )
+    told = "<p class='small'>Ask again, one more request, without:</p>"
+    return f"<div class='again'>{told}<div class='chips'>{chips}</div></div>"
+
+
 def _link(target: str, name: str, effect: float) -> str:
     """A picture that leads to a patch or a focus, and how many times less likely the answer is without it."""
     return f"<a href='#{target}'><span>{name}{f' · {format_effect(effect)}×' if effect >= WORTH else ''}</span></a>"
@@ -184,13 +208,15 @@ def compare(columns: Sequence[Column], classes: Sequence[str] = ("", "")) -> str
     return f"{COMPARED}{''.join(cells)}</div>"
 
 
-def show_both(left: Column, right: Column, impression: str = "", limit: str = "") -> dict[str, Any]:
+def show_both(left: Column, right: Column, whole: bool = True, impression: str = "", limit: str = "") -> dict[str, Any]:
     """An assistant's message of a comparison. Links of the right one lead to the viewer on the right.
 
+    whole: whether the right one is all there; before that nothing is said of both
     impression, limit: as of Answer, once for both
     """
     texts = [text.strip().rstrip(".") for _, text, _ in (left, right)]
-    first = f"Both: {texts[0]}" if texts[0].casefold() == texts[1].casefold() else "They differ" if texts[1] else "…"
+    same = texts[0].casefold() == texts[1].casefold()
+    first = "…" if not whole else f"Both: {texts[0]}" if same else "They differ"
     before = f"<p class='small'>Your impression before: {inert(impression)}</p>" if impression else ""
     after = f"<p class='small'>{inert(limit)}</p>" if limit else ""
     return show_answer(first, [before + compare([left, right], ["", "other"]) + after])

@@ -34,8 +34,10 @@ from sparsewsi.model.config import DEFAULT_MODEL, name_model
 from sparsewsi.model.prompt import ROLES
 from sparsewsi.readers.choice import add_reader_flags, choose_reader, open_reader
 from sparsewsi.readers.pictures import ReaderError
+from sparsewsi.report.answer import Answer
 from sparsewsi.report.case import Case
 from sparsewsi.report.record import describe_slides
+from sparsewsi.report.scope import word_answer
 from sparsewsi.slides.remote import ANY, OPEN, is_remote
 from sparsewsi.web.library import Library
 from sparsewsi.web.limits import check_slides, check_turns
@@ -240,10 +242,11 @@ class Answers:
     """The questions of one server: one is answered, the others wait in their order.
 
     with_notice: the notice stands under every answer, for clients that people read
+    bare: answers are the model's own words, without what speaks against believing them, for harnesses that compare
     """
 
-    def __init__(self, library: Library, with_notice: bool = False):
-        self._library, self._with_notice = library, with_notice
+    def __init__(self, library: Library, with_notice: bool = False, bare: bool = False):
+        self._library, self._with_notice, self._bare = library, with_notice, bare
         self._worker = ThreadPoolExecutor(1, "answers")
         self._waiting, self._lock = 0, threading.Lock()
 
@@ -279,34 +282,38 @@ class Answers:
             turn.tell(Refused(500, "That failed, and the program is at fault; try again."))
 
     def _answer(self, turn: Turn, asked: Asked) -> dict[str, Any]:
-        """Tell the pieces of an answer; returns what is known of it."""
+        """Tell the pieces of an answer, none before it is judged; returns what is known of it."""
         library, options = self._library, list(asked.options)
         case = library.open(asked.slides, turn.look)
         pieces, reason = [], "stop"
+        at_once = self._bare or not (options or asked.evidence)
         for piece in case.answer(library.reader, asked.messages, options):
             turn.look()
             pieces.append(piece)
-            turn.tell(piece)
+            if at_once:
+                turn.tell(piece if self._bare else case.continue_answer(library.reader, asked.messages, pieces))
             if len(pieces) == asked.most and not options:
                 reason = "length"
                 break
         text = "".join(pieces)
+        how: dict[str, Any] = {"evidence": asked.evidence, "progress": turn.look}
+        answer = case.measure(library.reader, asked.messages, text, asked.options, **how)
+        if not at_once:
+            turn.tell(word_answer(answer, case.limits))
         if self._with_notice:
             turn.tell(f"\n\n{case.notice}")
-        known = _describe(case, library, asked, text, turn)
+        known = _describe(case, asked, answer)
         return {"finish_reason": reason, "usage": _count(library, case, asked, text), MODEL: known}
 
 
-def _describe(case: Case, library: Library, asked: Asked, text: str, turn: Turn) -> dict[str, Any]:
-    """What OpenAI's protocol has no place for: an answer's probabilities, evidence, doubts and the notice."""
-    answer = case.measure(
-        library.reader, asked.messages, text, asked.options, evidence=asked.evidence, progress=turn.look
-    )
+def _describe(case: Case, asked: Asked, answer: Answer) -> dict[str, Any]:
+    """What OpenAI's protocol has no place for: the model's own words, probabilities, evidence, doubts, the notice."""
     kept = case.selection
-    found = {"sentence": answer.evidence, "effects": list(answer.effects)}
+    found = {"sentence": answer.evidence, "rests": answer.rests, "effects": list(answer.effects)}
     found |= {"slides": {slide.name: slide.effect for slide in answer.slides}}
     evidence = {"evidence": found} if asked.evidence else {}
     return {
+        "answer": answer.text,
         "slide": case.bag.slide,
         "num_patches": kept.num_patches,
         "indices": kept.indices.tolist(),
@@ -480,6 +487,7 @@ def read_flags(argv: Sequence[str]) -> argparse.Namespace:
     add("--key", default=os.environ.get("SPARSEWSI_KEY"), help="what callers must show; default $SPARSEWSI_KEY")
     add("--name", action="append", default=[], help="a name this machine is asked by, behind a proxy")
     add("--notice", action="store_true", help="put the notice under every answer, for clients that people read")
+    add("--bare", action="store_true", help="tell the model's own words alone, for harnesses that compare them")
     add_reader_flags(parser)
     flags = parser.parse_args(argv)
     flags.reader = choose_reader(flags, os.environ)
@@ -507,7 +515,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     names = [*LOOPBACK, flags.host, *flags.name] if private else []
     models = list(dict.fromkeys([MODEL, name_model(flags.model)]))
-    answers = Answers(library, flags.notice)
+    answers = Answers(library, flags.notice, flags.bare)
     print(f"Serving http://{flags.host}:{flags.port}/v1 (models: {', '.join(models)}).", flush=True)
     if reader is not None and reader.sends:
         print(reader.sends, flush=True)

@@ -510,29 +510,34 @@ class Desk:
                 doing.look()
                 yield piece
 
-    def measure(
-        self,
-        case: Case,
-        messages: Messages,
-        text: str,
-        options: Sequence[str],
-        job: str = "",
-        evidence: bool = True,
-    ) -> Answer:
-        """What is known of an answer. Raises Halted once nobody waits for it."""
+    @property
+    def weighs(self) -> bool:
+        """Whether it can be measured what answers rest on."""
+        return self.reader is None or self.reader.likelihoods
+
+    def judge(self, case: Case, messages: Messages, text: str | None, options: Sequence[str], job: str = "") -> Answer:
+        """What is known of an answer at once (Case.judge). Raises Halted once nobody waits for it."""
+        doing = self.jobs.find(job)
+        doing.tell("answering")
+        with self.jobs.step(doing):
+            seen = self._cut(case, doing) if self.weighs and options else None
+            return case.judge(self.reader or self.model, messages, text, options, seen)
+
+    def weigh(self, case: Case, messages: Messages, answer: Answer, job: str = "") -> Answer:
+        """The answer with what it rests on (Case.weigh). Raises Halted once nobody waits for it."""
         doing = self.jobs.find(job)
 
         def look(done: int, total: int) -> None:
             doing.tell("weighing the evidence", done, total)
             self.jobs.pause(doing)
 
-        size = len(messages[-1]["content"]) + sum(map(len, options)) + len(text)
+        size = len(messages[-1]["content"]) + sum(map(len, answer.options)) + len(answer.text)
+        if size > MOST_WEIGHED:
+            return replace(answer, unweighed=TOO_LONG)
         doing.tell("weighing the evidence")
         with self.jobs.step(doing):
-            seen = self._cut(case, doing) if self.reader and self.reader.likelihoods else None
-            how: dict[str, Any] = {"evidence": evidence and size <= MOST_WEIGHED, "progress": look, "pictures": seen}
-            answer = case.measure(self.reader or self.model, messages, text, options, **how)
-        return replace(answer, evidence=TOO_LONG) if evidence and size > MOST_WEIGHED else answer
+            seen = self._cut(case, doing) if self.weighs else None
+            return case.weigh(self.reader or self.model, messages, answer, look, seen)
 
     def _cut(self, case: Case, job: Job) -> Pictures | None:
         """What the reader is shown of a case, from the slide's own process; None for the model's own LLM."""

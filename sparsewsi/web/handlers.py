@@ -9,7 +9,7 @@ import html
 import tempfile
 import uuid
 import zipfile
-from collections.abc import Collection, Generator, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -22,14 +22,15 @@ from torch import Tensor
 
 from sparsewsi.bags.bag import list_parts
 from sparsewsi.files import as_path
+from sparsewsi.model.limits import Limits
 from sparsewsi.model.prompt import format_question
 from sparsewsi.model.selection import Selection
 from sparsewsi.report import umap
-from sparsewsi.report.answer import Answer
+from sparsewsi.report.answer import Answer, FocusEffect
 from sparsewsi.report.case import ANNOTATIONS, Case
 from sparsewsi.report.phantom import choose_questions, describe_truths, find_truth
 from sparsewsi.report.qupath import read_regions
-from sparsewsi.report.scope import find_target, put_as_presence, suggest, within, word_answer
+from sparsewsi.report.scope import find_place, find_target, put_as_presence, suggest, within, word_answer
 from sparsewsi.slides.slide import Slide
 from sparsewsi.web import chat as words
 from sparsewsi.web import intake
@@ -41,11 +42,13 @@ from sparsewsi.web.chat import (
     read_options,
     show_answer,
     show_evidence,
+    show_next,
     show_question,
     show_suggestions,
+    show_without,
     text_of,
 )
-from sparsewsi.web.desk import CaseSlide, Desk, Exchange, Left, Opened
+from sparsewsi.web.desk import CaseSlide, Desk, Exchange, Left, Messages, Opened
 from sparsewsi.web.errors import explain_errors, refuse, say_which, stop_unseen
 from sparsewsi.web.examples import EXAMPLES, name_example, open_example
 from sparsewsi.web.gallery import find_sample
@@ -64,15 +67,19 @@ from sparsewsi.web.viewer import (
     words_props,
 )
 
+COMING = "The answer is coming; what it rests on is weighed after it."
 STOPPED = "Stopped; the evidence was not weighed."
 UNWEIGHED = "The evidence could not be weighed."
 BROKEN_OFF = "The answer broke off here; ask again."
-WEIGHING = "_Weighing the evidence: the answer is scored again without each of the patches …_"
+WEIGHING = "Weighing the evidence: the answer is scored again without each of the patches …"
+WAITS = "A question waits already, so this one stays in the box: wait for the answer or press Stop."
+IN_BOX = "The question is in the box: Enter asks it, once the slide is ready."
 OPENING = {"phantom": "Opening the phantom (generated on first use)", "cmu-1": "Fetching CMU-1 (CC0)"}
 # Of a slide just opened.
 NOTHING = ("unpicked", "bag", "kept", "foci", "map", "words", "evidence", "whatif", "compared", "work")
 MOST_LIKES = 24
 MARKS = ("agree", "disagree")
+WHAT_IF = "what if"  # the turn of one
 MOST_VIEWS, MOST_PICKS = 200, 4096  # taken from one event of the viewer
 
 UNPICKED = "Pinned: 0 · dropped: 0"
@@ -284,9 +291,9 @@ class Handlers:
             page.beside: False,
             page.typed_path: "",
             page.mpp: "",  # or it would be taken for the next slide's
-            page.question: ask_for_question(),
             page.lost: "",
             page.reopen: gr.Button(visible=False),
+            **self._give_next_back(session),
         }
         if beside:
             desk.turns.stop(session)
@@ -493,11 +500,16 @@ class Handlers:
     def on_analysed(self, opened: Opened | None, answers: Answers, request: gr.Request) -> None:
         """From now on the downloads hold these answers."""
         if opened is not None:
-            make = functools.partial(self._write_download, opened, opened.case, answers, request.session_hash)
-            for one in opened.slides:
-                self.desk.slides.offer(one.token, make)
+            self._offer(opened, list(answers.values()), request)
 
-    def _write_download(self, opened: Opened, case: Case, answers: Answers, session: str | None, name: str) -> Path:
+    def _offer(self, opened: Opened, answers: Sequence[Answer], request: gr.Request) -> None:
+        make = functools.partial(self._write_download, opened, opened.case, answers, request.session_hash)
+        for one in opened.slides:
+            self.desk.slides.offer(one.token, make)
+
+    def _write_download(
+        self, opened: Opened, case: Case, answers: Sequence[Answer], session: str | None, name: str
+    ) -> Path:
         """Write one of DOWNLOADS to the session's folder, now that somebody asks for it. Raises as Jobs.run does."""
         desk, folder = self.desk, self.desk.files_of(session)
         if name == "log.jsonl":
@@ -511,7 +523,7 @@ class Handlers:
             def opening(path: Path, slide_mpp: float | None) -> Slide:
                 return desk.open_slide(path, slide_mpp, job)
 
-            written = case.write(where, list(answers.values()), names, opening, opened.marks, opened.called)
+            written = case.write(where, answers, names, opening, opened.marks, opened.called)
             if name == BY_SLIDE:
                 with zipfile.ZipFile(folder / name, "w", zipfile.ZIP_DEFLATED) as archive:
                     for one in written:
@@ -560,10 +572,24 @@ class Handlers:
             return {page.waiting: None, page.chat: _take_waiting(chat), **box}
         return self._ask(opened, [], waiting, {}, request) | {self.page.waiting: None}
 
-    def on_starter(self, index: int, starters: list) -> Changes:
-        """A question to start with was chosen: into the boxes with it."""
+    def on_starter(
+        self,
+        index: int,
+        starters: list,
+        opened: Opened | None,
+        coming: tuple[CaseSlide, ...] | None,
+        chat: list,
+        questions: Questions,
+        impression: str,
+        request: gr.Request,
+    ) -> Changes:
+        """A question to start with was tapped: it is asked. Where no slide is ready it goes into the boxes instead."""
         text, options = starters[index]
-        return {self.page.question: text, self.page.given_options: "\n".join(options)}
+        if opened is None or coming:
+            gr.Info(IN_BOX, duration=6)
+            return {self.page.question: text, self.page.given_options: "\n".join(options)}
+        tapped = Question(text, tuple(options), impression=impression.strip())
+        return self._ask_or_wait(opened, chat, tapped, questions, request) | {self.page.impression: ""}
 
     def on_question(
         self,
@@ -587,11 +613,43 @@ class Handlers:
         put = Question(question.strip(), read_options(given), impression=impression.strip())
         if opened is None or coming:
             return self._let_wait(put, _take_waiting(chat))
-        self._refuse_while_busy(chat, request)
-        kept = chat[:-1] if chat and chat[-1]["role"] == "user" else chat  # a question that was not answered goes
-        changes = self._ask(opened, kept, put, questions, request)
-        box = wait_for_answer if self.desk.turns.busy(str(request.session_hash)) else ask_for_question
+        changes = self._ask_or_wait(opened, chat, put, questions, request)
+        waits = self.page.chat not in changes or self.desk.turns.busy(str(request.session_hash))
+        box = wait_for_answer if waits else ask_for_question
         return changes | {self.page.question: box(value=""), self.page.given_options: "", self.page.impression: ""}
+
+    def _ask_or_wait(
+        self, opened: Opened, chat: list, question: Question, questions: Questions, request: gr.Request
+    ) -> Changes:
+        """Ask a question or, while another one is answered, have it asked after that."""
+        turns, session = self.desk.turns, str(request.session_hash)
+        if self._is_busy(chat, session):
+            with explain_errors():
+                check_question(question.text, question.options)
+            if turns.let_wait(session, question):
+                return {self.page.next_line: show_next(question)}
+            if turns.get(session) is not None:
+                raise refuse(WAITS)
+        kept = chat[:-1] if chat and chat[-1]["role"] == "user" else chat  # a question that was not answered goes
+        return self._ask(opened, kept, question, questions, request)
+
+    def on_next(
+        self, question: Question | None, opened: Opened | None, chat: list, questions: Questions, request: gr.Request
+    ) -> Changes:
+        """The answer before has come: the question that waited for it is asked."""
+        if question is None:
+            raise stop_unseen()
+        if opened is None:  # it was closed meanwhile
+            return {self.page.next: None, self.page.question: question.text}
+        return self._ask_or_wait(opened, chat, question, questions, request) | {self.page.next: None}
+
+    def _give_next_back(self, session: str) -> Changes:
+        """The boxes, ready for the next question; the one that waited, if one did, is in them again."""
+        page, question = self.page, self.desk.turns.take_next(session)
+        if question is None:
+            return {page.question: ask_for_question()}
+        box = {page.question: ask_for_question(value=question.text), page.next_line: ""}
+        return box | {page.given_options: "\n".join(question.options), page.impression: question.impression}
 
     def _let_wait(self, question: Question, before: list) -> Changes:
         page = self.page
@@ -603,18 +661,28 @@ class Handlers:
         )
 
     def on_suggested(
-        self, event: gr.EventData, opened: Opened | None, chat: list, questions: Questions, request: gr.Request
+        self,
+        event: gr.EventData,
+        opened: Opened | None,
+        chat: list,
+        questions: Questions,
+        impression: str,
+        request: gr.Request,
     ) -> Changes:
         """One of the questions that the model can answer was tapped."""
         if opened is None:
             raise refuse("Open a slide first.")
-        self._refuse_while_busy(chat, request)
-        offered = suggest(opened.case.limits)
+        offered = suggest(self._limits(opened.case))
         number = event._data.get("number") if isinstance(event._data, dict) else None
         if not isinstance(number, int) or not 0 <= number < len(offered):
             raise stop_unseen()
         one = offered[number]
-        return self._ask(opened, chat, Question(one.text, one.options), questions, request)
+        tapped = Question(one.text, one.options, impression=impression.strip())
+        return self._ask_or_wait(opened, chat, tapped, questions, request) | {self.page.impression: ""}
+
+    def _limits(self, case: Case) -> Limits:
+        """What who answers was validated on: of another reader than the model's own LLM nothing is known."""
+        return case.limits if self.desk.reader is None else Limits()
 
     def on_retry(self, opened: Opened, chat: list, request: gr.Request) -> Changes:
         """Ask the last question again."""
@@ -638,7 +706,7 @@ class Handlers:
         with explain_errors():
             check_question(question.text, question.options)
             format_question(question.text, question.options)  # the model would refuse too many options only later
-            limits = opened.case.limits
+            limits = self._limits(opened.case)
         earlier = {place: one for place, one in questions.items() if place < len(before)}
         target = "" if question.options else find_target(question.text)
         presence = put_as_presence(limits, target) if target else None
@@ -660,9 +728,14 @@ class Handlers:
         }
 
     def _refuse_while_busy(self, chat: list, request: gr.Request) -> None:
-        """One question at a time, as the chat is what all of them write: an answer may be coming, on the page too."""
-        if self.desk.turns.busy(str(request.session_hash)) or (chat and WEIGHING in str(chat[-1]["content"])):
+        """One question at a time, as the chat is what all of them write."""
+        if self._is_busy(chat, str(request.session_hash)):
             raise refuse("The last question is still being answered: wait for it or press Stop.")
+
+    def _is_busy(self, chat: list, session: str) -> bool:
+        """Whether an answer is coming; it may have come, and the page not be told yet."""
+        last = str(chat[-1]["content"]) if chat else ""
+        return self.desk.turns.busy(session) or COMING in last or WEIGHING in last
 
     # ---- and answered
 
@@ -690,76 +763,89 @@ class Handlers:
             turns, given = words.turns_of(chat, questions, desk.config.multi_turn, said)
             check_turns(turns, given)
         answers = {place: earlier for place, earlier in answers.items() if place < len(chat)}
-        question = questions.get(len(chat) - 1, Question(""))
-        text, lines, pointed = "", [STOPPED], None
-        failure, if_it_fails = None, BROKEN_OFF
-
-        def so_far(*lines: str) -> list:
-            return [*chat, show_answer(text, lines)]
-
+        question, failure, whole = questions.get(len(chat) - 1, Question("")), None, False
+        answer = self._begin_answer(question, turns, given)
         try:
             with explain_errors(), suppress(Halted), desk.jobs.run(session, "question", opened.token) as job:
                 if turn.stopped:
                     raise Halted
-                with closing(desk.answer(case, turns, given, job.name)) as pieces:  # type: ignore[type-var]
-                    for piece in pieces:
-                        text += piece
-                        yield {page.chat: so_far(WEIGHING)}
-                if_it_fails = UNWEIGHED
-                yield {page.chat: so_far(WEIGHING)}
-                shown = text_of(so_far()[-1]) if text else ""
-                answer = desk.measure(case, turns, shown, given, job.name)
-                answer = dataclasses.replace(answer, impression=question.impression)
-                answers[len(chat)] = answer
-                text, pointed = self._put_first(answer, question, case)
-                lines = show_evidence(answer, case.selection, question.impression, number_kept(case))
+                with closing(self._tell(answer, case, turns, job.name)) as steps:
+                    for answer in steps:
+                        yield {page.chat: [*chat, show_told(answer, case)]}
+                answer, whole = desk.weigh(case, turns, answer, job.name), True
         except gr.Error as error:  # no half answer may stand as a whole one
-            failure, lines = error, [if_it_fails]
+            failure = error
         turn.done = True
+        if whole:
+            answers[len(chat)] = answer
+        else:
+            answer = break_off(answer, failure is not None)
         if opened.closed:  # by a slide that was added or removed
             yield gr.skip()
         elif desk.turns.get(session) is turn:
-            chat = chat if failure and not text else so_far(*lines)
+            chat = chat if failure and not answer.text else [*chat, show_told(answer, case)]
             if not failure:
-                answer = answers.get(len(chat) - 1, Answer(turns[-1]["content"], text_of(chat[-1]), given))
                 desk.record(request.session_hash, event="ask", slide=case.bag.slide, **dataclasses.asdict(answer))
             self.on_analysed(opened, answers, request)
             changes = {page.chat: chat, page.answers: answers, page.question: ask_for_question()}
-            yield changes | self._show_evidence_of(opened, chat, answers, pointed)
+            yield changes | self._show_evidence_of(opened, chat, answers, point(answer, case) if whole else None)
         elif desk.turns.get(session) is None:  # cleared, or another slide: a word may have come after that
             yield {page.chat: [], page.answers: {}}
         if failure:
             raise failure
 
-    def _put_first(self, answer: Answer, question: Question, case: Case) -> tuple[str, dict[str, Any] | None]:
-        """The first line of an answer and, where it was asked where something is, where the viewer is to go."""
-        if not question.put:
-            return word_answer(answer, case.limits), None
-        target, yes = find_target(question.text), answer.probs[0] if answer.probs else 0.0
-        if yes <= 0.5 or not answer.effects:
-            return f"The model does not find {target} (Yes: {yes:.0%})", None
-        found = case.limits.find(question.put)
-        sure = answer.rests != "not" and (found is None or yes >= found.least)
-        here = "Here:" if sure else f"Not sure (Yes: {yes:.0%}), if anywhere:"
-        focus = max(answer.foci, key=lambda one: one.effect, default=None)
-        best = int(np.argmax(answer.effects))
-        if focus is not None and focus.effect >= answer.effects[best]:
-            return f"{here} focus {focus.name}", {"name": focus.name, "nonce": uuid.uuid4().hex}
-        rank = int(case.selection.ranks[best])
-        return f"{here} #{rank}", {"rank": rank, "nonce": uuid.uuid4().hex}
+    def _begin_answer(self, question: Question, turns: Messages, options: Sequence[str]) -> Answer:
+        """An answer of which nothing has come yet."""
+        reader = self.desk.reader
+        return Answer(
+            turns[-1]["content"],
+            "",
+            tuple(options),
+            reader=reader.name if reader else "",
+            asked=question.text if question.put else "",
+            impression=question.impression,
+            unweighed=COMING if self.desk.weighs else "",
+        )
+
+    def _tell(self, begun: Answer, case: Case, turns: Messages, job: str) -> Generator[Answer]:
+        """An answer as far as it has come, at every step judged as far as it can be: all but what it rests on.
+
+        One of several options is told once it is known how sure the model is.
+        """
+        desk, text = self.desk, ""
+        if begun.options and desk.reader is None:  # the likeliest option is the answer: asked for once, not twice
+            judged = desk.judge(case, turns, None, begun.options, job)
+        else:
+            with closing(desk.answer(case, turns, begun.options, job)) as pieces:  # type: ignore[type-var]
+                for piece in pieces:
+                    text += piece
+                    if not begun.options:
+                        yield dataclasses.replace(begun, text=text.lstrip())
+            judged = desk.judge(case, turns, text, begun.options, job)
+        known = {"asked": begun.asked, "impression": begun.impression}
+        yield dataclasses.replace(judged, unweighed=WEIGHING if desk.weighs else "", **known)
 
     def on_answered(self, request: gr.Request) -> Changes:
-        """The answer has come, or will not: the box is for the next question, if that has not been asked already."""
-        ended = self.desk.turns.end(str(request.session_hash))
-        return {self.page.question: ask_for_question()} if ended else gr.skip()
+        """The answer has come, or will not: the box is for the next question, if that has not been asked already.
+
+        One that waited is asked now.
+        """
+        page, turns, session = self.page, self.desk.turns, str(request.session_hash)
+        if turns.busy(session):
+            return gr.skip()
+        question = turns.take_next(session)
+        turns.end(session)
+        changes: Changes = {page.question: ask_for_question()}
+        return changes if question is None else changes | {page.next: question, page.next_line: ""}
 
     def on_stop(self, chat: list, request: gr.Request) -> Changes:
-        """Stop an answer: one that has started says so itself, soon."""
-        turn = self.desk.turns.stop(str(request.session_hash))
-        self.desk.jobs.end(str(request.session_hash), "question")
+        """Stop an answer: one that has started says so itself, soon. A question that waits goes back to its box."""
+        session = str(request.session_hash)
+        changes = self._give_next_back(session)
+        turn = self.desk.turns.stop(session)
+        self.desk.jobs.end(session, "question")
         if turn is not None and turn.started and not turn.done:
-            return gr.skip()
-        changes: Changes = {self.page.question: ask_for_question()}
+            return changes if len(changes) > 1 else gr.skip()
         if turn is not None and not turn.started:
             changes[self.page.chat] = [*chat, show_answer("", [STOPPED])]
         return changes
@@ -792,9 +878,10 @@ class Handlers:
 
     def on_clear(self, request: gr.Request) -> Changes:
         """The chat was emptied; an answer that is still coming does not fill it again."""
+        boxes = self._give_next_back(str(request.session_hash))
         self.desk.turns.drop(str(request.session_hash))
         self.desk.jobs.end(str(request.session_hash), "question")
-        return {self.page.questions: {}, self.page.answers: {}, self.page.question: ask_for_question()}
+        return {self.page.questions: {}, self.page.answers: {}, **boxes}
 
     # ---- the viewer tells something
 
@@ -887,67 +974,138 @@ class Handlers:
 
         Another what-if takes the place of the one before, beside the same answer of the model's own patches.
         """
+
+        def choose(case: Case, job: str) -> tuple[Case, str]:
+            check_size(k)
+            other = self.desk.choose(case, int(k), selector, picks["pinned"], picks["dropped"], job)
+            return other, name_selection(other, picks)
+
+        yield from self._ask_of_others(opened, chat, questions, answers, aside, choose, request)
+
+    def on_without(
+        self,
+        event: gr.EventData,
+        opened: Opened | None,
+        chat: list,
+        questions: Questions,
+        answers: Answers,
+        aside: Aside | None,
+        request: gr.Request,
+    ) -> Iterator[Changes]:
+        """Ask the last question once more without the patches of a focus: of a reader that cannot be measured."""
+        name = event._data.get("name") if isinstance(event._data, dict) else None
+        shown = None if opened is None or opened.closed else opened.case
+        focus = next((one for one in shown.foci if one.name == name), None) if shown else None
+        if shown is None or focus is None:
+            raise stop_unseen()
+        less = shown.without(focus)
+        label = f"{len(less.selection.indices)} patches, without focus {focus.name}"
+        yield from self._ask_of_others(opened, chat, questions, answers, aside, lambda *_: (less, label), request)
+
+    def _ask_of_others(
+        self,
+        opened: Opened | None,
+        chat: list,
+        questions: Questions,
+        answers: Answers,
+        aside: Aside | None,
+        choose: Callable[[Case, str], tuple[Case, str]],
+        request: gr.Request,
+    ) -> Iterator[Changes]:
+        """Ask the last question of other patches. choose: from the case and its job's name, the other case and its
+        label"""
         self._refuse_while_busy(chat, request)
         if aside is None and opened is not None:
             aside = Aside(opened, chat, questions, answers)
-        with closing(self._ask_what_if(aside, int(k), selector, picks, request)) as steps:
-            for changes in steps:
-                if aside is None or aside.opened.closed:  # another slide was opened
-                    yield {self.page.compare: ""}
-                    return
-                yield changes
-
-    def _ask_what_if(
-        self, aside: Aside | None, k: int, selector: str, picks: dict[str, list[int]], request: gr.Request
-    ) -> Generator[Changes]:
-        desk, page, session = self.desk, self.page, str(request.session_hash)
-        with explain_errors(), ExitStack() as taken:
+        turns, session = self.desk.turns, str(request.session_hash)
+        with explain_errors():
+            require_whole(opened, aside)
             if aside is None or not aside.answers:
                 raise ValueError("Ask a question first: a what-if asks the same again, from other patches.")
-            case, last = aside.opened.case, max(aside.answers)
-            first, chat = aside.answers[last], aside.chat[: last + 1]
-            known = dataclasses.replace(first, foci=())  # focus A is the other's now
-            known = show_evidence(known, case.selection, numbers=number_kept(case))
-            left = (name_selection(case), text_of(chat[-1]), known)
-            turns, given = words.turns_of(chat, aside.questions, history=desk.config.multi_turn)
-            check_turns(turns, given)
-            check_size(k)
-            job = taken.enter_context(desk.jobs.run(session, "question", aside.opened.token))
-            other = desk.choose(case, k, selector, picks["pinned"], picks["dropped"], job.name)
-            selection, label = other.selection, name_selection(other, picks)
-            mine, question = aside.opened.beside(other), aside.questions.get(last - 1, Question(first.question, given))
+            check_turns(*words.turns_of(aside.chat[: max(aside.answers) + 1], aside.questions, history=False))
+        turns.begin(session, WHAT_IF)
+        turn = turns.take(session, WHAT_IF)
+        assert turn is not None
+        try:
+            with closing(self._ask_what_if(turn, aside, choose, request)) as steps:
+                for changes in steps:
+                    if turns.get(session) is not turn or aside.opened.closed:
+                        break
+                    yield changes
+            if aside.opened.closed:
+                yield {self.page.compare: ""}
+        finally:
+            turn.done = True
 
-            def beside(text: str, lines: list[str]) -> Changes:
+    def _ask_what_if(
+        self,
+        turn: Turn,
+        aside: Aside,
+        choose: Callable[[Case, str], tuple[Case, str]],
+        request: gr.Request,
+    ) -> Generator[Changes]:
+        desk, page, session, failure, whole = self.desk, self.page, str(request.session_hash), None, False
+        case, last = aside.opened.case, max(aside.answers)
+        first, chat = aside.answers[last], aside.chat[: last + 1]
+        known = show_known(dataclasses.replace(first, impression=""), case, foci=False)  # focus A is the other's now
+        left = (name_selection(case), text_of(chat[-1]), known)
+        said = {place: one.text for place, one in aside.answers.items()}
+        turns, given = words.turns_of(chat, aside.questions, desk.config.multi_turn, said)
+        question = aside.questions.get(last - 1, Question(first.put, given))
+        answer = self._begin_answer(dataclasses.replace(question, impression=""), turns, given)
+        with explain_errors(), desk.jobs.run(session, "question", aside.opened.token) as job:
+            other, label = choose(case, job.name)
+            mine = aside.opened.beside(other)
+
+            def beside(message: dict[str, Any]) -> Changes:
+                text, lines = text_of(message), message["content"][1:]
                 return {
                     page.compare: words.compare([left, (f"What if: {label}", text, lines)]),
-                    page.chat: [show_question(question), show_answer(text, lines)],
+                    page.chat: [show_question(question), message],
                 }
 
             view = gr.HTML(**selection_props(other), whatif=label)
             state = {page.opened: mine, page.aside: aside, page.questions: {0: question}, page.answers: {}}
-            yield {**beside("…", []), **state, page.view: view}
-            text = ""
-            for piece in desk.answer(other, turns, given, job.name):
-                text += piece
-                yield beside(text, [])
-            answer = desk.measure(other, turns, text, given, job.name)
-            shown, pointed = self._put_first(answer, question, other)
-            answers = {1: answer}
+            yield {**beside(show_answer("…")), **state, page.view: view, page.question: wait_for_answer()}
+            try:
+                with explain_errors(), suppress(Halted), closing(self._tell(answer, other, turns, job.name)) as steps:
+                    for answer in steps:
+                        yield beside(show_told(answer, other))
+                    answer, whole = desk.weigh(other, turns, answer, job.name), True
+            except gr.Error as error:
+                failure = error
+        turn.done = True
+        if desk.turns.get(session) is not turn or aside.opened.closed:  # it was left, or another slide was opened
+            return
+        answers = {1: answer} if whole else {}
+        if not whole:
+            answer = break_off(answer, failure is not None)
+        else:
             asked: dict[str, Any] = dataclasses.asdict(answer) | {"what_if": label}
             desk.record(session, event="ask", slide=other.bag.slide, **asked)
-            self.on_analysed(mine, answers, request)
-            yield {
-                **beside(shown or "(no answer)", show_evidence(answer, selection, numbers=number_kept(other))),
-                page.answers: answers,
-                **self._show_evidence_of(mine, [None, None], answers, pointed),
-            }
+        self.on_analysed(mine, answers, request)
+        yield {
+            **beside(show_told(answer, other)),
+            page.answers: answers,
+            page.question: ask_for_question(),
+            **self._show_evidence_of(mine, [None, None], answers, point(answer, other) if whole else None),
+        }
+        if failure:
+            raise failure
 
     def on_leave(
         self, opened: Opened | None, chat: list, answers: Answers, aside: Aside | None, request: gr.Request
     ) -> Changes:
-        """Leave a what-if: slide, film, chat, picks and downloads are what they were before."""
-        self._refuse_while_busy(chat, request)
-        page = self.page
+        """Leave a what-if: slide, film, chat, picks and downloads are what they were before, answered or not."""
+        page, session = self.page, str(request.session_hash)
+        turn = self.desk.turns.get(session)
+        if turn is not None and turn.asked == WHAT_IF:
+            boxes = self._give_next_back(session)
+            self.desk.turns.drop(session)
+            self.desk.jobs.end(session, "question")
+        else:
+            self._refuse_while_busy(chat, request)
+            boxes = {}
         before = aside or (None if opened is None else Aside(opened, chat, {}, answers))
         if before is None:
             return {page.compare: ""}
@@ -958,6 +1116,7 @@ class Handlers:
         answer = before.answers.get(len(before.chat) - 1)
         props["evidence"] = evidence_props(case.selection, answer) if answer else None
         changes: Changes = {
+            **boxes,
             page.compare: "",
             page.view: gr.HTML(**props, whatif="", unpicked=uuid.uuid4().hex),
             page.picks: {"pinned": [], "dropped": []},
@@ -986,6 +1145,12 @@ def check_size(k: int) -> None:
     """Raise ValueError for more patches than a what-if takes, or fewer."""
     if not FEWEST <= k <= MOST:
         raise ValueError(f"A what-if takes {FEWEST} to {MOST} patches, got {k:,}.")
+
+
+def require_whole(opened: Opened | None, aside: Aside | None) -> None:
+    """Raise ValueError where two slides of the case stand side by side."""
+    if opened is not None and aside is not None and opened.slides != aside.opened.slides:
+        raise ValueError("Leave the comparison of two slides first.")
 
 
 def name_selection(case: Case, picks: Mapping[str, Collection[int]] = MappingProxyType({})) -> str:
@@ -1073,19 +1238,46 @@ def tissue_props(desk: Desk, job: Job, outlined: bool) -> dict[str, Any]:
     return {**where, "kept": packed(desk.provisional(job), np.int32)}
 
 
+def break_off(answer: Answer, failed: bool) -> Answer:
+    """An answer that was stopped, or that failed, before it was weighed."""
+    why = STOPPED if not failed else UNWEIGHED if answer.unweighed == WEIGHING else BROKEN_OFF
+    return dataclasses.replace(answer, unweighed=why)
+
+
+def show_told(answer: Answer, case: Case) -> dict[str, Any]:
+    """An answer as the chat shows it, however far it has come."""
+    return show_answer(word_answer(answer, case.limits, case.selection.ranks.tolist()), show_known(answer, case))
+
+
+def show_known(answer: Answer, case: Case, foci: bool = True) -> list[str]:
+    """What stands under an answer; of one whose reader cannot be measured also what it can be asked again without."""
+    blocks = show_evidence(answer, case.selection, answer.impression, number_kept(case), foci)
+    again = answer.sent and answer.evidence and foci and len(case.foci) > 1
+    return [*blocks, show_without(case.foci, len(case.selection.indices), answer.sent)] if again else blocks
+
+
+def point(answer: Answer, case: Case) -> dict[str, Any] | None:
+    """Where the viewer is to go, of an answer to "where is ...?": its prop "focus"."""
+    place = find_place(answer, case.selection.ranks.tolist()) if answer.asked else None
+    if place is None:
+        return None
+    where = {"name": place.name} if isinstance(place, FocusEffect) else {"rank": place}
+    return {**where, "nonce": uuid.uuid4().hex}
+
+
 def wait_for_answer(**changes: Any) -> gr.Textbox:
     """The question box while an answer is coming, with a Stop button."""
-    return gr.Textbox(submit_btn=False, stop_btn="Stop", **changes)
+    return gr.Textbox(submit_btn=False, stop_btn="Stop", placeholder="Ask what is next", **changes)
 
 
 def ask_for_question(**changes: Any) -> gr.Textbox:
     """The question box, ready for the next question."""
-    return gr.Textbox(submit_btn=True, stop_btn=False, **changes)
+    return gr.Textbox(submit_btn=True, stop_btn=False, placeholder="Ask about the slide", **changes)
 
 
 def evidence_props(selection: Selection, answer: Answer) -> dict[str, Any] | None:
     """The viewer's prop "evidence"."""
-    if not answer.effects:
+    if not answer.effects or answer.rests == "not":
         return None
     return {
         "indices": selection.indices.tolist(),

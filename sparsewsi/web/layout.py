@@ -34,6 +34,7 @@ class Page:
     answers: gr.State  # dict[int, Answer]: by their place in the chat
     starters: gr.State  # list of (question, options) to start with
     picks: gr.State  # {"pinned": indices, "dropped": indices}
+    next: gr.State  # chat.Question | None: the one that waited for the answer before it, which has come
     waiting: gr.State  # chat.Question | None: typed while the slide was analysed
     aside: gr.State  # handlers.Aside | None: what a what-if has taken the place of
     right: gr.State  # beside.Right | None: what the slide is compared with
@@ -54,6 +55,7 @@ class Page:
     doubts: gr.HTML
     earlier: gr.HTML
     chat: gr.Chatbot
+    next_line: gr.HTML  # which question is asked next
     question: gr.Textbox
     alone: gr.Markdown
     examples: gr.Dataset
@@ -84,6 +86,7 @@ def lay_out(desk: Desk) -> tuple[gr.Blocks, Page]:
             "answers": gr.State({}),
             "starters": gr.State(list(QUESTIONS)),
             "picks": gr.State({"pinned": [], "dropped": []}),
+            "next": gr.State(None),
             "waiting": gr.State(None),
             "aside": gr.State(None),
             "right": gr.State(None),
@@ -187,7 +190,7 @@ def _lay_out_chat(desk: Desk) -> dict:
             elem_id="chat",
         )
         examples = gr.Dataset(
-            label="Questions to start with",
+            label="Tap a question to ask it",
             components=[gr.Textbox(visible=False)],
             samples=[[text] for text, _ in QUESTIONS],
             sample_labels=[text for text, _ in QUESTIONS],
@@ -195,6 +198,7 @@ def _lay_out_chat(desk: Desk) -> dict:
             layout="gallery",
             elem_id="examples",
         )
+        next_line = gr.HTML(elem_id="next")
         question = gr.Textbox(
             show_label=False,
             label="Question",
@@ -229,6 +233,7 @@ def _lay_out_chat(desk: Desk) -> dict:
         "doubts": doubts,
         "earlier": earlier,
         "chat": chat,
+        "next_line": next_line,
         "question": question,
         "alone": alone,
         "examples": examples,
@@ -298,14 +303,14 @@ def state_facts(desk: Desk, case: Case | None, doing: str = "", wrong: bool = Fa
 
 
 def tell_doubts(case: Case | None) -> str:
-    """HTML of what a reader should know before believing an answer about this slide; the gravest at once."""
+    """HTML of what a reader should know before believing an answer about this slide, gravest first."""
     doubts = [] if case is None else [*case.doubts, *filter(None, [case.bag.note])]
     if not doubts:
         return ""
     first, *more = map(html.escape, doubts)
     below = "".join(f"<p>{doubt}</p>" for doubt in more)
-    count = f" (and {len(more)} more)" if more else ""
-    return f"<details><summary>⚠ {first}{count}</summary>{below}</details>"
+    count = f"<span class='count'> (and {len(more)} more)</span>" if more else ""  # where it is folded
+    return f"<details open><summary>⚠ {first}{count}</summary>{below}</details>"
 
 
 def tell_earlier(exchanges: Sequence[Exchange]) -> str:

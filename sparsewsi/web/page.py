@@ -49,7 +49,7 @@ def _wire_slides(demo: gr.Blocks, page: Page, on: Comparing, allow_paths: bool) 
     talk = [page.chat, page.questions, page.answers, page.compare, page.picks, page.picked, page.aside, page.earlier]
     cleared = [page.coming, page.view, page.opened, *talk, page.secret, page.waiting, page.facts, page.question]
     cleared += [page.called, page.mpp, page.doubts, page.typed_path, page.beside, page.k, page.selector]
-    cleared += [page.lost, page.reopen, page.wrong]
+    cleared += [page.lost, page.reopen, page.wrong, page.next_line, page.given_options, page.impression]
     filled = [page.opened, page.view, page.facts, page.secret, page.planted, page.examples, page.starters, page.mpp]
     filled += [page.k, page.alone, page.coming, *talk]
     told = [page.opened, page.aside, page.coming]
@@ -82,13 +82,23 @@ def _wire_questions(page: Page, on: Comparing, analysed: list) -> None:
     said = [page.opened, page.aside, page.chat, page.questions, page.answers]
     talk = [page.chat, page.questions, page.question]
     typed = [page.question, page.given_options, page.impression, page.opened, page.coming, page.chat, page.questions]
-    page.examples.click(on.on_starter, [page.examples, page.starters], [page.question, page.given_options], **QUIET)
-    boxes = [page.given_options, page.waiting, page.impression]
+    starter = [page.examples, page.starters, page.opened, page.coming, page.chat, page.questions, page.impression]
+    suggested = [page.opened, page.chat, page.questions, page.impression]
+    boxes = [page.given_options, page.waiting, page.impression, page.next_line]
     asked_too = [page.opened, page.right, page.chat, page.questions, page.answers]
+    after = [page.question, page.next, page.next_line]
     ready = [page.opened, page.waiting, page.coming, page.chat]
     asked = [
         page.question.submit(on.on_question, typed, [*talk, *boxes], **QUIET),
-        page.view.ask(on.on_suggested, [page.opened, page.chat, page.questions], talk, **QUIET),
+        page.examples.click(on.on_starter, starter, [*talk, *boxes], **QUIET),
+        page.view.ask(on.on_suggested, suggested, [*talk, page.impression, page.next_line], **QUIET),
+        page.next.change(
+            on.on_next,
+            [page.next, page.opened, page.chat, page.questions],
+            [*talk, page.next, page.next_line],
+            **QUIET,
+            **EVERY,
+        ),
         page.chat.retry(on.on_retry, [page.opened, page.chat], talk, **QUIET),
         page.chat.edit(on.on_edit, [page.opened, page.chat, page.questions], talk, **QUIET),
         *(one.success(on.on_ready, ready, [*talk, *boxes], **QUIET) for one in analysed),
@@ -106,10 +116,12 @@ def _wire_questions(page: Page, on: Comparing, analysed: list) -> None:
         both = answered.success(
             on.on_asked_too, asked_too, [page.chat, page.right, page.other, page.question], **QUIET, **WORK, **EVERY
         )
+        for ended_by in (answered.failure, both.then):  # a comparison has another answer to come
+            ended_by(on.on_answered, None, after, **QUIET, **EVERY)
         for one in (answered, both):
-            one.then(on.on_answered, None, page.question, **QUIET, **EVERY)
             one.then(on.on_talked, said, None, **QUIET, **EVERY)
-    page.question.stop(on.on_stop, page.chat, [page.chat, page.question], queue=False, **QUIET)  # never behind others
+    back = [page.question, page.given_options, page.impression, page.next_line]
+    page.question.stop(on.on_stop, page.chat, [page.chat, *back], queue=False, **QUIET)  # never behind others
     taken_back = [
         page.chat.undo(
             on.on_undo,
@@ -117,7 +129,7 @@ def _wire_questions(page: Page, on: Comparing, analysed: list) -> None:
             [*talk, page.answers, page.given_options],
             **QUIET,
         ),
-        page.chat.clear(on.on_clear, None, [page.questions, page.answers, page.question], **QUIET),
+        page.chat.clear(on.on_clear, None, [page.questions, page.answers, *back], **QUIET),
     ]
     for event in taken_back:
         event.success(on.on_analysed, [page.opened, page.answers], None, **QUIET)
@@ -132,21 +144,24 @@ def _wire_what_if(page: Page, on: Comparing) -> None:
     page.view.likes(on.on_likes, page.opened, page.view, **QUIET)
     page.view.journal(on.on_journal, None, None, **QUIET)
     told = [page.opened, page.chat, page.questions, page.answers, page.aside]
-    seen = [*told, page.compare, page.view]
+    seen = [*told, page.compare, page.view, page.question]
     two = [*told, page.right, page.view, page.other, page.question, page.given_options]
     apart = page.view.compare(on.on_two, told, two, **QUIET, **WORK)
     apart.success(on.on_analysed, [page.opened, page.answers], None, **QUIET)
     apart.success(on.on_map_wanted, page.opened, page.view, **QUIET)
     chosen = [*told, page.k, page.selector, page.picks]
     again = page.again.click(on.on_ask_again, chosen, seen, show_progress_on=page.compare, **PRIVATE, **WORK)
+    less = page.view.without(on.on_without, told, seen, **QUIET, **WORK)
     both = page.both.click(on.on_both, chosen, [*told, page.right, page.other, page.view], **QUIET, **WORK)
     too = [page.opened, page.right, page.chat, page.questions, page.answers]
-    for event in (again, both):
+    for event in (again, less, both):
         asked = event.success(
             on.on_asked_too, too, [page.chat, page.right, page.other, page.question], **QUIET, **WORK, **EVERY
         )
-        asked.then(on.on_answered, None, page.question, **QUIET, **EVERY)
-    restored = [*seen, page.picks, page.picked, page.k, page.selector]
+        for ended_by in (event.failure, asked.then):
+            ended_by(on.on_answered, None, [page.question, page.next, page.next_line], **QUIET, **EVERY)
+    boxes = [page.given_options, page.impression, page.next_line]
+    restored = [*seen, *boxes, page.picks, page.picked, page.k, page.selector]
     for leave in (page.own.click, page.view.leave, page.other.leave):
         left = leave(on.on_leave, [page.opened, page.chat, page.answers, page.aside], restored, **QUIET)
         left.success(on.on_left, None, [page.right, page.other, page.view], **QUIET)

@@ -7,6 +7,7 @@ what follows it is started, and the next question may find it not ended yet and 
 import threading
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(eq=False)
@@ -14,12 +15,14 @@ class Turn:
     """A question that is being answered.
 
     asked: which one, of which slide: an answer that waited in the queue finds out whether it is still wanted
+    next:  the question that is asked once this one is answered
     """
 
     asked: Hashable
     stopped: bool = False
     started: bool = False
     done: bool = False
+    next: Any = None
 
 
 class Turns:
@@ -30,9 +33,10 @@ class Turns:
         self._lock = threading.Lock()
 
     def begin(self, session: str, asked: Hashable) -> None:
-        """A question was asked; an answer to it will be taken up."""
+        """A question was asked; an answer to it will be taken up. What waits for the one before waits for this one."""
         with self._lock:
-            self._turns[session] = Turn(asked)
+            before = self._turns.get(session)
+            self._turns[session] = Turn(asked, next=before and before.next)
 
     def get(self, session: str) -> Turn | None:
         return self._turns.get(session)
@@ -41,6 +45,24 @@ class Turns:
         """Is an answer coming?"""
         turn = self._turns.get(session)
         return turn is not None and not turn.done
+
+    def let_wait(self, session: str, question: Any) -> bool:
+        """Have a question asked once the answer that is coming is there; False if none is coming, or one waits."""
+        with self._lock:
+            turn = self._turns.get(session)
+            if turn is None or turn.next is not None:
+                return False
+            turn.next = question
+            return True
+
+    def take_next(self, session: str) -> Any:
+        """The question that waits, which does so no longer; None if none does."""
+        with self._lock:
+            turn = self._turns.get(session)
+            if turn is None:
+                return None
+            question, turn.next = turn.next, None
+            return question
 
     def take(self, session: str, asked: Hashable) -> Turn | None:
         """Start to answer, unless it is not wanted any more: the chat was cleared, another slide opened."""

@@ -14,6 +14,7 @@ from sparsewsi.bags.extract import extract_bag
 from sparsewsi.model.sparse_wsi import SparseWSI
 from sparsewsi.phantom import write_phantom
 from sparsewsi.report import umap
+from sparsewsi.report.answer import Answer
 from sparsewsi.report.case import ANNOTATIONS, FILES, Case, open_case
 
 ASKED = [{"role": "user", "content": "Which tissue is this?"}]
@@ -179,3 +180,17 @@ def test_files_of_several_slides_are_one_for_each_where_a_viewer_opens_one(model
     assert report.count('class="overview"') == 2, "each slide with its boxes"
     for focus in case.foci:
         assert len({int(case.numbers[place]) for place in focus.places}) == 1
+
+
+def test_seen_a_figure_that_did_not_say_how_sure_an_answer_is_nor_what_it_rests_on(case, tmp_path):
+    answer = Answer("Which?", "fat", ("fat", "mucin"), (0.7, 0.3), (2.0,) * 6, without_all=3.0, limit="Not sure: why.")
+    case.write(tmp_path, [answer], ["figure.svg"])
+    drawn = re.sub(r"<!--|-->", "", " ".join(re.findall(r"<!--.*?-->", (tmp_path / "figure.svg").read_text(), re.S)))
+    for part in (
+        "Which?",
+        "fat 70%, mucin 30%.",
+        "Rests on the slide: strongly.",
+        "Not sure: why.",
+        "research use only",
+    ):
+        assert part in " ".join(drawn.split()), part

@@ -55,6 +55,33 @@ def test_the_report_holds_all_that_it_shows_and_says_what_it_is(tmp_path, bag, s
     assert "Q1: 7.39, evidence rank 1" in text
 
 
+def test_seen_a_report_that_printed_another_question_than_the_readers(tmp_path, bag, selection):
+    put = "Does this slide contain carcinoma?"
+    where = Answer(put, "Yes", ("Yes", "No"), (0.9, 0.1), (0.0, 2.0, -1.0), without_all=3.0, asked="Where's it?")
+    text = report(tmp_path, bag, selection, answers=[where])
+    assert "<b>Q1. Where&#x27;s it?</b>" in text
+    assert f"Put to the model as: {put}" in text
+    assert "Here: #2" in text
+
+
+def test_seen_pictures_in_the_report_of_an_answer_that_does_not_rest_on_the_slide(tmp_path, bag, selection):
+    answer = Answer("Which?", "fat", effects=(0.1, 0.1, 0.1), without_all=0.1)
+    text = report(tmp_path, bag, selection, answers=[answer])
+    assert "Not from what the slide shows; perhaps: fat" in text
+    assert "Rests on the slide: not." in text
+    assert not re.findall(r'<a href="#patch-(\d)"><img', text)
+
+
+def test_an_answer_from_other_patches_is_told_as_such_and_its_evidence_is_no_patch_of_this_report(
+    tmp_path, bag, selection
+):
+    other = Answer("Which?", "mucin", effects=(5.0, 0.0), without_all=3.0, evidence="Rests.", beside="2 random patches")
+    text = report(tmp_path, bag, selection, answers=[Answer("Which?", "fat"), other])
+    assert text.index(">fat</p>") < text.index("Answered from 2 random patches") < text.index(">mucin</p>")
+    assert "evidence rank" not in text
+    assert not re.findall(r'<a href="#patch-(\d)">', text)
+
+
 def test_words_in_the_report_are_inert(tmp_path, bag, selection):
     answer = Answer(HOSTILE, HOSTILE, (HOSTILE,), (1.0,), (), HOSTILE)
     odd = dataclasses.replace(bag, note=HOSTILE, slide=HOSTILE)

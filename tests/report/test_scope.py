@@ -6,7 +6,7 @@ import pytest
 
 from sparsewsi.model.limits import Limit, Limits
 from sparsewsi.report.answer import Answer, FocusEffect
-from sparsewsi.report.scope import find_target, put_as_presence, suggest, within, word_answer
+from sparsewsi.report.scope import find_place, find_target, put_as_presence, suggest, within, word_answer
 
 LIMITS = Limits(
     kinds=(
@@ -91,6 +91,58 @@ def test_what_organ_is_this_is_never_told_for_certain_by_a_model_that_is_mostly_
 def test_an_answer_in_words_is_as_sure_as_such_answers_are(share, told):
     limits = dataclasses.replace(LIMITS, kinds=(dataclasses.replace(LIMITS.kinds[0], least=0.9, sure=share),))
     assert word_answer(Answer("Is this malignant?", "Yes"), limits) == told
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (Answer("Is this malignant?", "No", ("Yes", "No"), (0.1, 0.9)), "Not from what the slide shows; perhaps: No"),
+        (
+            Answer("Is this malignant?", "No", ("Yes", "No"), (0.45, 0.55)),
+            "Not sure, and not from what the slide shows; perhaps: No",
+        ),
+        (Answer("What organ is this?", "colon"), "Not sure, and not from what the slide shows; perhaps: colon"),
+        (Answer("What grade is it?", "High."), "Not from what the slide shows; a guess: High."),
+    ],
+)
+def test_seen_a_bold_answer_that_does_not_rest_on_the_slide(answer, told):
+    assert word_answer(dataclasses.replace(answer, effects=(0.1,), without_all=0.1), LIMITS) == told
+
+
+def test_an_answer_that_is_not_weighed_says_so_and_one_of_no_validated_kind_is_a_guess():
+    sure = Answer("Is this malignant?", "No", ("Yes", "No"), (0.1, 0.9), unweighed="It was stopped.")
+    assert word_answer(sure, LIMITS) == "Not weighed; perhaps: No"
+    assert word_answer(Answer("What grade is it?", "High."), LIMITS) == "A guess: High."
+    assert word_answer(Answer("What grade is it?", "High."), Limits()) == "High.", "of a model without limits"
+    assert word_answer(Answer("What grade is it?", "High.", reader="openai:m"), LIMITS) == "High.", "of another reader"
+
+
+PLACE = Answer("Does it contain carcinoma?", "Yes", ("Yes", "No"), effects=(0.1, 0.9), asked="Where is the carcinoma?")
+
+
+@pytest.mark.parametrize(
+    ("yes", "without_all", "least", "told", "points"),
+    [
+        (0.9, 3.0, 0.6, "Here: #4", 4),
+        (0.56, 3.0, 0.6, "Not sure (Yes: 56%), if anywhere: #4", 4),
+        (0.9, 0.0, 0.6, "Here: #4", 4),  # one patch matters, which the others stand in for
+        (0.3, 3.0, 0.6, "The model does not find carcinoma (Yes: 30%)", None),
+        (0.45, 3.0, 0.6, "Not sure; the model does not find carcinoma (Yes: 45%)", None),
+        (0.9, None, 0.6, "Not weighed (Yes: 90%), so nothing is pointed at", None),
+    ],
+)
+def test_where_something_is_is_told_as_surely_as_it_is_known(yes, without_all, least, told, points):
+    limits = Limits((dataclasses.replace(LIMITS.kinds[2], least=least),))
+    answer = dataclasses.replace(PLACE, probs=(yes, 1 - yes), without_all=without_all)
+    answer = answer if without_all is not None else dataclasses.replace(answer, effects=(), unweighed="Stopped.")
+    assert word_answer(answer, limits, [7, 4]) == told
+    assert find_place(answer, [7, 4]) == points
+
+
+def test_nothing_is_pointed_at_that_does_not_rest_on_the_slide():
+    answer = dataclasses.replace(PLACE, probs=(0.9, 0.1), effects=(0.1, 0.1), without_all=0.1)
+    assert find_place(answer, [7, 4]) is None
+    assert word_answer(answer, LIMITS, [7, 4]).startswith("Not from what the slide shows (Yes: 90%)")
 
 
 @pytest.mark.parametrize(

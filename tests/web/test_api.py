@@ -3,6 +3,7 @@
 import ast
 import asyncio
 import json
+import re
 import shutil
 import threading
 import time
@@ -17,6 +18,7 @@ import pytest
 from gradio_client.exceptions import AppError
 
 from sparsewsi import phantom
+from sparsewsi.model.limits import Limit, Limits
 from sparsewsi.web.desk import Desk
 from sparsewsi.web.page import build_page
 from sparsewsi.web.serve import launch_settings, log_in_tools
@@ -116,6 +118,9 @@ def test_two_slides_are_one_case(app, two_slides):
     said = one.predict(found["case"], *ASKED, api_name="/ask")
     weighed = one.predict(found["case"], ASKED[0], said["answer"], ASKED[1], api_name="/evidence")
     assert weighed["slide_numbers"] == found["slide_numbers"]
+    assert weighed["rests"] in ("strongly", "partly", "not")
+    assert weighed["headline"].startswith("Not from what the slide shows") == (weighed["rests"] == "not")
+    assert weighed["headline"].endswith(said["answer"])
     assert set(weighed["slides"]) <= {"1", "2"}
     assert len(list(app.desk.folder.rglob("slide.tiff"))) == 2
     with pytest.raises(AppError, match="in the case already"):
@@ -126,6 +131,18 @@ def test_two_slides_are_one_case(app, two_slides):
         one.predict(slides=["phantom"] * 13, api_name="/analyze")
     one.close()
     assert soon(lambda: not list(app.desk.folder.rglob("*.tiff")), LEAVES_WITHIN)
+
+
+def test_seen_a_bare_answer_for_programs(app, monkeypatch):
+    one = client(app)
+    kinds = (Limit("organ", (r"\borgan\b",), 21, 18, 0.44, 0.24, 0.68, least=1.0),)
+    monkeypatch.setattr(app.desk.model, "limits", Limits(kinds))
+    found = one.predict(slides=["phantom"], api_name="/analyze")
+    said = one.predict(found["case"], "Which organ is this?", ["skin", "colon"], api_name="/ask")
+    assert re.fullmatch(r"Not sure: (skin or colon|colon or skin)", said["headline"])
+    assert said["limit"].startswith("Not sure")
+    assert next(iter(said)) == "headline", "read first"
+    one.close()
 
 
 def call(app: SimpleNamespace, name: str, *data: object) -> tuple[str, object]:

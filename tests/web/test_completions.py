@@ -6,14 +6,16 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 import uvicorn
 
+from sparsewsi.model.limits import Limit, Limits
 from sparsewsi.model.sparse_wsi import SparseWSI
 from sparsewsi.phantom import write_phantom
 from sparsewsi.slides.refusals import SlideError
@@ -126,6 +128,39 @@ def test_of_options_one_is_the_answer_and_all_have_probabilities(serving):
     assert sum(probabilities) == pytest.approx(1, abs=1e-5)
     assert options[probabilities.index(max(probabilities))] in found["choices"][0]["message"]["content"]
     assert len(found["sparsewsi"]["evidence"]["effects"]) == len(found["sparsewsi"]["indices"])
+
+
+@pytest.fixture
+def unsure(serving, monkeypatch) -> None:
+    """The model says of itself that it is seldom right, and never sure enough."""
+    kinds = (Limit("organ", (r"\borgan\b",), 21, 18, 0.44, 0.24, 0.68, least=1.0),)
+    look = serving.library.open
+    monkeypatch.setattr(serving.library, "open", lambda *asked: replace(look(*asked), limits=Limits(kinds)))
+
+
+@pytest.mark.parametrize("more", [{}, {"options": ["liver", "colon"]}, {"evidence": True}])
+def test_seen_a_bare_answer_whose_doubts_came_after_it(more, serving, unsure):
+    asked = "slide://one.tiff Which organ is this?"
+    whole = serving.ask(asked, **more).json()
+    said = whole["choices"][0]["message"]["content"]
+    assert said.startswith("Not sure")
+    assert said.endswith(whole["sparsewsi"]["answer"].rstrip()) or "options" in more
+    lines = serving.ask(asked, stream=True, **more).text.splitlines()
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    pieces = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
+    assert "".join(pieces) == said
+    assert next(filter(None, pieces)).startswith("Not sure"), "the first word that is told is the doubt"
+
+
+def test_a_harness_may_have_the_models_own_words_alone(root, served_model, unsure):
+    flags = completions.read_flags(["--bare"])
+    answers = Answers(Library(served_model, root), flags.notice, flags.bare)
+    told = []
+    turn = SimpleNamespace(look=lambda *_: None, tell=told.append)
+    asked = read_request({"model": "sparsewsi", "messages": ASKED, "options": ["liver", "colon"]})
+    known = answers._answer(turn, asked)
+    assert told == [known["sparsewsi"]["answer"]]
+    answers.close()
 
 
 def test_a_chat_goes_on_about_its_slide(serving):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import html
-import itertools
 import json
 import re
 import shutil
@@ -24,7 +23,18 @@ from sparsewsi.web import desk as desk_module
 from sparsewsi.web.chat import Question
 from sparsewsi.web.desk import CaseSlide, Opened
 from sparsewsi.web.errors import explain_errors
-from sparsewsi.web.handlers import AT_READY, BROKEN_OFF, STOPPED, UNWEIGHED, WEIGHING, Asked, Handlers, read_mpp
+from sparsewsi.web.handlers import (
+    AT_READY,
+    BROKEN_OFF,
+    COMING,
+    STOPPED,
+    UNWEIGHED,
+    WEIGHING,
+    Asked,
+    Handlers,
+    evidence_props,
+    read_mpp,
+)
 from sparsewsi.web.jobs import Halted
 from sparsewsi.web.viewer import bag_props, file_props
 
@@ -173,7 +183,6 @@ def asked(on, opened, me):
 def test_one_question_at_a_time(on, opened, asked, me):
     picks = {"pinned": [], "dropped": []}
     for handler in (
-        lambda: ask(on, "How?", opened, asked, me),
         lambda: on.on_retry(opened, asked, me),
         lambda: on.on_undo(asked, {}, {}, me),
         lambda: next(on.on_ask_again(opened, asked, {}, {}, None, 8, "random", picks, me)),
@@ -182,20 +191,60 @@ def test_one_question_at_a_time(on, opened, asked, me):
             handler()
     *_, last = on.on_asked(opened, asked, {}, {}, me)
     assert list(last[on.page.answers]) == [1]
-    assert last[on.page.view].props["evidence"]
     assert last[on.page.question].stop_btn is False
-    late = [*last[on.page.chat][:-1], chat.show_answer("Half", [WEIGHING])]
-    with pytest.raises(gr.Error, match="still being answered"):  # the page has not been told yet
-        ask(on, "How?", opened, late, me)
+    assert on.on_answered(me)[on.page.question].submit_btn
     assert len(ask(on, "How?", opened, last[on.page.chat], me)) == 3
     assert on.on_answered(me) == gr.skip(), "it comes after the next question"
 
 
+def test_seen_a_second_question_during_the_weighing_that_was_not_taken_up(on, opened, asked, me):
+    """It waits, is told as the next one, and is asked once the answer before has come."""
+    page, steps = on.page, on.on_asked(opened, asked, {}, {}, me)
+    next(steps)
+    waits = on.on_question("How?", "fat\nliver", "", opened, (), asked, {}, me)
+    assert "Next:" in waits[page.next_line]
+    assert "How?" in waits[page.next_line]
+    assert page.chat not in waits, "the answer that comes writes the chat"
+    assert (waits[page.question].value, waits[page.given_options]) == ("", "")
+    with pytest.raises(gr.Error, match="waits already"):
+        on.on_question("And why?", "", "", opened, (), asked, {}, me)
+    *_, last = steps
+    ended = on.on_answered(me)
+    assert ended[page.next_line] == ""
+    now = on.on_next(ended[page.next], opened, last[page.chat], {}, me)
+    assert now[page.next] is None
+    assert roles(now[page.chat]) == ["user", "assistant", "user"]
+    *_, told = on.on_asked(opened, now[page.chat], now[page.questions], last[page.answers], me)
+    assert told[page.answers][3].options == ("fat", "liver")
+    assert on.page.next not in on.on_answered(me)
+
+
+@pytest.mark.parametrize("end", ["on_stop", "on_clear"])
+def test_a_question_that_waits_is_back_in_its_box_when_the_answer_before_is_stopped(end, on, opened, asked, me):
+    steps = on.on_asked(opened, asked, {}, {}, me)
+    next(steps)
+    on.on_question("How?", "fat\nliver", "Benign", opened, (), asked, {}, me)
+    back = on.on_stop(asked, me) if end == "on_stop" else on.on_clear(me)
+    boxes = on.page.question, on.page.given_options, on.page.impression, on.page.next_line
+    assert (back[boxes[0]].value, *(back[box] for box in boxes[1:])) == ("How?", "fat\nliver", "Benign", "")
+
+
+def test_a_question_to_start_with_is_asked_by_one_tap_and_not_while_a_slide_is_analysed(on, opened, me, desk):
+    page, starters = on.page, [("Which?", ["fat", "liver"])]
+    early = on.on_starter(0, starters, None, opened.slides, [], {}, "", me)
+    assert early == {page.question: "Which?", page.given_options: "fat\nliver"}
+    assert not desk.turns.busy(str(me.session_hash))
+    asked = on.on_starter(0, starters, opened, (), [], {}, " Benign", me)
+    assert asked[page.questions] == {0: Question("Which?", ("fat", "liver"), impression="Benign")}
+    assert desk.turns.busy(str(me.session_hash))
+    assert "Next:" in on.on_starter(0, starters, opened, (), asked[page.chat], {}, "", me)[page.next_line]
+
+
 def test_an_answer_that_was_stopped_is_neither_weighed_nor_asked_again(on, opened, asked, me, visitor):
     steps = on.on_asked(opened, asked, {}, {}, me)
-    assert WEIGHING in str(next(steps)[on.page.chat])
+    assert COMING in str(next(steps)[on.page.chat])
     on.on_stop(asked, visitor())
-    assert WEIGHING in str(next(steps)[on.page.chat])
+    assert COMING in str(next(steps)[on.page.chat])
     on.on_stop(asked, me)
     [last] = steps
     assert STOPPED in str(last[on.page.chat])
@@ -333,13 +382,13 @@ def test_earlier_turns_go_to_the_model_only_if_it_was_trained_on_that(multi_turn
     why = Question("Why?", ("fat", "mucin"))
     before = [chat.show_question(why), chat.show_answer("Because.")]
     changes = on.on_question("Which?", "fat\nliver", "", opened, (), before, {0: why}, me)
-    put, answer = [], desk.answer
+    put, judge = [], desk.judge
 
-    def note_and_answer(case, messages, options, session):
+    def note_and_judge(case, messages, text, options, job):
         put.append((messages, options))
-        yield from itertools.islice(answer(case, messages, options, session), 1)
+        return judge(case, messages, text, options, job)
 
-    monkeypatch.setattr(desk, "answer", note_and_answer)
+    monkeypatch.setattr(desk, "judge", note_and_judge)
     list(on.on_asked(opened, changes[on.page.chat], changes[on.page.questions], {}, me))
     earlier = [
         {"role": "user", "content": "Why?\nA. fat\nB. mucin"},
@@ -407,7 +456,7 @@ def test_what_the_model_was_not_trained_for_is_refused_with_what_it_can_answer(o
     assert "cannot answer that" in chat.text_of(refused[-1])
     assert "Does this slide contain carcinoma?" in str(refused[-1])
     assert not desk.turns.busy(str(me.session_hash))
-    asked = on.on_suggested(SimpleNamespace(_data={"number": 0}), limited, refused, {}, me)
+    asked = on.on_suggested(SimpleNamespace(_data={"number": 0}), limited, refused, {}, "", me)
     assert chat.text_of(asked[on.page.chat][-1]).startswith("Does this slide contain carcinoma?")
 
 
@@ -425,14 +474,37 @@ def test_where_is_the_tumour_is_answered_by_pointing(on, limited, me):
         assert said.startswith("The model does not find carcinoma")
 
 
-@pytest.mark.parametrize(("yes", "without_all", "said"), [(0.9, 3.0, "Here: #"), (0.56, 3.0, "Not"), (0.9, 0.0, "Not")])
-def test_a_place_that_the_model_is_not_sure_of_is_told_as_such(on, opened, yes, without_all, said):
-    limits = Limits((Limit("carcinoma", ("carcinoma",), 22, 19, 0.77, 0.58, 0.95, least=0.63, found=0.4),))
-    case = dataclasses.replace(opened.case, limits=limits)
-    where = chat.Question("Where is the carcinoma?", ("Yes", "No"), put="Does this slide contain carcinoma?")
-    effects = (0.01,) * len(case.selection.indices)
-    answer = Answer(where.put, "Yes", where.options, (yes, 1 - yes), effects, without_all=without_all)
-    assert on._put_first(answer, where, case)[0].startswith(said)
+@pytest.mark.parametrize(
+    ("question", "given", "begin"),
+    [
+        ("Which organ is this?", "skin\ncolon", "Not sure"),
+        ("Which organ is this?", "", "Not sure"),
+        ("Does this slide contain carcinoma?", "Yes\nNo", "Not "),
+        ("Describe this slide.", "", "Not "),
+        ("Where is the carcinoma?", "", ("Not ", "The model does not find")),
+    ],
+)
+def test_seen_a_bare_answer_that_was_later_taken_back(question, given, begin, on, limited, me):
+    """Whatever is shown before the evidence is weighed says that it is not, or what else is to be doubted of it."""
+    changes = on.on_question(question, given, "", limited, (), [], {}, me)
+    *steps, last = on.on_asked(limited, changes[on.page.chat], changes[on.page.questions], {}, me)
+    assert steps
+    assert all(chat.text_of(step[on.page.chat][-1]).startswith(begin) for step in steps)
+    assert not last[on.page.answers][1].unweighed
+
+
+def test_seen_pictures_of_an_answer_that_does_not_rest_on_the_slide(opened):
+    """Seen: a bold No, five pictures, and below them that it rests on the slide: not."""
+    selection, effects = opened.case.selection, (0.1,) * len(opened.case.selection.indices)
+    answer = Answer("Is it malignant?", "No", effects=effects, without_all=0.1)
+    shown = chat.show_evidence(answer, selection)[0]
+    assert "rests on the slide: not" in shown
+    assert "href" not in shown
+    assert "Without all 6 patches it would be 1.11 times less likely." in shown
+    assert evidence_props(selection, answer) is None, "nor does the viewer show any"
+    rests = dataclasses.replace(answer, without_all=3.0)
+    assert "href='#patch-" in chat.show_evidence(rests, selection)[0]
+    assert evidence_props(selection, rests)
 
 
 def test_an_organ_is_never_told_for_certain_below_the_models_own_threshold(on, limited, me):
@@ -453,6 +525,7 @@ def test_a_what_if_is_a_state_that_one_button_leaves(on, opened, me, desk, monke
     assert len(mine.case.selection.indices) == 8
     assert len(done[page.answers][1].effects) == 8
     # an ordinary question is answered from what the boxes show
+    on.on_answered(me)
     asked = on.on_question("How?", "", "", mine, (), done[page.chat], first[page.questions], me)
     *_, told = on.on_asked(mine, asked[page.chat], asked[page.questions], done[page.answers], me)
     assert len(told[page.answers][3].effects) == 8
@@ -462,6 +535,20 @@ def test_a_what_if_is_a_state_that_one_button_leaves(on, opened, me, desk, monke
     assert left[page.view].props["kept"] == bag_props(opened.case.bag, opened.case.selection)["kept"]
     assert left[page.view].props["evidence"]["effects"]
     assert (left[page.picks], left[page.compare]) == ({"pinned": [], "dropped": []}, "")
+
+
+def test_a_what_if_can_be_left_while_it_is_answered(on, opened, asked, me):
+    page = on.page
+    *_, last = on.on_asked(opened, asked, {}, {}, me)
+    before = (opened, last[page.chat], {}, last[page.answers])
+    steps = on.on_ask_again(*before, None, 8, "random", {"pinned": [], "dropped": []}, me)
+    first, _ = next(steps), next(steps)
+    on.on_question("How?", "", "", first[page.opened], (), first[page.chat], {}, me)
+    left = on.on_leave(first[page.opened], first[page.chat], {}, first[page.aside], me)
+    assert left[page.chat] == last[page.chat]
+    assert left[page.question].value == "How?", "which waited, is back in its box"
+    assert list(steps) == []
+    assert on.on_answered(me)[page.question].submit_btn
 
 
 def test_the_path_of_the_slide_before_does_not_stay_in_its_box(on, me, tmp_path):
@@ -526,12 +613,12 @@ def test_evidence_ends_when_its_caller_has_gone_and_not_when_another_has(opened,
         return weigh(selection, messages, answer, options, look, groups)
 
     monkeypatch.setattr(desk.model, "leave_one_out", leave_at_the_first_pass)
-    asked = (opened.case, [{"role": "user", "content": "Which?"}], "fat", [])
+    asked = (opened.case, [{"role": "user", "content": "Which?"}])
     with desk.jobs.run(me.session_hash, "question") as job:
-        assert desk.measure(*asked, job.name).effects
+        assert desk.weigh(*asked, Answer("Which?", "fat"), job.name).effects
         leaving = me
         with pytest.raises(Halted):
-            desk.measure(*asked, job.name)
+            desk.weigh(*asked, Answer("Which?", "fat"), job.name)
 
 
 def test_an_analysis_ends_when_its_caller_has_gone(desk, me, tmp_path, monkeypatch):
@@ -706,10 +793,10 @@ def test_a_resolution_that_no_scan_has_is_a_sentence(on, me, tmp_path, resolutio
 @pytest.mark.parametrize(("question", "options"), [("x" * 1001, []), ("Which?", ["y" * 600, "z" * 600])])
 def test_the_evidence_of_what_is_long_is_not_weighed_and_that_is_said(opened, desk, me, question, options):
     with desk.jobs.run(me.session_hash, "question") as job:
-        asked = (opened.case, [{"role": "user", "content": question}], "fat", options, job.name)
-        answer = desk.measure(*asked)
+        messages = [{"role": "user", "content": question}]
+        answer = desk.weigh(opened.case, messages, Answer(question, "fat", tuple(options)), job.name)
     assert not answer.effects
-    assert "not weighed" in answer.evidence
+    assert "not weighed" in answer.unweighed
     assert "not weighed" in " ".join(chat.show_evidence(answer, opened.case.selection))
 
 

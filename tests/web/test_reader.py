@@ -73,7 +73,7 @@ def test_a_server_answers_on_the_page_from_pictures_cut_in_the_slides_own_proces
     with far.jobs.run(me.session_hash, "question") as job:
         asked = [{"role": "user", "content": "Which tissue?"}]
         text = "".join(far.answer(case, asked, [], job.name))
-        answer = far.measure(case, asked, text, [], job.name)
+        answer = far.weigh(case, asked, far.judge(case, asked, text, [], job.name), job.name)
     assert (answer.text, answer.reader, answer.cited) == ("Fat, see Patch 2.", "openai:m", (2,))
     assert "Cited by the reader, not measured: <a href='#patch-2'>#2</a>" in show_evidence(answer, case.selection)[0]
     ((_, _, body),) = stand_in_server.received
@@ -163,6 +163,7 @@ def test_a_local_model_answers_on_the_page_and_is_measured(slide, desk, tiny_lla
     with near.jobs.run(me.session_hash, "question") as job:
         asked = [{"role": "user", "content": "Which tissue?"}]
         text = "".join(near.answer(case, asked, ["fat", "liver"], job.name))
-        answer = near.measure(case, asked, text or "fat", ["fat", "liver"], job.name)
+        judged = near.judge(case, asked, text or "fat", ["fat", "liver"], job.name)
+        answer = near.weigh(case, asked, judged, job.name)
     assert sum(answer.probs) == pytest.approx(1)
     assert len(answer.effects) == 2

@@ -179,12 +179,14 @@ document.addEventListener(
   "click",
   (event) => {
     const link =
-      event.target.closest && event.target.closest('a[href*="#patch-"], a[href*="#focus-"], a[href*="#ask-"]');
+      event.target.closest &&
+      event.target.closest('a[href*="#patch-"], a[href*="#focus-"], a[href*="#ask-"], a[href*="#without-"]');
     if (!link || !root.isConnected || second !== !!link.closest(".other")) return;
     event.preventDefault();
     event.stopPropagation();
     const [kind, name] = link.getAttribute("href").split("#")[1].split("-");
     if (kind === "ask") return trigger("ask", { number: +name });
+    if (kind === "without") return trigger("without", { name });
     if (!bag) return;
     if (kind === "patch") go(indexOfRank(+name));
     else goFocus(name);

@@ -324,7 +324,8 @@ def slide_viewer(**settings: Any) -> gr.HTML:
     """The component, empty. As an output it is filled by gr.HTML(slides=[...], **bag_props(...), map=...).
 
     Its events are `picks` ({pinned, dropped}: indices of patches), `journal` ({views}: what was looked at), `likes`
-    ({index}), `leave` (the what-if), `cancel` (the analysis), `shown` and `remove` ({number} of a slide, from 0).
+    ({index}), `ask` ({number} of a suggested question), `without` ({name} of a focus), `leave` (the what-if),
+    `cancel` (the analysis), `shown` and `remove` ({number} of a slide, from 0).
     """
     html, css = ((HERE / f"viewer.{kind}").read_text(encoding="utf-8") for kind in ("html", "css"))
     js = "\n".join((HERE / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
