@@ -15,27 +15,22 @@ from sparsewsi.report.answer import Answer
 from sparsewsi.report.case import Case
 from sparsewsi.report.scope import word_answer
 from sparsewsi.web import chat as words
+from sparsewsi.web.answering import (
+    Answers,
+    Changes,
+    ask_for_question,
+    break_off,
+    evidence_props,
+    point,
+    show_known,
+    wait_for_answer,
+)
 from sparsewsi.web.chat import Column, Question, Questions, show_both, show_question, shows_both
 from sparsewsi.web.desk import Opened
 from sparsewsi.web.errors import explain_errors
-from sparsewsi.web.handlers import (
-    Answers,
-    Aside,
-    Changes,
-    Handlers,
-    ask_for_question,
-    break_off,
-    check_size,
-    evidence_props,
-    name_selection,
-    point,
-    require_whole,
-    show_known,
-    wait_for_answer,
-    whole_props,
-)
 from sparsewsi.web.jobs import Halted
 from sparsewsi.web.limits import check_turns
+from sparsewsi.web.what_if import Aside, WhatIf, check_size, name_selection, require_whole, whole_props
 
 NOTHING = ("slides", "bag", "kept", "foci", "evidence", "compared")  # of a viewer that shows nothing
 
@@ -63,8 +58,8 @@ def lay_column(title: str, answer: Answer, case: Case) -> Column:
     )
 
 
-class Comparing(Handlers):
-    """The handlers of a page, with those of a comparison."""
+class Comparing(WhatIf):
+    """The handlers of comparisons."""
 
     def on_both(
         self,

@@ -36,7 +36,7 @@ class Page:
     picks: gr.State  # {"pinned": indices, "dropped": indices}
     next: gr.State  # chat.Question | None: the one that waited for the answer before it, which has come
     waiting: gr.State  # chat.Question | None: typed while the slide was analysed
-    aside: gr.State  # handlers.Aside | None: what a what-if has taken the place of
+    aside: gr.State  # what_if.Aside | None: what a what-if has taken the place of
     right: gr.State  # beside.Right | None: what the slide is compared with
     left: gr.State  # desk.Left | None: what a page before this one showed, to be opened again
     facts: gr.HTML

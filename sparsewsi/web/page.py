@@ -7,9 +7,9 @@ import gradio as gr
 from gradio.events import api
 
 from sparsewsi.web.api import Api
-from sparsewsi.web.beside import Comparing
 from sparsewsi.web.desk import Desk
 from sparsewsi.web.errors import tell_beside
+from sparsewsi.web.handlers import Handlers
 from sparsewsi.web.layout import Page, lay_out
 
 WORK: dict[str, Any] = {"concurrency_id": "work", "concurrency_limit": None}  # whose turn it is: jobs.py
@@ -22,7 +22,7 @@ EVERY: dict[str, Any] = {"trigger_mode": "multiple"}  # also while the same even
 def build_page(desk: Desk) -> gr.Blocks:
     """The page of a desk and its API, ready to be launched."""
     demo, page = lay_out(desk)
-    handlers, functions = Comparing(desk, page), Api(desk)
+    handlers, functions = Handlers(desk, page), Api(desk)
     with demo:
         analysed = _wire_slides(demo, page, handlers, desk.allow_paths)
         _wire_questions(page, handlers, analysed)
@@ -32,7 +32,7 @@ def build_page(desk: Desk) -> gr.Blocks:
     return demo.queue(default_concurrency_limit=None, api_open=False)
 
 
-def _wire_slides(demo: gr.Blocks, page: Page, on: Comparing, allow_paths: bool) -> list:
+def _wire_slides(demo: gr.Blocks, page: Page, on: Handlers, allow_paths: bool) -> list:
     """Returns the events of which one ends when a slide has been analysed."""
     waiting = {"show_progress_on": page.facts, **PRIVATE}
     tell = functools.partial(tell_beside, page.wrong)
@@ -77,7 +77,7 @@ def _wire_slides(demo: gr.Blocks, page: Page, on: Comparing, allow_paths: bool) 
     return analysed
 
 
-def _wire_questions(page: Page, on: Comparing, analysed: list) -> None:
+def _wire_questions(page: Page, on: Handlers, analysed: list) -> None:
     ended = [page.opened, page.chat, page.answers]
     said = [page.opened, page.aside, page.chat, page.questions, page.answers]
     talk = [page.chat, page.questions, page.question]
@@ -137,7 +137,7 @@ def _wire_questions(page: Page, on: Comparing, analysed: list) -> None:
         event.success(on.on_talked, said, None, **QUIET)
 
 
-def _wire_what_if(page: Page, on: Comparing) -> None:
+def _wire_what_if(page: Page, on: Handlers) -> None:
     page.view.picks(on.on_picks, page.opened, [page.picks, page.picked], **QUIET, **EVERY)
     page.unpick.click(on.on_unpick, None, [page.picks, page.picked, page.view], **QUIET)
     page.view.marks(on.on_marks, page.opened, None, **QUIET, **EVERY)

@@ -10,9 +10,9 @@ import torch
 
 from sparsewsi.bags.bag import Bag
 from sparsewsi.web import chat
+from sparsewsi.web.answering import STOPPED
 from sparsewsi.web.beside import Comparing
 from sparsewsi.web.desk import CaseSlide
-from sparsewsi.web.handlers import STOPPED
 from sparsewsi.web.layout import lay_out
 from sparsewsi.web.viewer import bag_props
 

@@ -18,8 +18,9 @@ from sparsewsi.bags.bag import Bag
 from sparsewsi.report.answer import Answer
 from sparsewsi.web import chat
 from sparsewsi.web import desk as desk_module
+from sparsewsi.web.answering import AT_READY
 from sparsewsi.web.desk import CaseSlide, Desk, Opened
-from sparsewsi.web.handlers import AT_READY, Asked, Handlers
+from sparsewsi.web.handlers import Asked, Handlers
 from sparsewsi.web.limits import MOST_SLIDES
 
 

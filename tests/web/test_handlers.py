@@ -20,21 +20,11 @@ from sparsewsi.model.limits import Limit, Limits
 from sparsewsi.report.answer import Answer
 from sparsewsi.web import chat, handlers
 from sparsewsi.web import desk as desk_module
+from sparsewsi.web.answering import AT_READY, BROKEN_OFF, COMING, STOPPED, UNWEIGHED, WEIGHING, evidence_props
 from sparsewsi.web.chat import Question
 from sparsewsi.web.desk import CaseSlide, Opened
 from sparsewsi.web.errors import explain_errors
-from sparsewsi.web.handlers import (
-    AT_READY,
-    BROKEN_OFF,
-    COMING,
-    STOPPED,
-    UNWEIGHED,
-    WEIGHING,
-    Asked,
-    Handlers,
-    evidence_props,
-    read_mpp,
-)
+from sparsewsi.web.handlers import Asked, Handlers, read_mpp
 from sparsewsi.web.jobs import Halted
 from sparsewsi.web.viewer import bag_props, file_props
 

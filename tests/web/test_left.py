@@ -9,9 +9,9 @@ import pytest
 from sparsewsi import phantom
 from sparsewsi.web import desk as desk_module
 from sparsewsi.web import handlers as told
-from sparsewsi.web.chat import show_answer, show_question
+from sparsewsi.web.chat import Question, show_answer, show_question
 from sparsewsi.web.desk import Desk, Opened
-from sparsewsi.web.handlers import Asked, Handlers, Question
+from sparsewsi.web.handlers import Asked, Handlers
 from sparsewsi.web.layout import lay_out
 
 

@@ -13,8 +13,9 @@ from sparsewsi.report.answer import Answer
 from sparsewsi.web import api
 from sparsewsi.web.api import Api
 from sparsewsi.web.desk import Opened
-from sparsewsi.web.handlers import Asked, selection_props
+from sparsewsi.web.handlers import Asked
 from sparsewsi.web.viewer import bag_props
+from sparsewsi.web.what_if import selection_props
 
 
 @pytest.fixture(scope="module")
