@@ -158,7 +158,7 @@ def draw_states(address: str, out: Path) -> None:
         page.locator("#selector input").click()
         page.get_by_role("option", name="random").click()
         page.click("#again")
-        page.wait_for_selector("#compare .compare > div >> nth=1 >> a")
+        page.wait_for_selector("#compare .compare > div >> nth=1 >> .rests")
         shoot("10-what-if")
         page.click("#own")
         page.wait_for_selector(".badge", state="hidden")
@@ -166,7 +166,7 @@ def draw_states(address: str, out: Path) -> None:
         page.get_by_role("option", name="random").click()
         page.click("#both")
         show_tab(page, "ask")
-        page.wait_for_selector("#chat .compare .other a")
+        page.wait_for_selector("#chat .compare .other .rests")
         shoot("11-side-by-side")
 
 

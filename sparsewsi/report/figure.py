@@ -15,7 +15,7 @@ from sparsewsi.model.selection import Selection
 
 COLUMNS, GAP = 8, 6  # of patches; px between them
 LINE = 190  # characters that fit at the foot
-GROUNDS = 165  # and under the title
+GROUNDS = 195  # and under the title
 INCHES, DPI = (16.0, 9.0), 150
 
 
