@@ -73,7 +73,7 @@ class Answer:
         return "partly" if most >= MATTERS else "not"
 
     @property
-    def put(self) -> str:
+    def heading(self) -> str:
         """The question in the words of who asked it."""
         return self.asked or self.question
 

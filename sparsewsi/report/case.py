@@ -384,7 +384,7 @@ class Case:
             told = {"title": bag.slide, "notice": f"{self.summary}. {self.notice}"}
             if last is not None:
                 said = word_answer(last, self.limits, selection.ranks.tolist())
-                told |= {"question": last.put, "title": said, "grounds": " ".join(last.grounds)}
+                told |= {"question": last.heading, "title": said, "grounds": " ".join(last.grounds)}
             data = figure.draw_figure(path.suffix[1:], whole, patches, selection, drawn_map, **told)
             write_bytes(path, data)
 

@@ -140,7 +140,7 @@ def _answer_html(
     )
     said = word_answer(answer, limits, () if answer.beside else selection.ranks.tolist())
     out = [
-        f'<section class="answer"><p class="text"><b>Q{number}. {escape(answer.put)}</b></p>',
+        f'<section class="answer"><p class="text"><b>Q{number}. {escape(answer.heading)}</b></p>',
         f"<p>Put to the model as: {escape(answer.question)}</p>" if answer.asked else "",
         f"<p>Answered from {escape(answer.beside)}, side by side with the patches of this report.</p>"
         if answer.beside

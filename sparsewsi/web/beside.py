@@ -157,7 +157,7 @@ class Comparing(WhatIf):
             yield gr.skip()
             return
         desk, page = self.desk, self.page
-        case, question = right.opened.case, questions.get(place - 1, Question(answers[place].put))
+        case, question = right.opened.case, questions.get(place - 1, Question(answers[place].heading))
         left = lay_column(right.left or name_selection(opened.case), answers[place], opened.case)
         said = {at: one.text for at, one in right.answers.items()}
         turns, given = words.turns_of(chat[:place], questions, desk.config.multi_turn, said)

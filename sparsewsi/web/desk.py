@@ -532,7 +532,7 @@ class Desk:
             self.jobs.pause(doing)
 
         size = len(messages[-1]["content"]) + sum(map(len, answer.options)) + len(answer.text)
-        if size > MOST_WEIGHED:
+        if self.weighs and size > MOST_WEIGHED:
             return replace(answer, unweighed=TOO_LONG)
         doing.tell("weighing the evidence")
         with self.jobs.step(doing):

@@ -143,7 +143,7 @@ class WhatIf(Answering):
         left = (name_selection(case), text_of(chat[-1]), known)
         said = {place: one.text for place, one in aside.answers.items()}
         turns, given = words.turns_of(chat, aside.questions, desk.config.multi_turn, said)
-        question = aside.questions.get(last - 1, Question(first.put, given))
+        question = aside.questions.get(last - 1, Question(first.heading, given))
         answer = self._begin_answer(dataclasses.replace(question, impression=""), turns, given)
         with explain_errors(), desk.jobs.run(session, "question", aside.opened.token) as job:
             other, label = choose(case, job.name)
