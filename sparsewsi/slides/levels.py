@@ -18,6 +18,9 @@ LARGEST = 1024  # px of the finer level decoded for one place
 ALIKE = 0.2  # correlation of a level of the right scale with the finer one, at the least; of other images 0.1
 ALIKE_GUESSED = 0.5  # the same where the best of many scales is taken, which finds more by chance
 CLEAR = 0.8  # from here on no further scales are tried
+PARTS, LOOK = 3, 128  # parts across and down that are looked through for holes in finer levels, and px of each
+FARTHEST = 64  # times reduced: what a level is compared with for holes in it
+UNLIKE = 24  # grey values by which a hole differs from what is meant to be there
 FLAT = 2.0  # standard deviation, grey values: what shows nothing cannot be compared
 
 Size = tuple[int, int]
@@ -54,6 +57,63 @@ def measure_downsamples(
                 f"to be reduced {scale:.4g} times."
             )
     return found, notes
+
+
+def find_holes(
+    sizes: Sequence[Size], downsamples: Sequence[float | None], read: Read
+) -> tuple[list[float | None], list[str]]:
+    """measure_downsamples' scales, None also for a level that is empty where a coarser one shows something; sentences.
+
+    A writer that was killed, or saves room, leaves levels of the right size with nothing in them, or with holes.
+    """
+    found, notes, places = list(downsamples), [], {}
+    kept = [(level, scale) for level, scale in enumerate(downsamples) if scale is not None]
+    for level, scale in kept:
+        coarser = [other for other, theirs in kept if other > level and theirs <= FARTHEST * scale]
+        if not coarser:
+            continue
+        shown, ratio = coarser[-1], (downsamples[coarser[-1]] or 1.0) / scale
+        if shown not in places:
+            whole = true_size(sizes[0], sizes[shown], downsamples[shown] or 1.0)
+            places[shown] = list(_dark_places((whole[0] - 1, whole[1] - 1), shown, read))
+        if not any(_is_hole(level, place, ratio, read) for place in places[shown]):
+            continue
+        what = "full image" if level == 0 else f"level of {_text(sizes[level])} px"
+        where = f"The {what} is empty in places where that of {_text(sizes[shown])} px shows something"
+        notes.append(where + ("; the file is not whole." if level == 0 else " and is left out."))
+        found[level] = scale if level == 0 else None
+    return found, notes
+
+
+def _dark_places(size: Size, level: int, read: Read) -> Iterator[tuple[int, int, float]]:
+    """(x, y, grey value) of what is darkest, but not even, in parts of a level spread over it; level px.
+
+    size: the part of the level that shows the slide and nothing else
+    """
+    extent = tuple(min(LOOK, max(3, side // PARTS)) for side in size)
+    for parts in itertools.product(range(PARTS), repeat=2):
+        left, top = (max(0, side * (2 * i + 1) // (2 * PARTS) - n // 2) for side, i, n in zip(size, parts, extent))
+        try:
+            grey = read(level, (left, top), (extent[0], extent[1])).mean(2)
+        except SlideError:
+            continue
+        windows = np.lib.stride_tricks.sliding_window_view(grey, (3, 3))
+        means = np.where(windows.std((2, 3)) > 2 * FLAT, windows.mean((2, 3)), np.inf)
+        y, x = divmod(int(means.argmin()), means.shape[1])
+        if np.isfinite(means[y, x]):
+            yield left + x + 1, top + y + 1, float(means[y, x])
+
+
+def _is_hole(level: int, place: tuple[int, int, float], ratio: float, read: Read) -> bool:
+    """Is a level, `ratio` px of which are one of a coarser one, even and of another colour at a place of that?"""
+    x, y, grey = place
+    side = round(3 * ratio)
+    left, top = (max(0, round((middle + 0.5) * ratio - side / 2)) for middle in (x, y))
+    try:
+        pixels = read(level, (left, top), (side, side))
+    except SlideError:
+        return False
+    return float(pixels.std((0, 1)).max()) < 0.5 and abs(float(pixels.mean()) - grey) > UNLIKE
 
 
 def true_size(size0: Size, size: Size, downsample: float) -> Size:

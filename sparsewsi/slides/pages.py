@@ -5,6 +5,7 @@ OpenSlide's generic reader takes the first page and every later one that is mark
 """
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from sparsewsi.slides.refusals import CONVERT, SlideError
 
 MOST_PAGES = 64  # more are no pyramid; a hostile file may have a million
 PLACES = 4  # across and down, where two pages are compared
+COMPARABLE = 0.05  # of the slide's area: macro and label images are larger than that of no slide that is meant
 SIMILAR = 0.9  # correlation of px that show the same
 FLAT = 2.0  # standard deviation of px that show nothing
 OTHER_IMAGES = r"(?i)\b(label|macro|overview|thumb\w*|preview|barcode)\b"
@@ -82,6 +84,17 @@ def check_pages(file: Path, pages: list[Page], size: tuple[int, int], descriptio
             f"The TIFF begins with a reduced image: OpenSlide reads {sizes}, which it passes over. The slide is read "
             "at the lower resolution; write its full image first to use it.",
         )
+    others = [page for page in pages if page.size != size and page.area >= COMPARABLE * taken.area and not page.reduced]
+    if others and not any(names):  # OME-XML has said what they are
+        most = max(others, key=lambda page: page.area)
+        sizes = f"{size[0]} x {size[1]} px and {most.size[0]} x {most.size[1]} px"
+        levels = [page for page in pages if page.reduced and page.index != taken.index]
+        if not any(_differ(page, taken) <= _differ(page, most) for page in levels):
+            raise SlideError(
+                f"The TIFF holds two images, of {sizes}, and does not say which is the slide: the first may be its "
+                f"label or macro image, so neither is shown; {CONVERT}, with the slide alone."
+            )
+        return (f"The TIFF holds several images, of {sizes}; the first alone is read: see that it is the slide.",)
     same = [page for page in pages if page.size == size and page.index != taken.index and not page.reduced]
     if same:
         return (
@@ -94,6 +107,11 @@ def check_pages(file: Path, pages: list[Page], size: tuple[int, int], descriptio
 def find_level0(pages: list[Page], size: tuple[int, int]) -> Page | None:
     """The page that OpenSlide's generic reader takes for level 0."""
     return next((page for page in pages if page.size == size and (page.index == 0 or page.reduced)), None)
+
+
+def _differ(one: Page, other: Page) -> float:
+    """By how much the shapes of two pages differ."""
+    return abs(math.log(one.size[0] * other.size[1] / (one.size[1] * other.size[0])))
 
 
 def _tiff(file: Path) -> tifffile.TiffFile:
