@@ -40,6 +40,7 @@ from sparsewsi.slides import sandbox
 from sparsewsi.slides.refusals import CONVERT, DAMAGED, SlideError
 from sparsewsi.slides.resolution import Resolution
 from sparsewsi.slides.slide import NOT_THERE, Slide, open_slide
+from sparsewsi.slides.tiff import OFF_LINE
 
 SECONDS = 8  # of processor time for a request: a busy machine must not turn a good slide away
 PATIENCE = 40  # s of wall clock for a request, for a disk that hangs
@@ -48,6 +49,7 @@ READERS = 4  # requests in flight, as many as bags.read_ahead has threads
 MOST_FILES = 20_000  # in a stranger's folder
 LONGEST = 1 << 20  # bytes of a text that names a slide's other files, of a request, and of what the child says
 SLOT = 8 << 20  # bytes of pixels of one reply
+WORDS = SLOT + 4096  # where they end and words begin
 LENT = READERS + 2  # batches of patches that may be in use at a time without being copied
 HEAP = (
     32 << 20
@@ -183,14 +185,32 @@ class ConfinedSlide(Slide):
             number = self._to_lend.get_nowait()
         except queue.Empty:
             return None
-        memory = np.frombuffer(self._lent[number], np.uint8, size)
+        memory = np.frombuffer(self._lent[number], np.uint8, size, OFF_LINE)
         weakref.finalize(memory, self._to_lend.put, number).atexit = False
         return number, memory.reshape(shape)
 
-    def _read_block(self, level: int, xy: tuple[float, float], size: tuple[int, int], ratio: float) -> np.ndarray:
+    def encode(self, xy_level0: tuple[float, float], size: tuple[int, int], downsample: float, quality: int) -> bytes:
+        if 3 * math.prod(size) > LONGEST:
+            return super().encode(xy_level0, size, downsample, quality)
+        task = {"how": "jpeg", "xy": xy_level0, "size": size, "downsample": downsample, "quality": quality}
+        words = self._ask(task)
+        if not words.startswith(b"\xff\xd8\xff"):
+            raise SlideError(CRASHED)
+        return words
+
+    def _read_block(
+        self,
+        level: int,
+        xy: tuple[float, float],
+        size: tuple[int, int],
+        ratio: float,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
         return self._read_rows({"how": "block", "level": level, "ratio": ratio}, xy, size, ratio)
 
-    def _read_pixels(self, level: int, xy: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    def _read_pixels(
+        self, level: int, xy: tuple[int, int], size: tuple[int, int], out: np.ndarray | None = None
+    ) -> np.ndarray:
         return self._read_rows({"how": "pixels", "level": level}, xy, size, 1)
 
     def _read_rows(
@@ -250,18 +270,22 @@ def _frozen(value: Any) -> Any:
 
 
 class _Channel:
-    """One request at a time. In `memory`: SLOT bytes of pixels, then words; by the socket: a kind and their length."""
+    """One request at a time. In `memory`: SLOT bytes of pixels, and from WORDS on words; by the socket: a kind and how
+    many bytes of words."""
 
     def __init__(self, turns: socket.socket, memory: int):
         self.turns = turns
-        self.memory = mmap.mmap(memory, SLOT + LONGEST)
-        self.pixels = np.frombuffer(self.memory, np.uint8, SLOT)
+        self.memory = mmap.mmap(memory, WORDS + LONGEST)
+        self.pixels = np.frombuffer(self.memory, np.uint8, SLOT, OFF_LINE)
+        self._patience = 0.0
 
     def ask(self, request: bytes, out: np.ndarray | None) -> tuple[int, bytes]:
         """(kind, words) of the reply. Raises EOFError where the child is gone, TimeoutError after PATIENCE."""
         # Not settimeout, by which Python would ask before every turn whether it may take it.
-        seconds, part = divmod(PATIENCE, 1)
-        self.turns.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", int(seconds), int(1e6 * part)))
+        if self._patience != PATIENCE:
+            self._patience, (seconds, part) = PATIENCE, divmod(PATIENCE, 1)
+            wait = struct.pack("@ll", int(seconds), int(1e6 * part))
+            self.turns.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
         self.send(REQUEST, request)
         kind, words = self.receive()
         if kind == DONE and out is not None:
@@ -271,7 +295,7 @@ class _Channel:
     def send(self, kind: int, words: bytes) -> None:
         if len(words) > LONGEST:
             raise EOFError
-        self.memory[SLOT : SLOT + len(words)] = words
+        self.memory[WORDS : WORDS + len(words)] = words
         self.turns.sendall(struct.pack("<BI", kind, len(words)))
 
     def receive(self) -> tuple[int, bytes]:
@@ -284,7 +308,7 @@ class _Channel:
         kind, length = struct.unpack("<BI", turn)
         if length > LONGEST:
             raise EOFError
-        return kind, self.memory[SLOT : SLOT + length]
+        return kind, self.memory[WORDS : WORDS + length]
 
 
 def _start() -> tuple[subprocess.Popen, list[_Channel], list[mmap.mmap]]:
@@ -305,15 +329,15 @@ def _start() -> tuple[subprocess.Popen, list[_Channel], list[mmap.mmap]]:
         passed = []
         for _ in range(READERS):
             ours, theirs = socket.socketpair()
-            memory = _shared_memory(SLOT + LONGEST)
+            memory = _shared_memory(WORDS + LONGEST)
             stack.callback(os.close, memory)
             stack.callback(theirs.close)
             channels.append(_Channel(ours, memory))
             passed += [theirs.fileno(), memory]
         for _ in range(LENT):
-            memory = _shared_memory(SLOT)
+            memory = _shared_memory(WORDS)
             stack.callback(os.close, memory)
-            lent.append(mmap.mmap(memory, SLOT))
+            lent.append(mmap.mmap(memory, WORDS))
             passed.append(memory)
         child = subprocess.Popen(
             [sys.executable, "-P", "-c", program, *map(str, passed)],
@@ -391,7 +415,7 @@ def serve(passed: list[int]) -> None:
     """Open the slide that the first request names and read from it until the parent is gone; never returns."""
     pairs = zip(passed[: 2 * READERS : 2], passed[1 : 2 * READERS : 2])
     channels = [_Channel(socket.socket(fileno=turns), memory) for turns, memory in pairs]
-    lent = [np.frombuffer(mmap.mmap(memory, SLOT), np.uint8) for memory in passed[2 * READERS :]]
+    lent = [np.frombuffer(mmap.mmap(memory, WORDS), np.uint8, SLOT, OFF_LINE) for memory in passed[2 * READERS :]]
     task = _next(channels[-1])
     standing = sandbox.wall_in([Path(task["root"])], MEMORY)
     sandbox.allow_seconds(SECONDS)
@@ -421,17 +445,22 @@ def _answer(slide: Slide, channel: _Channel, lent: list[np.ndarray], busy: set[_
 
 
 def _read(slide: Slide, channel: _Channel, lent: list[np.ndarray], task: dict[str, Any]) -> bytes:
-    """Put what a request asks for into shared memory; of a batch, which of its patches could be read."""
+    """Put what a request asks for into shared memory; what is returned are a JPEG, or which patches could be read."""
+    if task["how"] == "jpeg":
+        return slide.encode(tuple(task["xy"]), tuple(task["size"]), task["downsample"], task["quality"])
     memory = lent[task["lent"]] if "lent" in task else channel.pixels
     if task["how"] == "batch":
         width, height = task["size"]
         out = memory[: 3 * width * height * len(task["corners"])].reshape(-1, height, width, 3)
         return slide.read_batch(task["corners"], (width, height), task["mpp"], out)[1].tobytes()
+    width, height = task["size"]
+    out = memory[: 3 * width * height].reshape(height, width, 3)
     if task["how"] == "block":
-        pixels = slide._read_block(task["level"], tuple(task["xy"]), tuple(task["size"]), task["ratio"])
+        pixels = slide._read_block(task["level"], tuple(task["xy"]), (width, height), task["ratio"], out)
     else:
-        pixels = slide._read_pixels(task["level"], tuple(task["xy"]), tuple(task["size"]))
-    np.copyto(memory[: pixels.size].reshape(pixels.shape), pixels)
+        pixels = slide._read_pixels(task["level"], tuple(task["xy"]), (width, height), out)
+    if pixels is not out:
+        out[:] = pixels
     return b""
 
 

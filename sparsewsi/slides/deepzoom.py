@@ -103,7 +103,7 @@ class DeepZoomSource:
         self.level_downsamples = tuple(float(2**shrink) for shrink in range(last + 1))
         self._tiles = TileCache(CACHE_BYTES)
 
-    def read(self, level: int, xy: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    def read(self, level: int, xy: tuple[int, int], size: tuple[int, int], out: np.ndarray | None = None) -> np.ndarray:
         out = np.full((size[1], size[0], 3), 255, np.uint8)
         (width, height), tile = self.level_sizes[level], self._layout.tile
         x0, y0 = max(0, xy[0]), max(0, xy[1])

@@ -101,7 +101,7 @@ class DicomWebSource:
         self.level_downsamples = tuple(_find_downsample(self.level_sizes[0], size) for size in self.level_sizes)
         self.properties = {"openslide.vendor": self.vendor, **_read_resolution(self._levels[0])}
 
-    def read(self, level: int, xy: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    def read(self, level: int, xy: tuple[int, int], size: tuple[int, int], out: np.ndarray | None = None) -> np.ndarray:
         out = np.full((size[1], size[0], 3), 255, np.uint8)
         (width, height), side = self.level_sizes[level], self._levels[level].tile_size
         x0, y0 = max(0, xy[0]), max(0, xy[1])

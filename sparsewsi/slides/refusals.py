@@ -10,6 +10,10 @@ import struct
 CONVERT = "convert it to a pyramidal TIFF, e.g. vips tiffsave IN OUT.tiff --tile --pyramid --compression jpeg"
 DAMAGED = "Reading the slide failed{}; the file is damaged or cut short, copy it again."
 DAMAGED_IMAGE = "The PNG or JPEG is damaged or cut short; copy it again."
+DAMAGED_JPEG = (
+    "The JPEG's data are damaged: from some place on it would show other px than it held; copy it again, or, if a "
+    "viewer shows it whole, save it anew as PNG."
+)
 # Of scanners whose files nothing here reads: as slides they are named and refused all the same.
 UNREAD_SUFFIXES = (".isyntax", ".i2syntax", ".vsi", ".kfb", ".sdpc", ".tmap", ".mds", ".mdsx", ".lif")
 LONGEST_REASON = 200  # characters; what is longer quotes the file's own text

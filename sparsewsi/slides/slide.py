@@ -11,6 +11,7 @@ it.
 """
 
 import hashlib
+import io
 import json
 import math
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
+from PIL import Image
 
 from sparsewsi.files import as_path
 from sparsewsi.slides.deepzoom import open_deep_zoom
@@ -28,6 +30,7 @@ from sparsewsi.slides.remote import ANY, Hosts, is_remote
 from sparsewsi.slides.resize import resize
 from sparsewsi.slides.resolution import PLAUSIBLE_MPP, explain_implausible, explain_too_coarse, find_resolution
 from sparsewsi.slides.sources import BLOCK, Source, open_source, split
+from sparsewsi.slides.tiff import empty
 
 # Beyond this factor a patch would show an encoder blur that no microscope at that resolution shows.
 MAX_UPSAMPLING = 2.0
@@ -125,6 +128,12 @@ class Slide:
 
     def read_scaled(self, xy_level0: tuple[float, float], size: tuple[int, int], downsample: float) -> np.ndarray:
         """read() with the resolution given as level-0 px per px, for slides that state no mpp."""
+        return self._read_scaled(xy_level0, size, downsample, None)
+
+    def _read_scaled(
+        self, xy_level0: tuple[float, float], size: tuple[int, int], downsample: float, out: np.ndarray | None
+    ) -> np.ndarray:
+        """out: where the px may go; it is returned if they went there."""
         width, height = size
         if width < 1 or height < 1 or not (math.isfinite(downsample) and downsample > 0):
             raise SlideError(f"A region needs a positive size and scale, got {width} x {height} px at {downsample}.")
@@ -135,8 +144,8 @@ class Slide:
         x0, y0 = (v / self.level_downsamples[level] for v in xy_level0)
         block = tuple(max(1, int(side / max(ratio, 1))) for side in BLOCK)
         if ratio == 1 or (width <= block[0] and height <= block[1]):
-            return self._read_block(level, (x0, y0), size, ratio)
-        out = np.empty((height, width, 3), np.uint8)
+            return self._read_block(level, (x0, y0), size, ratio, out)
+        out = empty((height, width, 3)) if out is None else out
         for (left, top), part, here in split(size, block):
             out[here] = self._read_block(level, (x0 + left * ratio, y0 + top * ratio), part, ratio)
         return out
@@ -149,13 +158,16 @@ class Slide:
         out: where the pixels go. A patch in a damaged part of the file is never shown as something else.
         Raises SlideError if the slide states no resolution.
         """
-        self.require_mpp()
+        downsample = mpp / self.require_mpp()
         places = np.asarray(corners).tolist()
-        pixels = np.empty((len(places), size[1], size[0], 3), np.uint8) if out is None else out
+        pixels = empty((len(places), size[1], size[0], 3)) if out is None else out
         fine = np.zeros(len(places), bool)
         for i, (x, y) in enumerate(places):
             try:
-                pixels[i] = self.read((x, y), size, mpp)
+                here = pixels[i]
+                found = self._read_scaled((x, y), size, downsample, here)
+                if found is not here:
+                    here[:] = found
                 fine[i] = True
             except SlideError:
                 continue  # listed as unreadable through `fine`
@@ -173,6 +185,12 @@ class Slide:
         downsample = self.level_downsamples[level]
         return self._read_pixels(level, (round(xy_level0[0] / downsample), round(xy_level0[1] / downsample)), size)
 
+    def encode(self, xy_level0: tuple[float, float], size: tuple[int, int], downsample: float, quality: int) -> bytes:
+        """read_scaled() as JPEG."""
+        data = io.BytesIO()
+        Image.fromarray(self.read_scaled(xy_level0, size, downsample)).save(data, "JPEG", quality=quality)
+        return data.getvalue()
+
     def thumbnail(self, max_side: int = 1024) -> tuple[np.ndarray, float]:
         """The whole slide with its longer side at most max_side px, never enlarged.
 
@@ -183,21 +201,32 @@ class Slide:
         width, height = (max(1, math.ceil(side / scale - 1e-6)) for side in self.size)
         return self.read_scaled((0, 0), (width, height), scale), scale
 
-    def _read_block(self, level: int, xy: tuple[float, float], size: tuple[int, int], ratio: float) -> np.ndarray:
+    def _read_block(
+        self,
+        level: int,
+        xy: tuple[float, float],
+        size: tuple[int, int],
+        ratio: float,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
         """size px of ratio level px each, from xy in level px: the region around it, resized."""
         margin = (
             3 if ratio < 1 else 0
         )  # bicubic enlargement looks at neighbours; without them patches would show a frame
         x0, y0 = (math.floor(v + 1e-6) - margin for v in xy)
         x1, y1 = (math.ceil(v + n * ratio - 1e-6) + margin for v, n in zip(xy, size))
+        if ratio == 1 and (x1 - x0, y1 - y0) == size:
+            return self._read_pixels(level, (x0, y0), size, out)
         pixels = self._read_pixels(level, (x0, y0), (x1 - x0, y1 - y0))
         left, top = xy[0] - x0, xy[1] - y0
         return resize(pixels, (left, top, left + size[0] * ratio, top + size[1] * ratio), size)
 
-    def _read_pixels(self, level: int, xy: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    def _read_pixels(
+        self, level: int, xy: tuple[int, int], size: tuple[int, int], out: np.ndarray | None = None
+    ) -> np.ndarray:
         if self._closed:
             raise SlideError("The slide has been closed.")
-        return self._source.read(level, xy, size)
+        return self._source.read(level, xy, size, out)
 
 
 def open_slide(path: str | Path, *, slide_mpp: float | None = None, hosts: Hosts = ANY) -> Slide:

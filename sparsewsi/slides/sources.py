@@ -6,17 +6,18 @@ This is the only module that knows OpenSlide. Label and macro images are never o
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import openslide
+import simplejpeg
 from PIL import Image, ImageOps
 
-from sparsewsi.slides.levels import measure_downsamples, true_size
+from sparsewsi.slides.levels import find_holes, measure_downsamples, true_size
 from sparsewsi.slides.pages import Page, check_pages, find_level0, read_pages
-from sparsewsi.slides.refusals import CONVERT, DAMAGED, DAMAGED_IMAGE, SlideError, quote_reason
+from sparsewsi.slides.refusals import CONVERT, DAMAGED, DAMAGED_IMAGE, DAMAGED_JPEG, SlideError, quote_reason
 from sparsewsi.slides.tiff import EndsEarly, TiffTiles
 
 # Largest region of one level decoded in one go: 8 MB of RGBA; larger ones are no faster.
@@ -30,6 +31,18 @@ CHECKED_AT = ((0.0, 0.0), (0.5, 0.5), (0.3, 0.7), (0.8, 0.2))
 SPOTS = 5  # across and down, where px are looked at for what a TIFF says about them
 SPOT = 32  # px
 LARGEST_TILE = 1 << 24  # px
+
+# What to do with px by the EXIF tag of their orientation.
+TURNED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda px: px,
+    2: lambda px: px[:, ::-1],
+    3: lambda px: px[::-1, ::-1],
+    4: lambda px: px[::-1],
+    5: lambda px: px.transpose(1, 0, 2),
+    6: lambda px: np.rot90(px, -1),
+    7: lambda px: px.transpose(1, 0, 2)[::-1, ::-1],
+    8: lambda px: np.rot90(px),
+}
 
 TOO_DEEP = "The image holds 16 or 32 bits per channel; save it as 8-bit RGB, scaled to the full range."
 
@@ -46,8 +59,11 @@ class Source(Protocol):
     level_downsamples: tuple[float, ...]
     doubts: tuple[str, ...]
 
-    def read(self, level: int, xy: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-        """uint8 (h, w, 3) of one level, xy in level px, white where there is nothing. Raises SlideError for damage."""
+    def read(self, level: int, xy: tuple[int, int], size: tuple[int, int], out: np.ndarray | None = None) -> np.ndarray:
+        """uint8 (h, w, 3) of one level, xy in level px, white where there is nothing. Raises SlideError for damage.
+
+        out: where the px may go; it is returned if they went there
+        """
         ...
 
     def close(self) -> None: ...
@@ -110,6 +126,8 @@ class OpenSlideSource:
         found, more = measure_downsamples(sizes, self._read_cheaply, suspects)
         if None in found:  # it may be the level before it that shows something else
             found, more = measure_downsamples(sizes, self._read_cheaply, range(1, len(sizes)))
+        found, holes = find_holes(sizes, found, self._read_cheaply)
+        more = [*more, *holes]
         kept = [level for level, scale in enumerate(found) if scale is not None]
         self._levels = tuple(kept)
         self._stated, self._own_downsamples = tuple(sizes[i] for i in kept), tuple(own[i] for i in kept)
@@ -186,19 +204,21 @@ class OpenSlideSource:
                 except openslide.OpenSlideError:
                     self._slide = self._open()
 
-    def read(self, level: int, xy: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-        pixels = self._read_stated(level, xy, size)
+    def read(self, level: int, xy: tuple[int, int], size: tuple[int, int], out: np.ndarray | None = None) -> np.ndarray:
+        pixels = self._read_stated(level, xy, size, out)
         if self.level_sizes[level] != self._stated[level]:  # what lies beyond the slide is padding
             right, bottom = (max(0, side - start) for side, start in zip(self.level_sizes[level], xy))
             pixels = pixels.copy()
             pixels[bottom:], pixels[:, right:] = 255, 255
         return pixels
 
-    def _read_stated(self, level: int, xy: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    def _read_stated(
+        self, level: int, xy: tuple[int, int], size: tuple[int, int], out: np.ndarray | None
+    ) -> np.ndarray:
         tiles = self._direct(level)
         if tiles is not None:
             try:
-                return tiles.read(level, xy, size)
+                return tiles.read(level, xy, size, out)
             except EndsEarly as damage:
                 self._ask_openslide(level, damage)
             except Exception:  # decoders raise what they like: OpenSlide has the last word
@@ -317,17 +337,17 @@ class ImageSource:
         self.properties: dict[str, str] = {}
         # Of a PNG without EXIF Pillow would decode everything to find that out.
         exif = self._image.getexif() if self.vendor == "jpeg" or b"eXIf" in head else {}
-        self._turned, turned = bool(exif), exif.get(274, 1)
+        self._turned = turned if (turned := exif.get(274, 1)) in TURNED else 1
         width, height = self._image.size
-        self.level_sizes = ((height, width),) if turned in (5, 6, 7, 8) else ((width, height),)
+        self.level_sizes = ((height, width),) if self._turned in (5, 6, 7, 8) else ((width, height),)
         self.level_downsamples = (1.0,)
         self.doubts: tuple[str, ...] = ()
-        if turned in range(2, 9):
+        if self._turned != 1:
             self.doubts = (
                 "The image is turned or mirrored as its EXIF tag says; positions count in the picture as shown.",
             )
 
-    def read(self, level: int, xy: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    def read(self, level: int, xy: tuple[int, int], size: tuple[int, int], out: np.ndarray | None = None) -> np.ndarray:
         pixels = self._decode()
         (x, y), (width, height) = xy, size
         out = np.full((height, width, 3), 255, np.uint8)
@@ -348,8 +368,22 @@ class ImageSource:
                 self._image.close()
             return self._pixels
 
+    def _decode_jpeg(self) -> np.ndarray:
+        """Px as they are stored. Most decoders paint on where data do not add up, and say nothing."""
+        assert self._image.fp is not None
+        self._image.fp.seek(0)
+        data = self._image.fp.read()
+        try:
+            return simplejpeg.decode_jpeg(data)
+        except ValueError as error:
+            if str(error).startswith("Corrupt"):
+                raise SlideError(DAMAGED_JPEG) from None
+            return simplejpeg.decode_jpeg(data, strict=False)
+
     def _decode_rgb(self) -> np.ndarray:
-        image = ImageOps.exif_transpose(self._image) if self._turned else self._image
+        if self.vendor == "jpeg" and self._image.mode in ("RGB", "L"):
+            return TURNED[self._turned](self._decode_jpeg())
+        image = ImageOps.exif_transpose(self._image) if self._turned != 1 else self._image
         if not image.has_transparency_data:
             rgb = np.asarray(image.convert("RGB"))
             if self._deep and rgb.max(initial=0) < 128:

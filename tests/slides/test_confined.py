@@ -99,6 +99,19 @@ def test_a_region_larger_than_the_shared_memory_is_the_same(slide_file: Path):
             assert np.array_equal(read(own), read(other))
 
 
+def test_a_jpeg_made_in_the_child_is_the_one_made_here(slide_file: Path):
+    regions = [
+        ((0, 0), (512, 512), 1.0),
+        ((-20, 500), (200, 300), 2.5),
+        ((0, 0), (700, 600), 1.0),
+    ]  # the last too large
+    with open_slide(slide_file) as own, open_confined(slide_file) as other:
+        for xy, size, downsample in regions:
+            assert own.encode(xy, size, downsample, 85) == other.encode(xy, size, downsample, 85)
+        with pytest.raises(SlideError, match="positive size"):
+            other.encode((0, 0), (0, 5), 1.0, 85)
+
+
 def test_many_threads_read_at_once(slide_file: Path):
     corners = RNG.integers(0, 550, (200, 2))
     with open_slide(slide_file) as own, open_confined(slide_file) as other, ThreadPoolExecutor(8) as pool:

@@ -135,6 +135,37 @@ def test_an_empty_level_in_the_middle_does_not_cost_the_good_one_behind_it(tmp_p
         assert "750 x 420" in slide.warnings[0]
 
 
+@pytest.mark.parametrize("fill", [0, 128, 255])
+@pytest.mark.parametrize("kept", [0.0, 0.4, 0.7])
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_level_with_holes_is_left_out_though_those_around_it_are_whole(tmp_path, fill, kept, level):
+    """Wherever it stands, and where a killed writer got as far as part of its rows."""
+    pages = [SLIDE, *(reduce(SLIDE, factor).copy() for factor in (2, 4, 8))]
+    pages[level][round(kept * len(pages[level])) :] = fill
+    with open_slide(write(tmp_path / "a.tif", [(page, int(i > 0)) for i, page in enumerate(pages)])) as slide:
+        assert slide.level_downsamples == tuple(scale for i, scale in enumerate((1.0, 2.0, 4.0, 8.0)) if i != level)
+        assert len(slide.warnings) == 1
+
+
+@pytest.mark.parametrize("fill", [0, 200, 255])
+def test_a_full_image_with_holes_is_told(tmp_path, fill):
+    whole = SLIDE.copy()
+    whole[400:] = fill
+    with open_slide(write(tmp_path / "a.tif", [(whole, 0), (reduce(SLIDE, 2), 1), (reduce(SLIDE, 4), 1)])) as slide:
+        assert slide.level_downsamples == (1.0, 2.0, 4.0)
+        assert "not whole" in slide.warnings[0]
+
+
+@pytest.mark.parametrize("fill", [0, 240, 255])
+def test_glass_and_fill_are_no_holes(tmp_path, fill):
+    whole = SLIDE.copy()
+    whole[:, 512:1024] = fill
+    pages = [(whole, 0), *((reduce(whole, factor), 1) for factor in (2, 4, 8))]
+    with open_slide(write(tmp_path / "a.tif", pages)) as slide:
+        assert slide.level_downsamples == (1.0, 2.0, 4.0, 8.0)
+        assert slide.warnings == ()
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("size", [(750, 420), (375, 210), (450, 450), (600, 300)])
 def test_a_label_is_no_level(tmp_path, size, seed):
@@ -182,6 +213,29 @@ def test_a_macro_image_that_comes_first_is_never_shown(tmp_path, size, kind):
     path = write(tmp_path / "a.tif", [(paint(5, *size), kind), (SLIDE, 0)], [8.0, 0.5])
     with pytest.raises(SlideError, match=r"macro or label.*slide itself first"):
         open_slide(path)
+
+
+@pytest.mark.parametrize("size", [(1400, 800), (600, 840), (420, 420)])
+def test_a_larger_image_first_that_may_be_a_label_is_never_shown(tmp_path, size):
+    """No name says so, and it is larger than the slide behind it."""
+    slide, label = (paint(3, *size), 0), (paint(5, 1500, 1000), 0)
+    for rest in ([slide], [slide, (reduce(slide[0], 2), 1)]):
+        with pytest.raises(SlideError, match=r"may be its label.*neither is shown"):
+            open_slide(write(tmp_path / "a.tif", [label, *rest], [8.0, *[0.5] * len(rest)]))
+
+
+@pytest.mark.parametrize("size", [(500, 400), (840, 840), (300, 700)])
+def test_another_large_image_beside_a_pyramid_is_told(tmp_path, size):
+    pages = [(SLIDE, 0), (reduce(SLIDE, 2), 1), (paint(5, *size), 0)]
+    with open_slide(write(tmp_path / "a.tif", pages)) as slide:
+        assert slide.size == (WIDTH, HEIGHT)
+        assert f"{size[0]} x {size[1]}" in slide.warnings[0]
+
+
+@pytest.mark.parametrize("size", [(128, 128), (200, 100), (90, 240)])
+def test_a_small_image_behind_the_slide_is_no_matter(tmp_path, size):
+    with open_slide(write(tmp_path / "a.tif", [(SLIDE, 0), (paint(5, *size), 0)])) as slide:
+        assert slide.warnings == ()
 
 
 @pytest.mark.parametrize("name", ["macro image", "Label", "slide_overview", "Thumbnail"])

@@ -297,6 +297,25 @@ def test_px_read_without_openslide_are_those_of_openslide(tmp_path, kind):
                 np.testing.assert_array_equal(source_of(slide).read(level, (x, y), (w, h)), theirs)
 
 
+@pytest.mark.parametrize("kind", ["jpeg", "jpeg2000", "png"])
+def test_patches_go_where_they_are_wanted(tmp_path, kind):
+    """Whole tiles are decoded there, parts of tiles and what lies beyond the slide are copied."""
+    if kind == "png":
+        Image.fromarray(SMOOTH).save(path := tmp_path / "a.png")
+    else:
+        how = ("ycbcr", "jpeg") if kind == "jpeg" else ("rgb", "aperio_jp2000_rgb", 1, APERIO)
+        path = write_compressed(tmp_path / "a.svs", *how)
+    with open_slide(path, slide_mpp=0.5) as slide:
+        size = (64, 64)
+        corners = [(0, 0), size, (17, 40), (-30, -9), (slide.size[0] - 5, 0)]
+        out = np.full((len(corners), *size[::-1], 3), 7, np.uint8)
+        pixels, fine = slide.read_batch(corners, size, 0.5, out)
+        assert pixels is out
+        assert fine.all()
+        for corner, patch in zip(corners, pixels):
+            np.testing.assert_array_equal(patch, slide.read(corner, size, 0.5))
+
+
 def test_neighbours_that_share_tiles_decode_them_once(tmp_path):
     with open_slide(write_compressed(tmp_path / "a.tiff")) as slide:
         assert direct(slide)

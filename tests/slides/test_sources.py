@@ -7,6 +7,7 @@ from typing import Any
 
 import imagecodecs
 import numpy as np
+import openslide
 import pytest
 import tifffile
 from PIL import Image
@@ -240,3 +241,55 @@ def test_quoted_paths_and_file_urls_are_understood(tmp_path, monkeypatch):
     odd = write(place / "'quoted'", PIXELS)
     with open_slide(str(odd)) as slide:
         assert slide.size == (640, 384)
+
+
+# ---- data that are whole by their ends, and do not add up within
+
+
+def overwrite(filler: bytes) -> Callable[[bytes], bytes]:
+    """Bytes in the middle of the coded data put in place of what was there."""
+    return lambda data: data[: len(data) // 2] + filler + data[len(data) // 2 + len(filler) :]
+
+
+HURT = {"ends": b"\xff\xd9" * 4, "a marker": b"\xff\xc4\0\2", "a restart": b"\xff\xd3" * 3}
+UNSEEN = {"zeros": bytes(90), "other data": bytes(range(1, 251))}  # which may be read as px, and then none can tell
+
+
+@pytest.mark.parametrize("kind", [*HURT, *UNSEEN])
+def test_a_tile_whose_data_do_not_add_up_is_lost_where_openslide_loses_it(tmp_path, kind):
+    path = write_jpeg(tmp_path / "a.tif", overwrite((HURT | UNSEEN)[kind]))
+    lost = 0
+    for y in range(0, 384, TILE):
+        for x in range(0, 640, TILE):
+            try:
+                openslide.OpenSlide(path).read_region((x, y), 0, (TILE, TILE))
+            except openslide.OpenSlideError:
+                lost += 4
+    assert lost > 0 or kind in UNSEEN
+    assert lost_patches(path) == lost
+
+
+@pytest.mark.parametrize("kind", HURT)
+@pytest.mark.parametrize("how", [{}, {"progressive": True}, {"subsampling": 0}])
+def test_a_jpeg_whose_data_do_not_add_up_is_refused(tmp_path, kind, how):
+    Image.fromarray(PIXELS).save(path := tmp_path / "a.jpg", quality=90, **how)
+    with open_slide(path, slide_mpp=0.5) as slide:
+        assert slide.read((0, 0), (64, 64), 0.5).shape == (64, 64, 3)
+    path.write_bytes(overwrite(HURT[kind])(path.read_bytes()))
+    with pytest.raises(SlideError, match="damaged"), open_slide(path, slide_mpp=0.5) as slide:
+        slide.read((0, 0), (64, 64), 0.5)
+
+
+@pytest.mark.parametrize("kind", [*HURT, *UNSEEN])
+def test_a_png_whose_data_do_not_add_up_is_refused(tmp_path, kind):
+    Image.fromarray(PIXELS).save(path := tmp_path / "a.png")
+    path.write_bytes(overwrite((HURT | UNSEEN)[kind])(path.read_bytes()))
+    with pytest.raises(SlideError, match="damaged"), open_slide(path, slide_mpp=0.5) as slide:
+        slide.read((0, 0), (64, 64), 0.5)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_shows_what_pillow_shows(tmp_path, mode):
+    Image.fromarray(PIXELS).convert(mode).save(path := tmp_path / "a.jpg", quality=90)
+    with Image.open(path) as image, open_slide(path, slide_mpp=0.5) as slide:
+        np.testing.assert_array_equal(slide.read((0, 0), image.size, 0.5), np.asarray(image.convert("RGB")))

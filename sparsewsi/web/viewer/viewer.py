@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import inspect
-import io
 import itertools
 import re
 import secrets
@@ -28,7 +27,6 @@ import gradio.themes
 import numpy as np
 import torch
 from anyio import CapacityLimiter, to_thread
-from PIL import Image
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
@@ -183,8 +181,8 @@ class Slides:
             with known.lock:
                 _close(known)
 
-    def jpeg(self, token: str, name: str, draw: Callable[[Slide], np.ndarray]) -> bytes:
-        """A picture of a slide, cached or drawn. Raises KeyError for an unknown token, SlideError from reading."""
+    def jpeg(self, token: str, name: str, draw: Callable[[Slide], bytes]) -> bytes:
+        """A JPEG of a slide, cached or drawn. Raises KeyError for an unknown token, SlideError from reading."""
         with self._lock:
             known = self._known[token]
             self._known.move_to_end(token)
@@ -200,7 +198,7 @@ class Slides:
                 raise KeyError(token)
             if known.slide is None:
                 known.slide = self._open(known.path)
-            data = _encode(draw(known.slide))
+            data = draw(known.slide)
         self._keep(token, name, data)
         return data
 
@@ -219,7 +217,7 @@ class Slides:
             for column, row in itertools.product(range(columns), range(rows)) if columns * rows <= COARSE else ():
                 if (token, name := f"{level}/{column}_{row}") not in self._tiles:
                     with suppress(ValueError, OSError):  # what cannot be read is not there later either
-                        self._keep(token, name, _encode(_read_tile(slide, level, column, row)))
+                        self._keep(token, name, _draw_tile(slide, level, column, row))
             if columns * rows == 1:
                 return
 
@@ -228,15 +226,15 @@ class Slides:
         name = f"{level}/{column}_{row}"
         if not 0 <= level <= MOST_LEVELS:
             raise KeyError(name)
-        return self.jpeg(token, name, lambda slide: _read_tile(slide, level, column, row))
+        return self.jpeg(token, name, lambda slide: _draw_tile(slide, level, column, row))
 
     def patch(self, token: str, x: int, y: int, side: int, px: int) -> bytes:
         """JPEG of a square of level-0 px, px wide. Raises KeyError for one outside, or larger than any patch."""
 
-        def draw(slide: Slide) -> np.ndarray:
+        def draw(slide: Slide) -> bytes:
             if not (1 <= px <= TILE and 1 <= side <= 16 * TILE and x < slide.size[0] and y < slide.size[1]):
                 raise KeyError(name)
-            return slide.read_scaled((x, y), (px, px), side / px)
+            return slide.encode((x, y), (px, px), side / px, QUALITY)
 
         name = f"patch/{x}_{y}_{side}_{px}"
         return self.jpeg(token, name, draw)
@@ -291,26 +289,20 @@ class Slides:
         return [Route("/gradio_api/slide/{token}/{rest:path}", serve, methods=["GET"])]
 
 
-def _read_tile(slide: Slide, level: int, column: int, row: int) -> np.ndarray:
+def _draw_tile(slide: Slide, level: int, column: int, row: int) -> bytes:
     """Raises KeyError for a tile that does not exist."""
     scale, (width, height) = 2**level, slide.size
     left, top = column * TILE * scale, row * TILE * scale
     if left >= width or top >= height or (level and max(width, height) <= TILE * scale // 2):
         raise KeyError(f"{level}/{column}_{row}")
     size = [min(TILE, -(-(side - start) // scale)) for side, start in ((width, left), (height, top))]
-    return slide.read_scaled((left, top), (size[0], size[1]), scale)
+    return slide.encode((left, top), (size[0], size[1]), scale, QUALITY)
 
 
 def _close(known: _Known) -> None:
     if known.slide is not None:
         known.slide.close()
         known.slide = None
-
-
-def _encode(pixels: np.ndarray) -> bytes:
-    data = io.BytesIO()
-    Image.fromarray(pixels).save(data, "JPEG", quality=QUALITY)
-    return data.getvalue()
 
 
 def _jpeg(data: bytes) -> Response:
