@@ -11,10 +11,12 @@ import numpy as np
 
 from sparsewsi.slides.refusals import SlideError
 from sparsewsi.slides.slide import Slide
-from sparsewsi.slides.stain import find_stained
+from sparsewsi.slides.stain import SWAPPED, find_stained, is_swapped
 
 MASK_MPP = 8.0  # um per mask px
 MOST_PX = 250_000_000  # of a mask: more than glass of 100 x 70 mm at 5.3 um/px; each takes some 10 bytes
+NUCLEAR_MPP = 1.5  # um/px, from which on nuclei are a few px and their colour is mixed with what is around them
+SPOTS, SPOT = 8, 112  # places in the tissue whose colours are looked at, and their sides in px
 LOST = 16  # mask px: side of the squares in which damage is looked for, 128 um
 
 
@@ -148,7 +150,24 @@ def _segment(slide: Slide, mpp: float) -> Tissue:
     found = find_stained(rgb, scale * slide.require_mpp())
     part = found.mask if lost is None else found.mask | lost  # whoever reads the patches there finds out which they are
     mask = np.pad(part, ((top, height - bottom), (left, width - right))) if part.shape != (height, width) else part
-    return Tissue(mask, scale, found.reason, found.note)
+    notes = [found.note, SWAPPED if is_swapped(_read_spots(slide, mask, scale)) else ""]
+    return Tissue(mask, scale, found.reason, " ".join(filter(None, notes)))
+
+
+def _read_spots(slide: Slide, mask: np.ndarray, scale: float) -> np.ndarray:
+    """Pictures of 1 um/px spread over the tissue, uint8 (n, h, w, 3); none of a slide that shows no nuclei."""
+    places, found = np.flatnonzero(mask), [np.empty((0, SPOT, SPOT, 3), np.uint8)]
+    if slide.require_mpp() > NUCLEAR_MPP or not len(places):
+        return found[0]
+    mpp = max(1.0, slide.require_mpp())
+    for place in places[np.linspace(0, len(places) - 1, SPOTS + 2, dtype=int)[1:-1]].tolist():
+        y, x = divmod(place, mask.shape[1])
+        half = SPOT / 2 * mpp / slide.require_mpp()
+        try:
+            found.append(slide.read(((x + 0.5) * scale - half, (y + 0.5) * scale - half), (SPOT, SPOT), mpp)[None])
+        except SlideError:
+            continue
+    return np.concatenate(found)
 
 
 def _read_what_is_there(

@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from sparsewsi.slides.refusals import SlideError
 from sparsewsi.slides.slide import open_slide
-from sparsewsi.slides.tissue import LOST, coverage, patch_coords, patch_side, tissue_mask, why_empty
+from sparsewsi.slides.tissue import LOST, coverage, find_tissue, patch_coords, patch_side, tissue_mask, why_empty
 
 MPP = 2.0  # um per px of the painted slides
 PATCH = 56  # px at MPP: 112 um
@@ -350,3 +350,40 @@ def test_a_slide_far_too_coarse_is_refused_with_both_numbers(shared_data):
         pytest.raises(SlideError, match=r"28\.97 um/px.*0\.5 um/px"),
     ):
         patch_coords(slide, 0.5, 224)
+
+
+# ---- colours that run the wrong way
+
+
+def paint_nuclei(ground: tuple[int, int, int], nuclei: tuple[int, int, int], count: int) -> np.ndarray:
+    """Glass around a square of stroma of 0.5 um/px with round nuclei of 6 um, and the grain of a camera."""
+    rng = np.random.default_rng(0)
+    image = Image.new("RGB", (1536, 1536), GLASS)
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((256, 256, 1280, 1280), fill=ground)
+    for x, y in rng.integers(270, 1266, (count, 2)).tolist():
+        draw.ellipse((x - 6, y - 6, x + 6, y + 6), fill=nuclei)
+    grain = rng.normal(0, 4, (1536, 1536, 3))
+    return np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("ground", "nuclei", "count"),
+    [
+        ((226, 160, 196), (96, 66, 140), 2000),
+        ((205, 120, 170), (80, 50, 120), 6000),
+        ((235, 190, 215), (130, 95, 170), 900),
+    ],
+)
+def test_red_and_blue_that_were_swapped_are_told(tmp_path, ground, nuclei, count):
+    rgb = paint_nuclei(ground, nuclei, count)
+    for name, pixels, swapped in (("rgb", rgb, False), ("bgr", np.ascontiguousarray(rgb[..., ::-1]), True)):
+        with open_slide(write_slide(tmp_path / f"{name}.tiff", pixels, mpp=0.5)) as slide:
+            assert tissue_mask(slide)[0].any()
+            assert ("red and blue may be swapped" in find_tissue(slide).note) == swapped
+
+
+@pytest.mark.parametrize("name", ["CMU-1-Small-Region.svs", "TCGA-CR-7395-01A-01-TS1.svs"])
+def test_the_colours_of_real_slides_run_as_they_should(shared_data, name):
+    with open_slide(shared_data / "slides" / name) as slide:
+        assert "swapped" not in find_tissue(slide).note
