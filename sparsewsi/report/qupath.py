@@ -6,6 +6,7 @@ that of the slide. N patches, V corners of a region. Positions are level-0 px.
 
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,42 +70,76 @@ def _origin(bag: Bag, number: int = 0) -> tuple[int, int]:
 # ---- regions ----
 
 
-def read_regions(path: str | Path, bag: Bag, number: int = 0) -> Tensor:
+@dataclass(frozen=True)
+class Regions:
+    """rows: (M,) int64, ascending, the patches in the regions of a file; note: which regions were left out, or ""."""
+
+    rows: Tensor
+    note: str = ""
+
+
+def read_regions(path: str | Path, bag: Bag, number: int = 0) -> Regions:
     """Patches of a bag in the regions of a GeoJSON file (QuPath: File > Export objects as GeoJSON).
 
     number: of the slide that they were drawn on, where the bag is of several
 
     Polygon and MultiPolygon: the patches whose centre is inside, holes excluded; a region too small to hold a centre
-    takes the patch at its own middle. Point and MultiPoint: the patch around it. Other geometries are passed over.
-    Coordinates are QuPath's, full-resolution px. Returns (M,) int64, ascending.
+    takes the patch at its own middle. Point and MultiPoint: the patch around it. Other geometries are passed over, and
+    regions of a class whose name ends in * (QuPath's Ignore*) are left out. Coordinates are QuPath's, px of full
+    resolution.
     Raises ValueError, in words, for a file that is too big, that is no GeoJSON, or whose regions meet no patch.
     """
     name = Path(path).name
-    polygons, points = _geometries(read_json(path, MOST_BYTES), name)
+    polygons, points, ignored = _geometries(read_json(path, MOST_BYTES), name)
+    if ignored and not polygons and not points:
+        raise ValueError(
+            f"all regions of {name} have a class that ends in *, such as Ignore*, which QuPath leaves out of its own "
+            "work. Give those that are meant another class."
+        )
     if not polygons and not points:
         raise ValueError(f"{name} holds no polygon and no point. Draw a region in QuPath and export it as GeoJSON.")
     if sum(len(ring) for rings in polygons for ring in rings) > MOST_CORNERS:
         raise ValueError(f"the regions of {name} have more than {MOST_CORNERS:,} corners. Simplify their shapes.")
     corners = own_coords(bag).numpy().astype(np.float64) - _origin(bag, number)  # (N, 2)
     mine, part = number_slides(bag).numpy() == number, list_parts(bag)[number]
-    chosen, regions = np.zeros(len(corners), bool), len(polygons) + len(points)
+    chosen, regions, missed = np.zeros(len(corners), bool), len(polygons) + len(points), []
     for rings in polygons:
         found = _inside(rings, corners + part.patch_size / 2) & mine
         if not found.any():
             points.append((rings[0].min(0) + rings[0].max(0)) / 2)
         chosen |= found
     for point in points:
-        chosen |= ((corners <= point) & (point < corners + part.patch_size)).all(1) & mine
+        found = ((corners <= point) & (point < corners + part.patch_size)).all(1) & mine
+        if not found.any():
+            missed.append(point)
+        chosen |= found
     if not chosen.any():
         raise ValueError(
             f"no patch of {part.slide} lies in {'the region' if regions == 1 else f'the {regions} regions'} of {name}. "
             "Draw on tissue of this very slide; coordinates must be full-resolution pixels, as QuPath exports them."
         )
-    return torch.from_numpy(np.flatnonzero(chosen))
+    notes = []
+    if missed:
+        x, y = (f"{value:.0f}" for value in missed[0])
+        notes.append(f"{len(missed)} of {regions} regions meet no patch, the first at ({x}, {y})")
+    if ignored:
+        notes.append(
+            f"{ignored} of a class that ends in *, such as Ignore*, {'is' if ignored == 1 else 'are'} left out"
+        )
+    return Regions(torch.from_numpy(np.flatnonzero(chosen)), "; ".join(notes))
 
 
-def _geometries(content: Any, name: str) -> tuple[list[list[np.ndarray]], list[np.ndarray]]:
-    """Polygons, each a list of rings (V, 2), and points (2,) of parsed GeoJSON."""
+def _is_ignored(feature: dict[str, Any]) -> bool:
+    """Has an object a class that QuPath itself leaves out?"""
+    stated = feature.get("properties")
+    stated = stated.get("classification") if isinstance(stated, dict) else None
+    name = stated.get("name") if isinstance(stated, dict) else stated
+    return isinstance(name, str) and name.strip().endswith("*")
+
+
+def _geometries(content: Any, name: str) -> tuple[list[list[np.ndarray]], list[np.ndarray], int]:
+    """Polygons, each a list of rings (V, 2), and points (2,) of parsed GeoJSON; how many objects are left out."""
+    ignored = 0
     polygons: list[list[np.ndarray]] = []
     points: list[np.ndarray] = []
     waiting = [content]
@@ -116,6 +151,9 @@ def _geometries(content: Any, name: str) -> tuple[list[list[np.ndarray]], list[n
             waiting += item
             continue
         kind = item.get("type") if isinstance(item, dict) else None
+        if kind == "Feature" and _is_ignored(item):
+            ignored += 1
+            continue
         if kind in ("FeatureCollection", "Feature", "GeometryCollection"):
             waiting.append(item.get({"FeatureCollection": "features", "Feature": "geometry"}.get(kind, "geometries")))
         elif kind in ("Polygon", "MultiPolygon"):
@@ -134,7 +172,7 @@ def _geometries(content: Any, name: str) -> tuple[list[list[np.ndarray]], list[n
             raise ValueError(f"{name} is JSON, but no GeoJSON. In QuPath: File > Export objects as GeoJSON.")
     if len(polygons) + len(points) > MOST_REGIONS:
         raise ValueError(f"{name} holds more than {MOST_REGIONS:,} regions or points. Export fewer objects.")
-    return polygons, points
+    return polygons, points, ignored
 
 
 def _positions(values: Any, name: str) -> np.ndarray:

@@ -538,7 +538,8 @@ class Handlers(Comparing):
                     found = read_regions(intake.require_upload(file, desk.uploads), bag, number)
             finally:
                 desk.drop_upload(file)
-        members = {"indices": found.tolist(), "where": "imported regions", "nonce": uuid.uuid4().hex}
+        where = f"imported regions ({found.note})" if found.note else "imported regions"
+        members = {"indices": found.rows.tolist(), "where": where, "nonce": uuid.uuid4().hex}
         return {self.page.view: gr.HTML(members=members)}
 
 

@@ -32,7 +32,7 @@ def regions(folder, bag, *geometries, wrap: bool = True) -> list[int]:
     features = [{"type": "Feature", "properties": {}, "geometry": geometry} for geometry in geometries]
     content = {"type": "FeatureCollection", "features": features} if wrap else features
     (folder / "roi.geojson").write_text(json.dumps(content))
-    return qupath.read_regions(folder / "roi.geojson", bag).tolist()
+    return qupath.read_regions(folder / "roi.geojson", bag).rows.tolist()
 
 
 def square(left: float, top: float, right: float, bottom: float) -> list:
@@ -65,6 +65,36 @@ def test_points_and_small_regions_take_the_patch_around_them(tmp_path, grid):
     assert regions(tmp_path, grid, both) == [99]
 
 
+@pytest.mark.parametrize(
+    ("classes", "places", "said"),
+    [
+        ((None, None), ([50, 50], [9000, 40]), "1 of 2 regions meet no patch, the first at (9000, 40)"),
+        (({"name": "Tumor"}, {"name": "Ignore*"}), ([50, 50], [150, 50]), "1 of a class that ends in *"),
+        (({"name": "Tumor"}, {"name": "Stroma: Ignore*"}), ([50, 50], [150, 50]), "1 of a class that ends in *"),
+        (("Tumor", "Ignore*"), ([50, 50], [150, 50]), "is left out"),
+        ((None, {"name": "Tumor*", "color": [1, 2, 3]}), ([50, 50], [150, 50]), "is left out"),
+        (({"name": "Tumor"}, None), ([50, 50], [50, 60]), ""),
+    ],
+)
+def test_regions_that_are_left_out_are_told_beside_those_that_are_found(tmp_path, grid, classes, places, said):
+    features = [
+        {"type": "Feature", "properties": {"classification": kind}, "geometry": {"type": "Point", "coordinates": place}}
+        for kind, place in zip(classes, places)
+    ]
+    (tmp_path / "roi.geojson").write_text(json.dumps(features))
+    found = qupath.read_regions(tmp_path / "roi.geojson", grid)
+    assert found.rows.tolist() == [0]
+    assert said in found.note if said else found.note == ""
+
+
+def test_regions_that_are_all_ignored_are_no_regions(tmp_path, grid):
+    feature = {"type": "Feature", "properties": {"classification": {"name": "Ignore*"}}}
+    feature["geometry"] = {"type": "Polygon", "coordinates": [square(0, 0, 300, 300)]}
+    (tmp_path / "roi.geojson").write_text(json.dumps(feature))
+    with pytest.raises(ValueError, match="another class"):
+        qupath.read_regions(tmp_path / "roi.geojson", grid)
+
+
 def test_a_shape_of_many_corners_agrees_with_its_formula(tmp_path, grid):
     angle = np.linspace(0, 2 * np.pi, 50_000)
     ring = np.stack([500 + 333 * np.cos(angle), 500 + 333 * np.sin(angle)], 1).tolist()
@@ -75,7 +105,7 @@ def test_a_shape_of_many_corners_agrees_with_its_formula(tmp_path, grid):
 
 def test_what_was_exported_is_read_back(tmp_path, bag, selection):
     qupath.write_geojson(tmp_path / "p.geojson", bag, selection)
-    assert qupath.read_regions(tmp_path / "p.geojson", bag).tolist() == selection.indices.tolist()
+    assert qupath.read_regions(tmp_path / "p.geojson", bag).rows.tolist() == selection.indices.tolist()
 
 
 POLYGON = '{"type": "Polygon", "coordinates": %s}'
@@ -140,4 +170,5 @@ def test_positions_count_from_the_corner_of_what_was_scanned_as_in_qupath(tmp_pa
         assert (ours - theirs == bounds[:2]).all()
         assert here["id"] == there["id"]
     wanted = sorted(selection.indices.tolist())
-    assert qupath.read_regions(paths[1], scanned).tolist() == qupath.read_regions(paths[0], bag).tolist() == wanted
+    for path, read in zip(paths, (bag, scanned)):
+        assert qupath.read_regions(path, read).rows.tolist() == wanted
