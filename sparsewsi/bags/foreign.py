@@ -49,6 +49,8 @@ _ENCODER_ALIASES = {
 }
 
 
+# Of patch encoders in use. As the number of patches of a slide each is rare, and with another D it says (D, N).
+_DIMS = (192, 384, 512, 768, 1024, 1152, 1280, 1408, 1536, 2048, 2560, 3072)
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"7z\xbc\xaf": "7-Zip"}
 _MOST_RATIO = 200  # bytes of features per byte of file; even zeros that are compressed stay below
 
@@ -163,6 +165,12 @@ def _to_bag(found: _Foreign, path: Path) -> Bag:
 
     size = found.patch_size
     if found.coords is None:
+        rows, columns = features.shape
+        if rows in _DIMS and columns not in _DIMS and columns % 64:
+            raise ValueError(
+                f"{path.name}: features are {rows} x {columns}, which looks like (D, N); they must be (N, D), a row a "
+                "patch. Turn them (features.T), or keep them with their coords if the slide has so many patches."
+            )
         size = size or _NOMINAL_PATCH_SIZE
         coords = _raster_index(len(features)) * round(size)
         notes.append(

@@ -699,3 +699,25 @@ def test_a_csv_may_have_pandas_index_or_x_and_y(tmp_path: Path):
     for name in ("a.csv", "b.csv"):
         with pytest.warns(UserWarning, match="512 level-0 px"):
             _assert_rows(load_bag(tmp_path / name), features, coords)
+
+
+@pytest.mark.parametrize("kind", ["npy", "pt", "h5"])
+@pytest.mark.parametrize(("rows", "columns"), [(512, 731), (1280, 77), (1536, 20_001)])
+def test_features_without_coords_that_lie_on_their_side_are_refused(tmp_path: Path, kind: str, rows: int, columns: int):
+    features = np.ones((rows, columns), np.float32)
+    if kind == "npy":
+        np.save(path := tmp_path / "a.npy", features)
+    elif kind == "pt":
+        torch.save(torch.from_numpy(features), path := tmp_path / "a.pt")
+    else:
+        with h5py.File(path := tmp_path / "a.h5", "w") as file:
+            file["features"] = features
+    with pytest.raises(ValueError, match=r"looks like \(D, N\)"):
+        load_bag(path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("rows", "columns"), [(512, 1280), (731, 512), (1000, 2048)])
+def test_features_without_coords_that_lie_as_they_should_are_read(tmp_path: Path, rows: int, columns: int):
+    np.save(tmp_path / "a.npy", np.ones((rows, columns), np.float32))
+    assert load_bag(tmp_path / "a.npy").features.shape == (rows, columns)
