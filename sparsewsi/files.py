@@ -12,7 +12,9 @@ import os
 import re
 import shutil
 import sys
+import unicodedata
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,11 +39,33 @@ def cache_folder() -> Path:
 def as_path(text: str | Path) -> Path:
     """The path that is meant: pasted with quotes or as a file:// URL, with spaces around it or `~`.
 
-    What exists just as it is written is taken as it is.
+    What exists just as it is written is taken as it is; of names with accents also what is written with them as letters
+    of their own, or not (Unicode's NFC and NFD: macOS and Linux differ, and no eye sees it).
     """
     with suppress(OSError, ValueError):
         if Path(text).exists():
             return Path(text)
+    return _find_spelling(_clean(text))
+
+
+def _find_spelling(path: Path) -> Path:
+    """The path itself, or the one that is there and differs in how accents are written alone."""
+    if str(path).isascii():
+        return path
+    with suppress(OSError, ValueError):
+        found = Path(path.anchor)
+        for part in path.parts[1 if path.anchor else 0 :]:
+            if not (found / part).exists():
+                wanted = unicodedata.normalize("NFC", part)
+                same = [name for name in os.listdir(found) if unicodedata.normalize("NFC", name) == wanted]
+                part = same[0] if len(same) == 1 else part
+            found /= part
+        if found.exists():
+            return found
+    return path
+
+
+def _clean(text: str | Path) -> Path:
     text = str(text).strip().strip(UNSEEN).strip()
     if len(text) > 1 and text[0] + text[-1] in QUOTES:
         text = text[1:-1].strip()
@@ -165,11 +189,25 @@ def read_json(path: str | Path, most: int = 64 << 20) -> Any:
     if path.stat().st_size > most:
         raise ValueError(f"{path.name} is larger than {most >> 20} MB. Export fewer objects.")
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path.name} is not valid JSON ({str(error).splitlines()[0][:100]}). Export it again."
         ) from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """json.loads, with ValueError also where an object holds a key twice."""
+    return json.loads(text, object_pairs_hook=_make_object)
+
+
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Programs differ in which of two values under one key they read."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"an object holds {twice[:40]!r} twice")
+    return made
 
 
 def inert_cell(value: Any) -> Any:

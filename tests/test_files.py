@@ -4,6 +4,7 @@ import io
 import json
 import os
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -154,3 +155,28 @@ def test_what_a_writer_in_rust_says_of_the_disk_is_an_error_of_the_disk(tmp_path
     with pytest.raises(FileNotFoundError), files.replacing(tmp_path / "a.safetensors") as partial:
         save_file({"x": torch.zeros(1)}, partial.parent / "no folder" / "x")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["Müller", "Žofie/Ångström", "가 슬라이드"])
+@pytest.mark.parametrize(("stored", "typed"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_name_is_found_however_its_accents_are_written(tmp_path: Path, name: str, stored: str, typed: str) -> None:
+    there = tmp_path / unicodedata.normalize(stored, name) / "a.svs"
+    there.parent.mkdir(parents=True)
+    there.touch()
+    written = str(tmp_path / unicodedata.normalize(typed, name) / "a.svs")
+    assert written != str(there)
+    assert files.as_path(written) == files.as_path(f'"{written}"') == there
+    both = tmp_path / unicodedata.normalize(typed, name) / "a.svs"
+    both.parent.mkdir(parents=True, exist_ok=True)
+    both.touch()
+    assert files.as_path(written) == both, "what is there just as it is written is meant"
+    assert files.as_path(f"{written}.none") == Path(f"{written}.none")
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a": 1, "a": 2}', '[{"b": {"slide": 1, "slide": 1}}]', '{"x": [{"y": 1, "": 0, "y": 2}]}']
+)
+def test_a_key_that_stands_twice_is_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match="twice"):
+        files.read_json(tmp_path / "a.json")

@@ -13,6 +13,7 @@ from sparsewsi.files import as_path
 from sparsewsi.slides.find import Found, find_slides_in, slide_stem, sort_files
 
 log = logging.getLogger(__name__)
+LONGEST_NAME = 255  # bytes, of file systems
 _MORE = "(more)"  # cells of a row that is longer than the header
 
 
@@ -116,7 +117,7 @@ def _read_csv(table: Path, slide_mpp: float | None) -> list[Job]:
     for row in rows:
         if not row["slide"]:
             continue
-        path, text = table.parent / as_path(row["slide"]), row.get("mpp", "")
+        path, text = as_path(table.parent / as_path(row["slide"])), row.get("mpp", "")
         try:
             mpp = float(text) if text else slide_mpp
             if mpp is not None and not 0 < mpp < math.inf:
@@ -133,7 +134,10 @@ def make_job(path: Path, slide_mpp: float | None) -> Job:
     """The job of one slide, with what its path tells of why it cannot be done."""
     stem = path.name if path.is_dir() else slide_stem(path)
     try:
-        stem.encode()
+        over = len(f"{stem}.safetensors".encode()) - LONGEST_NAME
+        if over > 0:
+            words = f"The slide's name is {over} bytes too long for <name>.safetensors; give it a shorter one."
+            return Job(path, stem, slide_mpp, problem=words)
         return Job(path, stem, slide_mpp, _measure_bytes(path))
     except UnicodeEncodeError:  # safetensors opens no file of such a name
         return Job(path, stem, slide_mpp, problem="The slide's name is not valid UTF-8; rename it.")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unicodedata
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
@@ -130,6 +131,26 @@ def test_slides_are_found_in_folders_patterns_and_tables(tmp_path: Path):
     (tmp_path / "other.csv").write_text("path\na/x.svs\n")
     with pytest.raises(ValueError, match=r"column `slide`.*got path"):
         find_slides([str(tmp_path / "other.csv")])
+
+
+@pytest.mark.parametrize("name", ["a" * 250, "ä" * 124, "1.2.840." + "9" * 240])
+def test_a_slide_whose_features_would_have_too_long_a_name_says_so(tmp_path: Path, name: str):
+    (tmp_path / f"{name}.svs").write_bytes(b"II*\0")
+    over = len(f"{name}.safetensors".encode()) - 255
+    assert f"{over} bytes too long" in job_of(tmp_path / f"{name}.svs").problem
+    short = name[: len(name) * 9 // 10]
+    (tmp_path / f"{short}.svs").write_bytes(b"II*\0")
+    assert job_of(tmp_path / f"{short}.svs").problem == ""
+
+
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+def test_a_table_finds_slides_however_their_accents_are_written(tmp_path: Path, stored: str):
+    typed = "NFD" if stored == "NFC" else "NFC"
+    (tmp_path / unicodedata.normalize(stored, "Müller.svs")).write_bytes(b"II*\0")
+    (tmp_path / "list.csv").write_text(f"slide\n{unicodedata.normalize(typed, 'Müller.svs')}\n", encoding="utf-8")
+    (job,) = find_slides([str(tmp_path / "list.csv")])
+    assert job.problem == ""
+    assert job.stem == unicodedata.normalize(stored, "Müller")
 
 
 def test_a_pattern_names_a_slide_of_several_files_once_and_tells_what_it_leaves_out(tmp_path: Path, caplog):

@@ -16,7 +16,6 @@ Names of columns and keys may be written in any case; NaN is no text.
 
 import csv
 import io
-import json
 import re
 import sys
 import warnings
@@ -30,7 +29,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sparsewsi.bags.bag import UNKNOWN_ENCODER
-from sparsewsi.files import as_path
+from sparsewsi.files import as_path, parse_json
 from sparsewsi.model.config import SparseWSIConfig
 from train.data.example import Question, Record
 from train.data.slides import FeatureFolder, SlideVQADataset, slide_name
@@ -138,7 +137,7 @@ def _rows(path: Path) -> Iterator[Any]:
     if path.suffix.lower() == ".csv":
         yield from _csv_rows(text)
     elif text.lstrip().startswith("["):
-        yield from json.loads(text)
+        yield from parse_json(text)
     elif (whole := _object(text)) is not None:
         lists = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
         if len(lists) == 1 and not {"conversations", "question"} & set(_fold_keys(whole)):  # {"data": [...]}
@@ -148,7 +147,7 @@ def _rows(path: Path) -> Iterator[Any]:
     else:
         for line in filter(str.strip, text.split("\n")):  # splitlines would also split at a U+2028 inside a string
             try:
-                yield json.loads(line)
+                yield parse_json(line)
             except (ValueError, RecursionError):
                 yield line
 
@@ -178,7 +177,7 @@ def _csv_rows(text: str) -> Iterator[dict[str, str]]:
 def _object(text: str) -> dict | None:
     """What the text is if it is one JSON object, not one a line."""
     try:
-        whole = json.loads(text)
+        whole = parse_json(text)
     except (ValueError, RecursionError):
         return None
     return whole if isinstance(whole, dict) else None
@@ -201,7 +200,7 @@ def _fold(name: str) -> str:
 def _records(row: Any, file: Path, number: int) -> list[Record]:
     """The records of one row. Raises ValueError with the reason why it is none."""
     if not isinstance(row, dict):
-        raise ValueError(f"the row is no JSON object but {str(row)[:40]!r}.")
+        raise ValueError(f"the row is no JSON object, or one with a key twice: {str(row)[:40]!r}.")
     if any(map(str.strip, row.pop(MORE, ()))):
         raise ValueError("the row has more cells than the header: a text with a comma in it needs quotation marks.")
     detail, named = "", _fold_keys(row)
