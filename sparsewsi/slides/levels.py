@@ -18,9 +18,10 @@ LARGEST = 1024  # px of the finer level decoded for one place
 ALIKE = 0.2  # correlation of a level of the right scale with the finer one, at the least; of other images 0.1
 ALIKE_GUESSED = 0.5  # the same where the best of many scales is taken, which finds more by chance
 CLEAR = 0.8  # from here on no further scales are tried
-PARTS, LOOK = 3, 128  # parts across and down that are looked through for holes in finer levels, and px of each
-FARTHEST = 64  # times reduced: what a level is compared with for holes in it
-UNLIKE = 24  # grey values by which a hole differs from what is meant to be there
+PARTS, LOOK, SHOW = 3, 128, 8  # parts across and down of a level that are looked through; px of each, and of a place
+FARTHEST = 32  # times reduced: what a level is compared with
+UNLIKE = 24  # grey values by which what is there differs from what is meant to be
+LEAST_PLACES = 3  # more than half of them unlike: another picture
 FLAT = 2.0  # standard deviation, grey values: what shows nothing cannot be compared
 
 Size = tuple[int, int]
@@ -59,12 +60,13 @@ def measure_downsamples(
     return found, notes
 
 
-def find_holes(
+def compare_roughly(
     sizes: Sequence[Size], downsamples: Sequence[float | None], read: Read
 ) -> tuple[list[float | None], list[str]]:
-    """measure_downsamples' scales, None also for a level that is empty where a coarser one shows something; sentences.
+    """measure_downsamples' scales, None also for a level that does not show what a coarser one does; sentences.
 
-    A writer that was killed, or saves room, leaves levels of the right size with nothing in them, or with holes.
+    A writer that was killed, or saves room, leaves levels of the right size with nothing in them, or with holes; others
+    mirror a level, or take it from another slide.
     """
     found, notes, places = list(downsamples), [], {}
     kept = [(level, scale) for level, scale in enumerate(downsamples) if scale is not None]
@@ -76,44 +78,53 @@ def find_holes(
         if shown not in places:
             whole = true_size(sizes[0], sizes[shown], downsamples[shown] or 1.0)
             places[shown] = list(_dark_places((whole[0] - 1, whole[1] - 1), shown, read))
-        if not any(_is_hole(level, place, ratio, read) for place in places[shown]):
+        looks = [_look(level, place, ratio, read) for place in places[shown]]
+        seen = [look for look in looks if look]
+        if "empty" not in seen and not (len(seen) >= LEAST_PLACES and seen.count("unlike") > len(seen) / 2):
             continue
         what = "full image" if level == 0 else f"level of {_text(sizes[level])} px"
-        where = f"The {what} is empty in places where that of {_text(sizes[shown])} px shows something"
+        does = "is empty in places where" if "empty" in seen else "does not show what"
+        where = f"The {what} {does} that of {_text(sizes[shown])} px shows"
+        where += " something" if "empty" in seen else ""
         notes.append(where + ("; the file is not whole." if level == 0 else " and is left out."))
         found[level] = scale if level == 0 else None
     return found, notes
 
 
-def _dark_places(size: Size, level: int, read: Read) -> Iterator[tuple[int, int, float]]:
-    """(x, y, grey value) of what is darkest, but not even, in parts of a level spread over it; level px.
+def _dark_places(size: Size, level: int, read: Read) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(x, y, uint8 (SHOW, SHOW, 3)) of what is darkest, but not even, in parts of a level spread over it; level px.
 
     size: the part of the level that shows the slide and nothing else
     """
-    extent = tuple(min(LOOK, max(3, side // PARTS)) for side in size)
+    extent = tuple(min(LOOK, max(SHOW, side // PARTS)) for side in size)
     for parts in itertools.product(range(PARTS), repeat=2):
         left, top = (max(0, side * (2 * i + 1) // (2 * PARTS) - n // 2) for side, i, n in zip(size, parts, extent))
         try:
-            grey = read(level, (left, top), (extent[0], extent[1])).mean(2)
+            pixels = read(level, (left, top), (extent[0], extent[1]))
         except SlideError:
             continue
-        windows = np.lib.stride_tricks.sliding_window_view(grey, (3, 3))
+        windows = np.lib.stride_tricks.sliding_window_view(pixels.mean(2), (SHOW, SHOW))
         means = np.where(windows.std((2, 3)) > 2 * FLAT, windows.mean((2, 3)), np.inf)
         y, x = divmod(int(means.argmin()), means.shape[1])
         if np.isfinite(means[y, x]):
-            yield left + x + 1, top + y + 1, float(means[y, x])
+            yield left + x, top + y, pixels[y : y + SHOW, x : x + SHOW]
 
 
-def _is_hole(level: int, place: tuple[int, int, float], ratio: float, read: Read) -> bool:
-    """Is a level, `ratio` px of which are one of a coarser one, even and of another colour at a place of that?"""
-    x, y, grey = place
-    side = round(3 * ratio)
-    left, top = (max(0, round((middle + 0.5) * ratio - side / 2)) for middle in (x, y))
+def _look(level: int, place: tuple[int, int, np.ndarray], ratio: float, read: Read) -> str:
+    """What a level, `ratio` px of which are one of a coarser one, is at a place of that: "like" it, "unlike", "empty".
+
+    "" where it cannot be read.
+    """
+    x, y, wanted = place
+    side = round(SHOW * ratio)
     try:
-        pixels = read(level, (left, top), (side, side))
+        pixels = read(level, (round(x * ratio), round(y * ratio)), (side, side))
     except SlideError:
-        return False
-    return float(pixels.std((0, 1)).max()) < 0.5 and abs(float(pixels.mean()) - grey) > UNLIKE
+        return ""
+    small = resize(pixels, (0, 0, side, side), (SHOW, SHOW)).astype(float)
+    if float(np.abs(small.mean((0, 1)) - wanted.mean((0, 1))).max()) > UNLIKE:
+        return "empty" if float(pixels.std((0, 1)).max()) < 0.5 else "unlike"
+    return "like" if float(np.corrcoef(small.mean(2).ravel(), wanted.mean(2).ravel())[0, 1]) > ALIKE else "unlike"
 
 
 def true_size(size0: Size, size: Size, downsample: float) -> Size:

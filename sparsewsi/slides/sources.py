@@ -15,7 +15,7 @@ import openslide
 import simplejpeg
 from PIL import Image, ImageOps
 
-from sparsewsi.slides.levels import find_holes, measure_downsamples, true_size
+from sparsewsi.slides.levels import compare_roughly, measure_downsamples, true_size
 from sparsewsi.slides.pages import Page, check_pages, find_level0, read_pages
 from sparsewsi.slides.refusals import CONVERT, DAMAGED, DAMAGED_IMAGE, DAMAGED_JPEG, SlideError, quote_reason
 from sparsewsi.slides.tiff import EndsEarly, TiffTiles
@@ -126,7 +126,7 @@ class OpenSlideSource:
         found, more = measure_downsamples(sizes, self._read_cheaply, suspects)
         if None in found:  # it may be the level before it that shows something else
             found, more = measure_downsamples(sizes, self._read_cheaply, range(1, len(sizes)))
-        found, holes = find_holes(sizes, found, self._read_cheaply)
+        found, holes = compare_roughly(sizes, found, self._read_cheaply)
         more = [*more, *holes]
         kept = [level for level, scale in enumerate(found) if scale is not None]
         self._levels = tuple(kept)

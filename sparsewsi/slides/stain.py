@@ -98,7 +98,7 @@ def is_swapped(rgb: np.ndarray) -> bool:
 
 def _around(values: np.ndarray) -> np.ndarray:
     """Means of (n, h, w) over a square of two nuclei around each px."""
-    return ndimage.uniform_filter(values.astype(np.float32), (0, 17, 17))
+    return ndimage.uniform_filter(values.astype(np.float32), 17, axes=(1, 2))
 
 
 @dataclass(frozen=True)

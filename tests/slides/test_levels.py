@@ -147,6 +147,26 @@ def test_a_level_with_holes_is_left_out_though_those_around_it_are_whole(tmp_pat
         assert len(slide.warnings) == 1
 
 
+@pytest.mark.parametrize("level", [1, 2])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda px: px[:, ::-1],
+        lambda px: px[::-1],
+        lambda px: px[::-1, ::-1],
+        lambda px: np.roll(px, (50, 70), (0, 1)),
+        lambda px: 255 - px,
+        lambda px: paint(4, *px.shape[1::-1]),
+    ],
+)
+def test_a_level_in_the_middle_that_shows_other_px_is_left_out(tmp_path, change, level):
+    pages = [SLIDE, *(reduce(SLIDE, factor) for factor in (2, 4, 8))]
+    pages[level] = np.ascontiguousarray(change(pages[level]))
+    with open_slide(write(tmp_path / "a.tif", [(page, int(i > 0)) for i, page in enumerate(pages)])) as slide:
+        assert slide.level_downsamples == tuple(scale for i, scale in enumerate((1.0, 2.0, 4.0, 8.0)) if i != level)
+        assert len(slide.warnings) == 1
+
+
 @pytest.mark.parametrize("fill", [0, 200, 255])
 def test_a_full_image_with_holes_is_told(tmp_path, fill):
     whole = SLIDE.copy()

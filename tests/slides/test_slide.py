@@ -303,8 +303,8 @@ def test_patches_go_where_they_are_wanted(tmp_path, kind):
     if kind == "png":
         Image.fromarray(SMOOTH).save(path := tmp_path / "a.png")
     else:
-        how = ("ycbcr", "jpeg") if kind == "jpeg" else ("rgb", "aperio_jp2000_rgb", 1, APERIO)
-        path = write_compressed(tmp_path / "a.svs", *how)
+        how: dict[str, Any] = {"compression": "aperio_jp2000_rgb", "levels": 1, "description": APERIO}
+        path = write_compressed(tmp_path / "a.svs", "rgb", **(how if kind == "jpeg2000" else {}))
     with open_slide(path, slide_mpp=0.5) as slide:
         size = (64, 64)
         corners = [(0, 0), size, (17, 40), (-30, -9), (slide.size[0] - 5, 0)]
