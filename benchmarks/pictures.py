@@ -17,6 +17,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ SIZES = ((1920, 1080), (1440, 900), (1280, 720), (768, 1024), (390, 844))
 UNUSUAL = "0.96"  # um/px of the example, at which it has 4,000 patches and none is cached
 QUALITY = 80
 PATIENCE = 300_000  # ms
+ANALYSED = "#view .slides .look:not([title*=analysed])"  # slides of a case that have been
 QUESTION = 2  # of the questions to start with: which of these tissues is present
 
 
@@ -111,10 +113,17 @@ def draw(address: str, out: Path) -> None:
         shoot("app-map")
 
 
+def open_path(page, path: str | Path) -> None:
+    page.fill("#path textarea, #path input", str(path))
+    page.press("#path textarea, #path input", "Enter")
+
+
 def draw_states(address: str, out: Path) -> None:
     """Every state of the page, as it looks in each of SIZES, light and dark."""
     out.mkdir(parents=True, exist_ok=True)
-    with browse(address) as page:
+    with tempfile.TemporaryDirectory() as folder, browse(address) as page:
+        second = Path(folder) / "second.tiff"
+        phantom.write_phantom(second, seed=6, size=3072)
 
         def shoot(state: str) -> None:
             for theme, (width, height) in itertools.product(("light", "dark"), SIZES):
@@ -126,6 +135,13 @@ def draw_states(address: str, out: Path) -> None:
 
         page.wait_for_selector("#phantom")
         shoot("1-empty")
+        open_path(page, "/slides/absent.svs")
+        page.wait_for_selector("#wrong p")
+        shoot("1-refused")
+        page.click("#gallery .public summary")
+        shoot("1-gallery")
+        page.click("#gallery .public summary")
+        page.fill("#path textarea, #path input", "")
         page.fill("#mpp input, #mpp textarea", UNUSUAL)
         page.click("#phantom")
         page.wait_for_selector(".viewer[data-provisional]")
@@ -168,6 +184,19 @@ def draw_states(address: str, out: Path) -> None:
         show_tab(page, "ask")
         page.wait_for_selector("#chat .compare .other .rests")
         shoot("11-side-by-side")
+        page.click(".aside [data-do=leave]")
+        page.wait_for_selector("#other", state="detached")
+        page.click("#add-slide")
+        open_path(page, second)
+        page.wait_for_function(f"document.querySelectorAll('{ANALYSED}').length === 2")
+        page.wait_for_function("document.querySelector('#facts').innerText.includes('Case of 2')")
+        ask(page)
+        page.click("#earlier summary")
+        shoot("12-case")
+        with page.expect_request(re.compile("/queue/join")):
+            page.reload()
+        page.wait_for_selector('#chat .bot a[href*="#patch-"]')
+        shoot("13-loaded-anew")
 
 
 def draw_cards(out: Path) -> None:

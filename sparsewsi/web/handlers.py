@@ -86,7 +86,7 @@ class Handlers(Comparing):
         """A card of the gallery was chosen. beside: the slide is added to the case, here and below."""
         name = str(event._data.get("name")) if isinstance(event._data, dict) else ""
         if name in EXAMPLES:
-            return self._open_example(name, request, progress, beside)
+            return self._open_examples([name], request, progress, beside)
         sample = find_sample(name)
         if sample is None:
             raise stop_unseen()
@@ -139,21 +139,22 @@ class Handlers(Comparing):
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> Iterator[Changes]:
-        """Open what the page showed before it was loaded anew, or else the example that its address names.
+        """Open what the page showed before it was loaded anew, or else the examples that its address names.
 
         token: of a slide that it showed; "" on a page that is new. What cannot come back is told
         """
-        page, name = self.page, dict(request.query_params).get("slide", "")
+        page, names = self.page, dict(request.query_params).get("slide", "").split(",")
+        named = set(names) <= set(EXAMPLES)
         left = self.desk.take_left(token) if token else None
-        if token and name not in EXAMPLES and (left is None or left.lost or left.kept is None):
+        if token and not named and (left is None or left.lost or left.kept is None):
             lost = UNKNOWN if left is None else DELETED if left.lost else STOPPED_AT_RELOAD
             again = left is not None and bool(left.slides)
             yield {page.left: left, page.lost: f"<p>{lost}</p>", page.reopen: gr.Button(visible=again)}
             raise stop_unseen()
         if left is not None and left.slides:
             yield self.on_reopen(left, request)
-        elif name in EXAMPLES:
-            yield self._open_example(name, request, progress)
+        elif named:
+            yield self._open_examples(names, request, progress)
         else:
             raise stop_unseen()
 
@@ -164,11 +165,15 @@ class Handlers(Comparing):
         with self._opening(request):
             return {self.page.asked: Asked(tuple(one.path for one in left.slides), left=left)}
 
-    def _open_example(self, name: str, request: gr.Request, progress: gr.Progress, beside: bool = False) -> Changes:
-        progress(None, desc=OPENING[name])
+    def _open_examples(
+        self, names: Sequence[str], request: gr.Request, progress: gr.Progress, beside: bool = False
+    ) -> Changes:
+        paths = []
         with self._opening(request, "example"):  # which may wait for a network
-            path = open_example(name)
-        return {self.page.asked: Asked((str(path),), beside)}
+            for name in dict.fromkeys(names):
+                progress(None, desc=OPENING[name])
+                paths.append(str(open_example(name)))
+        return {self.page.asked: Asked(tuple(paths), beside)}
 
     @contextmanager
     def _opening(self, request: gr.Request, what: str = "slide") -> Iterator[Job]:
@@ -222,7 +227,8 @@ class Handlers(Comparing):
                 first = opens.enter_context(desk.open_slide(wanted[0].path, wanted[0].slide_mpp, job))
                 for one in wanted:
                     with nullcontext(first) if not looked else desk.open_slide(one.path, one.slide_mpp, job) as slide:
-                        props = slide_props("", slide, name_example(one.path))
+                        source = name_example(one.path) if one.slide_mpp is None else ""
+                        props = slide_props("", slide, source)
                         bag = one.bag if one.bag and one.bag.slide == props["name"] else None
                         looked.append(dataclasses.replace(one, props=props, bag=bag))
                 _require_different([*there, *looked])

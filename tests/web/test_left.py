@@ -152,3 +152,18 @@ def test_the_chat_of_another_selection_does_not_come_back(at_home, slides, come)
     again = open_case(on, come("b"), Asked(slides[1:]))
     with pytest.raises(gr.Error):
         on.on_back(asked[on.page.asked], again, [], come("b"))
+
+
+@pytest.mark.parametrize(
+    ("names", "found"), [("phantom", 1), ("phantom,cmu-1", 2), ("phantom,/etc/passwd", 0), ("", 0)]
+)
+def test_an_address_restores_the_examples_that_it_names_and_nothing_else(
+    names, found, at_home, slides, come, monkeypatch
+):
+    monkeypatch.setattr(told, "open_example", lambda name: slides[name == "cmu-1"])
+    steps = at_home.on_load("", come("by address", slide=names))
+    if found:
+        assert next(steps)[at_home.page.asked].paths == slides[:found]
+    else:
+        with pytest.raises(gr.Error):
+            next(steps)

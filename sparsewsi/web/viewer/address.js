@@ -59,7 +59,10 @@ function remember() {
     else if (bag) query.delete("patch");
     if (layers.heat) query.set("scores", 1);
     else query.delete("scores");
-    if (slide.source && slides.length === 1) query.set("slide", slide.source);
+    if (slides.length > 1) query.set("on", shownNumber() + 1);
+    else query.delete("on");
+    const names = slides.map((one) => one.source);
+    if (names.every(Boolean)) query.set("slide", names.join());
     else query.delete("slide");
     try {
       history.replaceState(history.state, "", `${location.pathname}?${query}`);
@@ -93,19 +96,19 @@ function tellSoon() {
 function restore() {
   if (isBefore()) return lookAsBefore();
   const query = new URLSearchParams(location.search);
-  if (restored || second || !slide.source || query.get("slide") !== slide.source) {
+  if (restored || second || query.get("slide") !== slides.map((one) => one.source).join()) {
     restored = true;
     return;
   }
-  const [x, y, s] = ["x", "y", "s"].map((key) => parseFloat(query.get(key)));
+  const [x, y, s, on] = ["x", "y", "s", "on"].map((key) => parseFloat(query.get(key)));
+  if (on > 1) showSlide(on - 1);
   if ([x, y, s].every(Number.isFinite) && s > 0) moveTo(x, y, s);
   layers.heat = query.get("scores") === "1";
 }
 
 function restoreRank() {
-  if (restored) return;
+  if (restored || bag.parts.length < slides.length) return; // the others are on their way
   const again = isBefore();
-  if (again && bag.parts.length < slides.length) return; // the others are on their way
   restored = true;
   if (again && previous.n === bag.n) {
     shared.marks = new Map(previous.marks);
