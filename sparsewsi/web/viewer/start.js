@@ -7,6 +7,7 @@ new ResizeObserver(() => {
   else draw();
   if (second && slide && size[0] && !before) tell("slide-where");
   drawMap();
+  placeMenus();
 }).observe(stage);
 new ResizeObserver(drawMap).observe(map);
 new MutationObserver(() => {

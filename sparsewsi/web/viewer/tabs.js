@@ -34,9 +34,15 @@ function openMenu(name) {
     const open = other === name && $(place).hidden;
     $(place).hidden = !open;
     act(other).setAttribute("aria-expanded", open);
-    if (open)
-      $(place).style.left =
-        `${Math.max(8, Math.min(act(other).offsetLeft + $(".tools").offsetLeft, size[0] - $(place).offsetWidth - 8))}px`;
+  }
+  placeMenus();
+}
+
+// An open menu stands under its button, also when the window changes.
+function placeMenus() {
+  for (const [name, place] of Object.entries(MENUS)) {
+    const left = Math.min(act(name).offsetLeft + $(".tools").offsetLeft, size[0] - $(place).offsetWidth - 8);
+    if (!$(place).hidden) $(place).style.left = `${Math.max(8, left)}px`;
   }
 }
 
