@@ -195,7 +195,7 @@ def draw_states(address: str, out: Path) -> None:
         shoot("12-case")
         with page.expect_request(re.compile("/queue/join")):
             page.reload()
-        page.wait_for_selector('#chat .bot a[href*="#patch-"]')
+        page.wait_for_selector("#chat .bot .rests")
         shoot("13-loaded-anew")
 
 

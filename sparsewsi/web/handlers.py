@@ -574,7 +574,7 @@ def read_exchanges(about: str, chat: list) -> list[Exchange]:
     """What was asked in a chat and answered, in the chat's own words. about: the slides that it was about"""
     asked = [place for place, message in enumerate(chat[:-1]) if message["role"] == "user"]
     said = [(text_of(chat[place]), text_of(chat[place + 1])) for place in asked]
-    return [(about, " ".join(question.split()), answer) for question, answer in said]
+    return [(about, " · ".join(filter(None, question.splitlines())), answer) for question, answer in said]
 
 
 def read_mpp(text: str) -> float | None:

@@ -150,7 +150,7 @@ def ask(page, question: str = "Which tissue is this?") -> None:
     page.fill("#options textarea", "fat\nliver")
     page.fill("#question textarea", question)
     page.press("#question textarea", "Enter")
-    page.locator('#chat .bot a[href*="#patch-"]').first.wait_for()
+    page.locator("#chat .bot .rests").first.wait_for()
 
 
 def load_anew(page) -> None:
