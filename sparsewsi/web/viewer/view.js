@@ -21,8 +21,11 @@ const corners = () => {
   const [x1, y1] = toSlide(...size);
   return [Math.min(x0, x1), Math.min(y0, y1), Math.max(x0, x1), Math.max(y0, y1)];
 };
+// On a narrow stage the tools take rows of their own, CSS px: the whole slide is shown below them.
+const toolsTop = () => (size[0] < 600 && !$(".tools").hidden ? $(".tools").offsetHeight + 6 : 0);
 const fitScale = () => {
-  const [w, h] = view.turn % 2 ? [size[1], size[0]] : size;
+  const [wide, high] = [size[0], size[1] - toolsTop()];
+  const [w, h] = view.turn % 2 ? [high, wide] : [wide, high];
   return 0.94 * Math.min(w / slide.size[0], h / slide.size[1]);
 };
 const bounded = (scale) => Math.min(Math.max(scale, fitScale() / 2), slide.mpp ? Math.max(8 * slide.mpp, 4) : 4);
@@ -43,9 +46,10 @@ function moveTo(x, y, scale, jump = false) {
 function fit() {
   if (!slide || !size[0]) return;
   const before = { ...view };
-  view.x = slide.size[0] / 2;
-  view.y = slide.size[1] / 2;
   view.scale = fitScale();
+  const [dx, dy] = rotate(0, -toolsTop() / 2, (4 - view.turn) % 4);
+  view.x = slide.size[0] / 2 + dx / view.scale;
+  view.y = slide.size[1] / 2 + dy / view.scale;
   fitted = true;
   draw();
   remember();
