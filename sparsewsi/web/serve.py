@@ -109,8 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve the app until it is interrupted; returns the exit status."""
     share_heaps()
     on_space = bool(os.environ.get("SPACE_ID"))
-    for number in ENDED_BY:
-        signal.signal(number, _end)  # a service that is stopped leaves no slide behind
+    before = {number: signal.signal(number, _end) for number in ENDED_BY}  # nothing is left of a slide
     try:
         flags = read_flags(argv, on_space)
         read_logins(flags.auth)
@@ -129,6 +128,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _Ended as ended:
         # Threads that are in C++, encoding or answering, would be ended there by a usual exit, which aborts.
         os._exit(ended.status)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
     return 0
 
 

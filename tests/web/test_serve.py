@@ -22,11 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_tools_that_cannot_be_served_are_not_left_out_silently(tiny_model, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    ended_by = signal.getsignal(signal.SIGTERM)
-    try:
-        assert main(["--mcp", "--model", str(tiny_model)]) == 2
-    finally:
-        signal.signal(signal.SIGTERM, ended_by)
+    ended_by = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    assert main(["--mcp", "--model", str(tiny_model)]) == 2
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == ended_by
     expected = "--mcp needs the packages of an extra of Gradio: pip install 'gradio[mcp]'."
     assert capsys.readouterr().err.strip().splitlines()[-1] == expected
     assert not list(tmp_path.glob("sparsewsi-*")), "what was private is gone"
