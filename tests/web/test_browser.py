@@ -831,6 +831,24 @@ def test_seen_mostly_fat_with_on_slides_that_are_not(browser, reading, served):
     page.close()
 
 
+def test_seen_the_warning_unlike_the_training_slides_where_it_was_due_on_one_in_sixteen(
+    browser, reading, served, tmp_path
+):
+    if served.name != "real":
+        pytest.skip("the untrained model knows no training slides")
+    from PIL import Image
+
+    assert "unlike" not in reading.inner_text("#doubts"), "of a slide of skin, which it was trained with"
+    y, x = np.mgrid[:2048, :2048]
+    tiled = np.array([150, 120, 100]) + ((x // 40 + y // 40) % 2)[..., None] * np.array([60, -60, 120])
+    Image.fromarray(tiled.clip(0, 255).astype(np.uint8)).save(tmp_path / "tiles.png")
+    page = open_page(browser, served)
+    page.fill("#mpp textarea, #mpp input", "0.5")
+    open_by_path(page, tmp_path / "tiles.png")
+    page.wait_for_selector("#doubts >> text=This slide is unlike those the model was trained on")
+    page.close()
+
+
 def test_seen_a_doubt_that_fired_on_every_slide(reading, served):
     if served.name == "real":
         assert not re.search(r"[Rr]ank \d+ is as good as", reading.inner_text("#doubts"))

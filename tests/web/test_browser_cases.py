@@ -136,7 +136,7 @@ def test_two_slides_stand_side_by_side_and_one_button_restores_the_case(page, ap
     page.fill("#options textarea", "fat\nliver")
     page.fill("#question textarea", "Which tissue is this?")
     page.press("#question textarea", "Enter")
-    page.locator("#chat .compare .other a[href*='#patch-']").first.wait_for()
+    page.locator("#chat .compare .other .rests").first.wait_for()
     assert page.locator("#chat .compare h4").all_inner_texts() == ["Slide 1", "Slide 2"]
     page.click(".aside [data-do=leave]")
     page.wait_for_selector("#other", state="detached")
