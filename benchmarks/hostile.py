@@ -32,7 +32,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -280,6 +280,76 @@ def queued(address: str, sessions: int) -> str:
     return ", ".join(f"{count} times {status}" for status, count in Counter(answers).items())
 
 
+def sent(address: str, count: int, threads: int, send: Callable[[int], int | str]) -> str:
+    """What came back, how often, when many do it at once."""
+    with ThreadPoolExecutor(threads) as pool:
+        answers = Counter(pool.map(send, range(count)))
+    return ", ".join(f"{times} times {answer}" for answer, times in answers.items())
+
+
+def crowded(address: str, what: str) -> str:
+    """Many requests, each of which is small work for the sender and could be much for the server."""
+    work = handler(address, "analyze")
+
+    def join(i: int) -> int:
+        name = uuid.uuid4().hex + "s" * (900_000 if what == "names" else 0)
+        data = (
+            "[" + ",".join(["[]"] * 300_000) + "]" if what == "lists" else '["phantom", null, 0, "learned", null, null]'
+        )
+        content = f'{{"data": {data}, "fn_index": {work}, "session_hash": "{name}"}}'
+        where = f"{address}/gradio_api/queue/join"
+        return httpx.post(where, content=content, headers=JSON, timeout=60).status_code
+
+    if what == "pages":
+        return sent(address, 100, 16, lambda _: httpx.get(address, timeout=60).status_code)
+    return sent(address, 100 if what == "names" else 20, 8, join)
+
+
+@contextmanager
+def lines(address: str, count: int, said: bytes = b"") -> Iterator[list[socket.socket]]:
+    """Connections on which so much was said, and which read next to nothing."""
+    host, port = address.removeprefix("http://").split(":")
+    opened: list[socket.socket] = []
+    try:
+        for _ in range(count):
+            opened.append(socket.create_connection((host, int(port)), timeout=10))
+            opened[-1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            opened[-1].sendall(said)
+        yield opened
+    finally:
+        for line in opened:
+            line.close()
+
+
+def silent(address: str, kind: str) -> str:
+    """Connections that are held and not used, and what a request is answered beside them."""
+    head = b"POST /gradio_api/queue/join HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+    if kind == "pages":
+        head = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    if kind == "uploads":
+        head = (
+            b"POST /gradio_api/upload HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+        )
+        head += b"Content-Length: 1000000\r\n\r\n--x\r\n"
+    with lines(address, {"requests": 900, "pages": 40, "uploads": 40}[kind], head):
+        time.sleep(2)
+        return get(address, "gradio_api/app_id")
+
+
+def deaf(address: str) -> str:
+    """Analyses whose pages are open and whose answers nobody reads."""
+    body = {"data": ["phantom", None, 0, "learned", None, None], "fn_index": handler(address, "analyze")}
+    with ExitStack() as kept:
+        for _ in range(8):
+            name = uuid.uuid4().hex
+            for path in (f"heartbeat/{name}", f"queue/data?session_hash={name}"):
+                said = f"GET /gradio_api/{path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()
+                kept.enter_context(lines(address, 1, said))
+            answer = httpx.post(f"{address}/gradio_api/queue/join", json={**body, "session_hash": name}, timeout=60)
+        time.sleep(3)
+    return str(answer.status_code)
+
+
 class Visitor(Page):
     """Somebody who opens the phantom and asks about it, as the page does."""
 
@@ -356,6 +426,17 @@ def told(address: str, event: str, data: dict, times: int = 1) -> str:
         except httpx.HTTPStatusError as error:
             answers[f"{error.response.status_code} {error.response.text[:80]}"] += 1
     return ", ".join(f"{count} times: {words}" for words, count in answers.items())
+
+
+def chatted(address: str, turns: int) -> str:
+    """A question at the end of a chat that no page has written."""
+    visitor = Visitor(address)
+    visitor.call("on_slide_shown", None, None, [])
+    chat = [{"role": ("user", "assistant")[i % 2], "content": ""} for i in range(turns)]
+    try:
+        return str(visitor.call("on_question", "Which tissue is this?", "", "", None, None, chat, None))
+    except (ValueError, httpx.HTTPStatusError) as error:
+        return str(error)
 
 
 def regions(address: str, folder: Path, kind: str) -> str:
@@ -466,6 +547,23 @@ def requests(
         "upload that breaks off": lambda: upload(address, "half a slide"),
         "upload of 50 GB": lambda: upload(address, "of 50 GB"),
         "upload with a field of 200 MB": lambda: upload(address, "a field of 200 MB"),
+        "lists in lists": lambda: told(address, "on_journal", {"views": json.loads("[" * 800 + "]" * 800)}),
+        "chat of 5,000 turns": lambda: chatted(address, 5000),
+        "chat of 50,000 turns": lambda: chatted(address, 50_000),
+        "20 requests of 300,000 lists": lambda: crowded(address, "lists"),
+        "100 sessions with names of 1 MB": lambda: crowded(address, "names"),
+        "100 pages at once": lambda: crowded(address, "pages"),
+        "900 requests that are not finished": lambda: silent(address, "requests"),
+        "40 pages that are not read": lambda: silent(address, "pages"),
+        "40 uploads that stand still": lambda: silent(address, "uploads"),
+        "8 answers that nobody reads": lambda: deaf(address),
+        "5,000 ranges of a file": lambda: get(
+            address, "favicon.ico", Range="bytes=" + ",".join(f"{i}-{i}" for i in range(5000))
+        ),
+        "function that is not there": lambda: post(
+            address, "queue/join", json={"data": [], "fn_index": 10**9, "session_hash": "x"}
+        ),
+        "origin that is none": lambda: post(address, "queue/join", json=body, headers={"Origin": "http://[::1"}),
         "another name": lambda: get(address, "", Host="evil.example"),
         "file= with a URL": lambda: get(address, "gradio_api/file=http://127.0.0.1:9/secret"),
         "FileData with a URL": lambda: post(address, "queue/join", json=body),
@@ -560,6 +658,8 @@ def main() -> None:
                 print("| what | s | peak GB | wait, s | sentence or status |\n|---|---|---|---|---|")
                 attacks = dict(requests(address, case, guarded, process, folder))
                 for kind, (file, make) in files(folder).items():
+                    if options.only and not any(one.startswith((kind, file)) for one in options.only):
+                        continue
                     path = folder / file
                     make(path)
                     attacks[f"{kind}, by path"] = lambda path=path: opened(Page(address), path)

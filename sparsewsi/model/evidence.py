@@ -7,7 +7,7 @@ K kept, L tokens of a prompt with its answers, H the LLM's width, V vocabulary.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +19,12 @@ from torch import Tensor, nn
 MATTERS = math.log(2)
 # Largest error of an effect that a bfloat16 LLM was seen to make against float32, over the root of the answer's tokens.
 NOISE = 0.13
-# Tokens of one pass: more saves no time. The GPU's is a guess (not yet run on a GPU).
-TOKENS = {"cpu": 768, "cuda": 16_384}
+# Tokens of one pass: more saves no time, and others wait for it. The GPU's is a guess (not yet run on a GPU).
+TOKENS = {"cpu": 512, "cuda": 16_384}
+PART = {"cpu": 256, "cuda": 16_384}  # of a sequence that is longer than that
+ROUND = 16  # tokens
 WORDS = 8192  # of the vocabulary, whose logits are held at once
+LONG = 128  # tokens whose logits of so many words take long enough for others to have a turn between
 RESCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # settings of LLMs that change logits further
 
 
@@ -98,7 +101,7 @@ def find_option(answer: str, offered: Sequence[tuple[str, str]]) -> int | None:
 
 @dataclass(frozen=True)
 class Layout:
-    """A prompt with all answers to it in one sequence, in which no answer sees another."""
+    """A prompt with all answers to it in one sequence, in which no answer sees another, and what fills it up."""
 
     embeds: Tensor  # (1, L, H)
     positions: Tensor  # (1, L)
@@ -107,10 +110,16 @@ class Layout:
 
 
 def lay_out(embedding: nn.Module, embeds: Tensor, positions: Tensor, rows: Sequence[Sequence[int]]) -> Layout:
-    """A prompt, embeds (1, P, H) at positions (1, P), and the token ids of each answer, as one sequence."""
+    """A prompt, embeds (1, P, H) at positions (1, P), and the token ids of each answer, as one sequence.
+
+    It is filled up to a multiple of ROUND with tokens that no other sees: for every other length kernels would be made
+    anew, and kept.
+    """
     device, given = embeds.device, embeds.shape[1]
     lengths = [len(row) for row in rows]
-    groups = torch.repeat_interleave(torch.arange(1 + len(rows)), torch.tensor([given, *lengths])).to(device)
+    more = -(given + sum(lengths)) % ROUND
+    sizes = torch.tensor([given, *lengths, more])
+    groups = torch.repeat_interleave(torch.arange(len(sizes)), sizes).to(device)
     sees = torch.ones(len(groups), len(groups), dtype=torch.bool, device=device).tril()
     sees &= (groups == 0) | (groups == groups[:, None])
     keep, begin = [], given
@@ -120,46 +129,84 @@ def lay_out(embedding: nn.Module, embeds: Tensor, positions: Tensor, rows: Seque
     text = torch.tensor([token for row in rows for token in row], dtype=torch.int64, device=device)
     after = [positions[0, -1] + 1 + torch.arange(length, device=device) for length in lengths]
     return Layout(
-        torch.cat([embeds, embedding(text)[None]], 1),
-        torch.cat([positions[0], *after])[None],
+        torch.cat([embeds, embedding(text)[None], embeds[:, :1].expand(-1, more, -1)], 1),
+        torch.cat([positions[0], *after, positions[0, :1].expand(more)])[None],
         sees,
         torch.tensor(keep or [given - 1], device=device),
     )
 
 
 def score_answers(
-    llm: Any, layout: Layout, at: int, left_out: Tensor, rows: Sequence[Sequence[int]], letters: Sequence[int]
+    llm: Any,
+    layout: Layout,
+    at: int,
+    left_out: Tensor,
+    rows: Sequence[Sequence[int]],
+    letters: Sequence[int],
+    look: Callable[[], object] | None = None,
 ) -> Tensor:
     """Log-likelihoods (B, answers) of the rows, or logits (B, letters), with left_out (B, K) patches closed. CPU.
 
-    llm: a causal LLM of transformers, not wrapped. at: place of the first of the K visual tokens.
+    llm: a causal LLM of transformers, not wrapped. at: place of the first of the K visual tokens. look: called between
+    the passes that a long sequence takes; what it raises ends the work
     """
     n, k = left_out.shape
     sees = layout.sees.expand(n, -1, -1).clone()  # (B, L, L)
     sees[:, :, at : at + k] &= ~left_out[:, None, :].to(sees.device)
     sees.diagonal(dim1=1, dim2=2).fill_(True)  # a token that nobody sees may see itself: an empty row would be NaN
-    given = {
-        "inputs_embeds": layout.embeds.expand(n, -1, -1),
-        "position_ids": layout.positions.expand(n, -1),
-        "attention_mask": sees[:, None],
-        "use_cache": False,
-    }
-    head = llm.get_output_embeddings()
+    look = look or (lambda: None)
+    head, targets = llm.get_output_embeddings(), _targets(rows, sees.device)
     if type(head) is not nn.Linear or any(getattr(llm.config, name, None) for name in RESCALED):
-        logits = llm(**given, logits_to_keep=layout.keep).logits.float()  # (B, A, V)
+        logits = read_kept(llm, layout, sees, look, logits=True).float()  # (B, A, V)
         if letters:
             return logits[:, 0, list(letters)].cpu()
-        targets = _targets(rows, logits.device).expand(n, -1)[..., None]
-        found = logits.log_softmax(-1).gather(-1, targets)[..., 0]
+        found = logits.log_softmax(-1).gather(-1, targets.expand(n, -1)[..., None])[..., 0]
     else:
-        hidden = llm.get_decoder()(**given).last_hidden_state[:, layout.keep]  # (B, A, H)
+        hidden = read_kept(llm, layout, sees, look)  # (B, A, H)
         if letters:
             return _linear(hidden[:, 0], head, torch.tensor(list(letters))).cpu()
-        found = log_likelihoods(hidden, head, _targets(rows, hidden.device))
+        found = log_likelihoods(hidden, head, targets, look)
     return torch.stack([part.sum(1) for part in found.cpu().split([len(row) for row in rows], 1)], 1)
 
 
-def log_likelihoods(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
+def read_kept(llm: Any, layout: Layout, sees: Tensor, look: Callable[[], object], logits: bool = False) -> Tensor:
+    """The last hidden states (B, A, H) at the places that a layout keeps, or the logits (B, A, V) there.
+
+    sees: (B, L, L) bool. More tokens than TOKENS are read in parts, each of which sees those before by their keys and
+    values.
+    """
+    from transformers import DynamicCache  # seconds, that whoever holds an Evidence does not wait for
+
+    n, length = sees.shape[:2]
+    device = sees.device.type
+    whole = n * length <= TOKENS.get(device, TOKENS["cpu"])
+    most = length if whole else max(1, PART.get(device, PART["cpu"]) // n)
+    cache = None if most >= length else DynamicCache()
+    found, places = [], []
+    for start in range(0, length, most):
+        part = slice(start, min(length, start + most))
+        if start:
+            look()
+        mine = ((layout.keep >= part.start) & (layout.keep < part.stop)).nonzero()[:, 0]
+        here = layout.keep[mine] - start
+        given = {
+            "inputs_embeds": layout.embeds[:, part].expand(n, -1, -1),
+            "position_ids": layout.positions[:, part].expand(n, -1),
+            "attention_mask": sees[:, None, part, : part.stop],
+            "past_key_values": cache,
+            "use_cache": cache is not None,
+        }
+        if logits:
+            found.append(llm(**given, logits_to_keep=here).logits)
+        else:
+            found.append(llm.get_decoder()(**given).last_hidden_state[:, here])
+        places.append(mine)
+    return torch.cat(found, 1)[:, torch.cat(places).argsort()]
+
+
+def log_likelihoods(
+    hidden: Tensor, head: nn.Linear, targets: Tensor, look: Callable[[], object] = lambda: None
+) -> Tensor:
     """Log-likelihoods (B, A) of the targets (A,) from hidden (B, A, H), the last layer in float32.
 
     bfloat16 logits are rounded to steps of 1/16 and more, which is what one patch of many is worth. WORDS rows of the
@@ -167,6 +214,8 @@ def log_likelihoods(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
     """
     total = torch.full(hidden.shape[:2], -torch.inf, device=hidden.device)
     for words in torch.arange(head.out_features).split(WORDS):
+        if hidden.shape[0] * hidden.shape[1] > LONG:
+            look()
         total = torch.logaddexp(total, _linear(hidden, head, words).logsumexp(-1))
     own = head.weight[targets].float()  # (A, H)
     chosen = (hidden.float() * own).sum(-1)

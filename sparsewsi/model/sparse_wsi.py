@@ -7,7 +7,7 @@ vocabulary.
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -107,14 +107,21 @@ class SparseWSI(nn.Module):
 
     @torch.no_grad()
     def select(
-        self, bag: Bag, k: int | None = None, selector: str = "learned", seed: int = 0, question: str = ""
+        self,
+        bag: Bag,
+        k: int | None = None,
+        selector: str = "learned",
+        seed: int = 0,
+        question: str = "",
+        progress: Callable[[int, int], None] | None = None,
     ) -> Selection:
         """The k patches (default: config.num_tokens) that the model's own selection, or another one, keeps.
 
         selector: "learned" the model's own: the highest scores or, if it has a diversity, "mmr"; "topk" the highest
         scores (the paper's); "mmr" high scores but no two alike; or a key of SELECTORS, where the seed matters to those
         that draw. "question" (ours): high scores of patches that are near to words of the question, see
-        weigh_by_question; the scores of the selection stay the model's.
+        weigh_by_question; the scores of the selection stay the model's. progress: called with (parts scored, parts in
+        all) of a large bag; what it raises ends the work.
         Raises ValueError for a bag without patches, of another encoder or dimension, and for an unknown selector.
         """
         check_bag(bag, self.config.encoder, self.config.feature_dim)
@@ -130,8 +137,11 @@ class SparseWSI(nn.Module):
         x = None
         if self.slide_encoder.pointwise and self.scorer.attention == "local":  # memory must not grow with N
             parts = bag.features.split(ROWS)
-            slide = describe_slide(map(self.encode, parts)) if self.scorer.relative else None
-            scores = torch.cat([self.scorer(self.encode(part), slide).cpu() for part in parts])
+            count = len(parts) * (2 if self.scorer.relative else 1)
+            told = _tell_each(parts, count, progress)
+            slide = describe_slide(map(self.encode, told)) if self.scorer.relative else None
+            told = _tell_each(parts, count, progress, count - len(parts))
+            scores = torch.cat([self.scorer(self.encode(part), slide).cpu() for part in told])
         else:
             x = self.encode(bag.features)
             scores = self.score(x).cpu()
@@ -163,9 +173,10 @@ class SparseWSI(nn.Module):
         return self.encode(bag.features).cpu()[indices]
 
     @torch.no_grad()
-    def words(self, bag: Bag) -> Words:
+    def words(self, bag: Bag, progress: Callable[[int, int], None] | None = None) -> Words:
         """The nearest word of each of all N patches, of limits.vocabulary; costs no pass of the LLM (ours).
 
+        progress: as select calls it
         Raises ValueError for a model without a vocabulary and for a bag of another encoder or dimension.
         """
         check_bag(bag, self.config.encoder, self.config.feature_dim)
@@ -174,9 +185,10 @@ class SparseWSI(nn.Module):
         if not self.slide_encoder.pointwise:
             raise ValueError(f"{self.name} encodes no patch alone, so that none has a word of its own.")
         table = self.place_words(self.limits.vocabulary)
+        parts = bag.features.split(ROWS)
         found = [
             find_nearest(self.projector(self.encode(part)), table, self.limits.alike)
-            for part in bag.features.split(ROWS)
+            for part in _tell_each(parts, len(parts), progress)
         ]
         nearest, cosine = (
             (torch.cat(parts).cpu() for parts in zip(*found)) if found else (torch.empty(0).long(), torch.empty(0))
@@ -267,43 +279,58 @@ class SparseWSI(nn.Module):
 
     @torch.no_grad()
     def option_probs(
-        self, selection: Selection, question: str | Sequence[Mapping[str, str]], options: Sequence[str]
+        self,
+        selection: Selection,
+        question: str | Sequence[Mapping[str, str]],
+        options: Sequence[str],
+        progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Probability of each option as the answer, (n_options,) float32 on the CPU, sums to 1; an empty option gets 0.
 
         question: in words, or the whole chat with it as the last turn, as `answer` was given it
         config.option_scoring: "text": softmax over the mean log-likelihood per token of the option's text, with the end
         of the turn, as the assistant's answer; "letter": softmax over the logits of the options' letters.
+        progress: called with (0, 1) between the passes that long options take; what it raises ends the work.
         """
         if not any(option.strip() for option in options):
             raise ValueError(f"option_probs needs at least one option that is not empty, got {list(options)!r}.")
         chat = [{"role": "user", "content": question}] if isinstance(question, str) else question
-        return self._option_probs(selection, build_prompt(self.tokenizer, chat, options), options)
+        return self._option_probs(selection, build_prompt(self.tokenizer, chat, options), options, progress)
 
     def _choose(self, selection: Selection, prompt: Prompt, options: Sequence[str]) -> Iterator[str]:
         with torch.no_grad():
             yield options[int(self._option_probs(selection, prompt, options).argmax())].strip()
 
-    def _option_probs(self, selection: Selection, prompt: Prompt, options: Sequence[str]) -> Tensor:
+    def _option_probs(
+        self,
+        selection: Selection,
+        prompt: Prompt,
+        options: Sequence[str],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
         real = [number for number, option in enumerate(options) if option.strip()]
+        look = None if progress is None else partial(progress, 0, 1)
         if self.config.option_scoring == "letter":
-            scores = self._letter_logits(selection, prompt, real)
+            scores = self._letter_logits(selection, prompt, real, look)
         else:
-            scores = self.mean_log_likelihoods(selection, prompt, [options[number] for number in real])
+            scores = self.mean_log_likelihoods(selection, prompt, [options[number] for number in real], look)
         probabilities = torch.zeros(len(options))
         probabilities[real] = scores.softmax(0).cpu()
         return probabilities
 
-    def _letter_logits(self, selection: Selection, prompt: Prompt, letters: list[int]) -> Tensor:
-        """Logits (n,) float32 of the letters (0 = A) as the next token."""
-        embeds, positions, mask = self.inputs(selection.tokens, selection.indices, selection.num_patches, prompt, 1)
-        output = self.llm(
-            inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False, logits_to_keep=1
-        )
+    def _letter_logits(
+        self, selection: Selection, prompt: Prompt, letters: list[int], look: Callable[[], object] | None
+    ) -> Tensor:
+        """Logits (n,) float32 of the letters (0 = A) as the next token. CPU."""
         first = [text_ids(self.tokenizer, ascii_uppercase[number])[-1] for number in letters]
-        return output.logits[0, -1, first].float()
+        embeds, positions, _ = self.inputs(selection.tokens, selection.indices, selection.num_patches, prompt, 1)
+        layout = evidence.lay_out(_embedding(self.llm), embeds, positions, [])
+        all_in_sight = torch.zeros(1, len(selection.indices)).bool()
+        return evidence.score_answers(_base(self.llm), layout, prompt.at, all_in_sight, [], first, look)[0]
 
-    def mean_log_likelihoods(self, selection: Selection, prompt: Prompt, answers: list[str]) -> Tensor:
+    def mean_log_likelihoods(
+        self, selection: Selection, prompt: Prompt, answers: list[str], look: Callable[[], object] | None = None
+    ) -> Tensor:
         """Mean log-likelihood per token (n,) float32 of each answer after the prompt; all in one sequence. CPU."""
         end = end_of_turn(self.tokenizer)
         rows = [[*text_ids(self.tokenizer, answer), end] for answer in answers]
@@ -313,7 +340,7 @@ class SparseWSI(nn.Module):
         )
         layout = evidence.lay_out(_embedding(self.llm), embeds, positions, rows)
         all_in_sight = torch.zeros(1, len(selection.indices)).bool()
-        return evidence.score_answers(_base(self.llm), layout, prompt.at, all_in_sight, rows, [])[0] / lengths
+        return evidence.score_answers(_base(self.llm), layout, prompt.at, all_in_sight, rows, [], look)[0] / lengths
 
     # ---- evidence
 
@@ -358,12 +385,14 @@ class SparseWSI(nn.Module):
         for row, places in zip(together, groups):
             row[list(places)] = 1
         left_out = torch.cat([torch.zeros(1, k), torch.ones(1, k), torch.eye(k), together]).bool()  # (K + 2 + G, K)
-        parts = left_out.split(max(1, evidence.TOKENS.get(self.device.type, 768) // layout.embeds.shape[1]))
+        parts = left_out.split(
+            max(1, evidence.TOKENS.get(self.device.type, evidence.TOKENS["cpu"]) // layout.embeds.shape[1])
+        )
         scores = []
         for done, part in enumerate(parts):
-            if progress is not None:
-                progress(done, len(parts))
-            scores.append(evidence.score_answers(_base(self.llm), layout, prompt.at, part, rows, letters))
+            look = (lambda: None) if progress is None else partial(progress, done, len(parts))
+            look()
+            scores.append(evidence.score_answers(_base(self.llm), layout, prompt.at, part, rows, letters, look))
         likelihoods = torch.cat(scores)  # (K + 2 + G, 1 or number of options)
         if chosen is None:
             values = likelihoods[:, 0]
@@ -459,6 +488,16 @@ class SparseWSI(nn.Module):
             folder = Path(temporary) / "model"
             self.save_pretrained(folder, dtype=torch.float16, card=card)
             return artefact.upload(folder, repo_id, private, token, keep_card=card is None)
+
+
+def _tell_each(
+    parts: Sequence[Tensor], total: int, progress: Callable[[int, int], None] | None, done: int = 0
+) -> Iterator[Tensor]:
+    """The parts; progress(done, total) is called between them."""
+    for number, part in enumerate(parts, done):
+        if progress is not None and number:
+            progress(number, total)
+        yield part
 
 
 def _base(llm: PreTrainedModel | PeftModel) -> nn.Module:

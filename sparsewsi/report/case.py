@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -49,6 +49,7 @@ SHOWN_OVERVIEW = 1024  # px, of the overview that a reader may be shown
 Messages = Sequence[Mapping[str, str]]
 Paths = str | Path | Sequence[str | Path] | None
 Opening = Callable[[Path, float | None], Slide]  # opens a slide by its path and um/px
+Progress = Callable[[int, int], None]  # is told (done, in all) between two parts of the work; what it raises ends that
 
 
 class Reader(Protocol):
@@ -61,7 +62,13 @@ class Reader(Protocol):
         self, selection: Selection, messages: Messages, options: Sequence[str] | None = None
     ) -> Iterator[str]: ...
 
-    def option_probs(self, selection: Selection, question: str | Messages, options: Sequence[str]) -> Tensor: ...
+    def option_probs(
+        self,
+        selection: Selection,
+        question: str | Messages,
+        options: Sequence[str],
+        progress: Progress | None = None,
+    ) -> Tensor: ...
 
     def leave_one_out(
         self,
@@ -69,7 +76,7 @@ class Reader(Protocol):
         messages: Messages,
         answer: str,
         options: Sequence[str] | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
         groups: Sequence[Sequence[int]] = (),
     ) -> Evidence: ...
 
@@ -84,12 +91,18 @@ class Model(Reader, Protocol):
     limits: Limits
 
     def select(
-        self, bag: Bag, k: int | None = None, selector: str = "learned", seed: int = 0, question: str = ""
+        self,
+        bag: Bag,
+        k: int | None = None,
+        selector: str = "learned",
+        seed: int = 0,
+        question: str = "",
+        progress: Progress | None = None,
     ) -> Selection: ...
 
     def tokens_of(self, bag: Bag, indices: Tensor) -> Tensor: ...
 
-    def words(self, bag: Bag) -> Words: ...
+    def words(self, bag: Bag, progress: Progress | None = None) -> Words: ...
 
 
 class _Undrawn(Exception):
@@ -170,11 +183,11 @@ class Case:
         options: Sequence[str] = (),
         *,
         evidence: bool = True,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
         pictures: Pictures | None = None,
     ) -> Answer:
         """What is known of an answer: `judge` and, if wanted, `weigh`."""
-        answer = self.judge(reader, messages, text, options, pictures)
+        answer = self.judge(reader, messages, text, options, pictures, progress)
         return self.weigh(reader, messages, answer, progress, pictures) if evidence else answer
 
     def judge(
@@ -184,6 +197,7 @@ class Case:
         text: str | None,
         options: Sequence[str] = (),
         pictures: Pictures | None = None,
+        progress: Progress | None = None,
     ) -> Answer:
         """What is known of an answer at once: its options' probabilities, how often such answers were right.
 
@@ -191,6 +205,7 @@ class Case:
 
         messages, options, pictures: as they were given to `answer`; text: what came back, or None for the likeliest
         option, which is what the model's own LLM answers
+        progress: called between the passes that long options take
         """
         question, given, text = messages[-1]["content"], text, (text or "").strip()
         answer = Answer(question, text, tuple(options))
@@ -200,8 +215,11 @@ class Case:
             if not reader.likelihoods:
                 return answer
         if options:
-            seen: Any = pictures or self._show(reader) if isinstance(reader, PictureReader) else self.selection
-            answer = replace(answer, probs=tuple(reader.option_probs(seen, messages, options).tolist()))
+            if isinstance(reader, PictureReader):
+                found = reader.option_probs(pictures or self._show(reader), messages, options)
+            else:
+                found = reader.option_probs(self.selection, messages, options, progress)
+            answer = replace(answer, probs=tuple(found.tolist()))
             if given is None:
                 answer = replace(answer, text=options[int(np.argmax(answer.probs))].strip())
         if not answer.reader:
@@ -213,7 +231,7 @@ class Case:
         reader: Reader | PictureReader,
         messages: Messages,
         answer: Answer,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
         pictures: Pictures | None = None,
     ) -> Answer:
         """The answer, with what it loses without each patch, each focus and all of them.
@@ -485,13 +503,15 @@ def open_case(
     slide_mpp: float | None = None,
     max_patches: int | None = None,
     question: str = "",
+    progress: Progress | None = None,
 ) -> Case:
     """Let the model select k patches (default: config.num_tokens) of a bag. See Case for the other arguments.
 
     path: of a bag of several slides (sparsewsi.bags.bag.join) all of theirs, in order
+    progress: called between the parts of a large bag
     Raises ValueError as SparseWSI.select does.
     """
-    selection = model.select(bag, k, selector, question=question)
+    selection = model.select(bag, k, selector, question=question, progress=progress)
     return _make(model, bag, selection, path, slide_mpp, selector, max_patches)
 
 

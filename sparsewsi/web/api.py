@@ -139,7 +139,8 @@ class Api:
             if without:
                 opened = dataclasses.replace(opened, selection=opened.selection.without(without))
             with desk.jobs.run(caller, "question", case) as job:
-                text = "".join(desk.answer(opened, messages, given, job.name))
+                own = given and desk.reader is None  # the likeliest option is the answer
+                text = None if own else "".join(desk.answer(opened, messages, given, job.name))
                 found = desk.judge(opened, messages, text, given, job.name)
             said = {"headline": word_answer(found, opened.limits), "answer": found.text}
             said |= {"probabilities": list(found.probs), "limit": found.limit, "notice": opened.notice}

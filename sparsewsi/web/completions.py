@@ -40,12 +40,11 @@ from sparsewsi.report.record import describe_slides
 from sparsewsi.report.scope import word_answer
 from sparsewsi.slides.remote import ANY, OPEN, is_remote
 from sparsewsi.web.library import Library
-from sparsewsi.web.limits import check_slides, check_turns
+from sparsewsi.web.limits import MOST_TURNS, check_slides, check_turns
 
 MODEL = "sparsewsi"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MOST_ASKED = 2 << 20  # bytes of a request
-MOST_TURNS = 200  # of a chat
 MOST_WAITING = 32  # questions
 EARLY = 5.0  # s in which what goes wrong is told by its status, before a stream begins
 TICK = 0.25  # s between looks whether the caller is still there

@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -418,7 +418,8 @@ class Desk:
             bags = [one.bag for one in slides if one.bag is not None]
             bag = join(bags)
             mpp = slides[0].slide_mpp if len(slides) == 1 else None
-            case = open_case(self.model, bag, [one.path for one in slides], selector=selector, slide_mpp=mpp)
+            how: dict[str, Any] = {"selector": selector, "slide_mpp": mpp, "progress": self._pausing(doing)}
+            case = open_case(self.model, bag, [one.path for one in slides], **how)
         if len(slides) > 1:  # once in memory, not twice
             parts = bag.features.split([len(own.features) for own in bags])
             bags = [replace(own, features=part) for own, part in zip(bags, parts)]
@@ -471,20 +472,28 @@ class Desk:
         return bag_of(slide, encoder.name, coords, readable, features[:kept], mpp, patch_size)
 
     def provisional(self, job: Job, k: int | None = None) -> Tensor:
-        """What the model would keep if the patches that are encoded so far were all: (K,) indices of all patches."""
-        peek = job.peek()
+        """What the model would keep if the patches that are encoded so far were all: (K,) indices of all patches.
+
+        It is what it was a while ago, where finding it anew would take more than a tenth of the time.
+        """
+        peek, began = job.peek(), time.monotonic()
         if peek is None or not len(peek.features):
             return torch.empty(0, dtype=torch.int64)
+        if job.kept is not None and began < job.kept[0]:
+            return job.kept[1]
         coords = torch.from_numpy(np.flatnonzero(peek.readable)[: len(peek.features)])  # (n,)
         there = torch.from_numpy(np.ascontiguousarray(peek.coords[coords.numpy()], dtype=np.int32))
         bag = Bag(peek.features, there, peek.patch_size, self.config.mpp, self.config.encoder, "so far")
-        return coords[self.model.select(bag, k).indices]
+        kept, now = coords[self.model.select(bag, k).indices], time.monotonic()
+        job.kept = now + 9 * (now - began), kept
+        return kept
 
     def words(self, case: Case, job: str = "") -> Words | None:
         """The nearest word of each patch; None of a model that has none."""
-        with self.jobs.step(self.jobs.find(job)):
+        doing = self.jobs.find(job)
+        with self.jobs.step(doing):
             try:
-                return self.model.words(case.bag)
+                return self.model.words(case.bag, self._pausing(doing))
             except ValueError:
                 return None
 
@@ -496,15 +505,10 @@ class Desk:
             return case.choose(self.model, k, selector, pinned, dropped)
 
     def answer(self, case: Case, messages: Messages, options: Sequence[str], job: str = "") -> Iterator[str]:
-        """The answer to the last of the messages, in pieces, for as long as somebody waits for it."""
+        """The answer to the last of the messages in words, for as long as somebody waits: beside others' turns."""
         doing = self.jobs.find(job)
         doing.tell("answering")
         seen = self._cut(case, doing)
-        if options and self.reader is None:  # one pass, which has its turn; words are written beside other work
-            with self.jobs.step(doing):
-                chosen = list(case.answer(self.model, messages, options))
-            yield from chosen
-            return
         with closing(case.answer(self.reader or self.model, messages, options, seen)) as pieces:  # type: ignore[type-var]
             for piece in pieces:
                 doing.look()
@@ -521,7 +525,7 @@ class Desk:
         doing.tell("answering")
         with self.jobs.step(doing):
             seen = self._cut(case, doing) if self.weighs and options else None
-            return case.judge(self.reader or self.model, messages, text, options, seen)
+            return case.judge(self.reader or self.model, messages, text, options, seen, self._pausing(doing))
 
     def weigh(self, case: Case, messages: Messages, answer: Answer, job: str = "") -> Answer:
         """The answer with what it rests on (Case.weigh). Raises Halted once nobody waits for it."""
@@ -538,6 +542,10 @@ class Desk:
         with self.jobs.step(doing):
             seen = self._cut(case, doing) if self.weighs else None
             return case.weigh(self.reader or self.model, messages, answer, look, seen)
+
+    def _pausing(self, job: Job) -> Callable[[int, int], None]:
+        """What work calls between its passes, in a step of a job: others have their turn."""
+        return lambda done, total: self.jobs.pause(job)
 
     def _cut(self, case: Case, job: Job) -> Pictures | None:
         """What the reader is shown of a case, from the slide's own process; None for the model's own LLM."""
@@ -706,9 +714,14 @@ class Desk:
         if oldest != session and oldest not in self._here:
             self.forget(oldest)
 
+    def heed(self, session: str, listens: bool) -> None:
+        """Whether somebody listens to what is done for a session now."""
+        self.jobs.heed(session, listens)
+
     def leave(self, session: str) -> None:
-        """A session's caller does not wait any more: what is done for it now ends."""
+        """A session's caller does not wait any more: what is done for it now ends, and so do its slides' processes."""
         self.jobs.end(session)
+        self.slides.close(session)
 
     def tidy(self) -> None:
         """Forget who has no page and has asked for nothing for long, and delete what nobody owns."""

@@ -22,7 +22,9 @@ from starlette.requests import cookie_parser
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-MOST_ASKED = 2 << 20  # bytes of a request that is no upload; a long chat comes to some 100 kB
+MOST_ASKED = 1 << 20  # bytes of a request that is no upload; a long chat comes to some 100 kB
+MOST_PARTS = 6_000  # lists and objects in it: each takes 30 times its two bytes, for as long as it waits
+LONGEST_NAME = 128  # characters of a session's name; it is remembered for a while
 PATIENCE = 30.0  # s until a request has come whole, or an upload's next bytes
 MOST_WAITING, MOST_OF_ADDRESS, MOST_OF_ALL = 12, 48, 96  # events of a session, an address, all; a slide takes six
 MOST_UNHEARD = 16  # events of sessions that hold no connection open: whoever floods the queue listens to nothing
@@ -44,6 +46,8 @@ OPEN = {
     "DELETE": ("mcp",),
 }
 CLOSED = ("/monitoring", "/docs", "/redoc")
+PAGE = re.compile(r"/?|.*/(config|info|openapi[.]json)/?")  # what Gradio makes anew for everybody, in 0.1 s of work
+MOST_PAGES = 64  # that wait to be made
 OLD_MCP = ("mcp/sse", "mcp/messages")  # its calls cannot be told apart
 Refusal = tuple[int, str]  # status, sentence
 
@@ -53,6 +57,7 @@ class Sessions(Protocol):
 
     def arrive(self, session: str) -> None: ...
     def ask(self, session: str) -> None: ...
+    def heed(self, session: str, listens: bool) -> None: ...
     def leave(self, session: str) -> None: ...
     def forget(self, session: str) -> None: ...
 
@@ -82,6 +87,7 @@ class Door:
         self._beating: Counter[str] = Counter()  # heartbeats, by session
         self._streams: Counter[str] = Counter()  # that are open, by address
         self._joined: Counter[str] = Counter()  # things asked for, by session that may yet be found gone
+        self._making, self._pages = asyncio.Lock(), 0  # how many pages are made or wait
         self._callers: dict[str, str] = {}  # calls of MCP that are under way, and the address of each
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -108,6 +114,8 @@ class Door:
             await self._join(_session_in(body or b""), scope, receive, send)
         elif method == "GET" and what.startswith(("queue/data", "call/", "heartbeat/", "mcp", "upload_progress")):
             await self._stream(what, scope, receive, send)
+        elif PAGE.fullmatch(scope["path"]):
+            await self._make_page(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -117,7 +125,7 @@ class Door:
         if self._names and _host(headers.get("host", "")) not in self._names:
             return 421, "This server is asked by another name than its own; start it with --name to allow it."
         origin = headers.get("origin")
-        if self._names and method != "GET" and origin and _host(urlsplit(origin).netloc) not in self._names:
+        if self._names and method != "GET" and origin and _host(_place(origin)) not in self._names:
             return 403, "This server takes nothing from pages of others."
         if api and (not what.startswith(OPEN.get(method, ())) or what.startswith(OLD_MCP)):
             if re.match(r"(file|proxy)[=/]", what):
@@ -139,14 +147,24 @@ class Door:
             asked = json.loads(body) if body.strip() else {}
         except (ValueError, RecursionError):
             return 400, "The request is not JSON."
-        if not isinstance(asked, dict | list) or not isinstance(_session_named(asked), str | None):
+        session = _session_named(asked)
+        if (
+            not isinstance(asked, dict | list)
+            or not isinstance(session, str | None)
+            or len(session or "") > LONGEST_NAME
+        ):
             return 400, "The request is not what Gradio's are."
+        if body.count(b"[") + body.count(b"{") > MOST_PARTS:
+            return 413, f"A request may have {MOST_PARTS:,} lists and objects at most."
         if _names_file(asked, anywhere=what.startswith("mcp")):
             return 403, "A file is uploaded, not named by its address: this server fetches nothing for others."
         if self._uploads is not None and not _is_uploaded(asked, self._uploads):
             return 403, "A file is uploaded first, and then named as the upload answers; another one was named."
         if not queued or not isinstance(asked, dict) or scope["app"].blocks is None:
             return None
+        number = asked.get("fn_index")
+        if number is not None and (not isinstance(number, int) or number not in scope["app"].blocks.fns):
+            return 400, "The page has no such function; load it anew."
         if Headers(scope=scope).get(CALLER) in self._callers:  # counted where they came in
             return None
         queue, address = scope["app"].blocks._queue, _address(scope)
@@ -200,9 +218,40 @@ class Door:
             del self._listening[session]
             _tell(self._sessions.leave, session)
 
+    async def _make_page(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A page, when it is its turn: one at a time and, while more wait, half of the time, as answers need it too."""
+        if self._pages >= MOST_PAGES:
+            await PlainTextResponse("The server is busy; try again in a minute.", 503)(scope, receive, send)
+            return
+        made = asyncio.Event()  # its sending may take as long as the caller likes
+
+        async def note(message: Message) -> None:
+            made.set()
+            await send(message)
+
+        async def make() -> None:
+            try:
+                await self._app(scope, receive, note)
+            finally:
+                made.set()
+
+        self._pages += 1
+        try:
+            async with self._making:
+                began, making = time.monotonic(), asyncio.create_task(make())
+                await made.wait()
+                if self._pages > 1:
+                    await asyncio.sleep(time.monotonic() - began)
+        finally:
+            self._pages -= 1
+        await making
+
     async def _stream(self, what: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Something that stays open: answers, heartbeats."""
         address = _address(scope)
+        if len(_session_of(scope, what)) > LONGEST_NAME:
+            await PlainTextResponse("The request is not what Gradio's are.", 400)(scope, receive, send)
+            return
         if self._streams[address] >= STREAMS_OF_ADDRESS or self._streams.total() >= STREAMS_OF_ALL:
             await PlainTextResponse("Too many pages are open; close some.", 429)(scope, receive, send)
             return
@@ -250,6 +299,7 @@ class Door:
             if counted:
                 counted = False
                 open_streams[session] -= 1
+                self._sessions.heed(session, self._is_here(session))
                 if not whole or open_streams is self._beating:  # a heartbeat ends with its page alone
                     asyncio.get_running_loop().call_later(GONE_AFTER, check, self._joined[session])
                 elif not open_streams[session]:
@@ -266,6 +316,7 @@ class Door:
             await send(message)
 
         open_streams[session] += 1
+        self._sessions.heed(session, True)
         counted = True
         listener = asyncio.create_task(listen())
         try:
@@ -283,6 +334,7 @@ class Door:
         headers = [pair for pair in scope["headers"] if pair[0] != CALLER.encode()]
         self._callers[caller] = address
         self._sessions.ask(caller)
+        self._sessions.heed(caller, True)
 
         async def watch() -> Message:
             message = await receive()
@@ -317,6 +369,7 @@ class Door:
             await self._app({**scope, "headers": [*headers, (CALLER.encode(), caller.encode())]}, give, send)
         finally:
             listener.cancel()
+            self._sessions.heed(caller, False)
             self._callers.pop(caller, None)
 
     # ---- logins
@@ -355,6 +408,25 @@ class Door:
         return add
 
 
+def hang_up(connections: Collection[Any], before: Collection[tuple]) -> set[tuple]:
+    """Close the connections that have asked for nothing since the last look; returns those that ask for nothing now.
+
+    connections: uvicorn's, which waits for ever for a request that was begun; before: what this returned last
+    """
+    silent = {(one, one.cycle) for one in list(connections) if one.cycle is None or one.cycle.response_complete}
+    for one, _ in silent.intersection(before):
+        one.loop.call_soon_threadsafe(one.transport.close)
+    return silent
+
+
+def hang_up_for_ever(connections: Collection[Any]) -> None:
+    """Do so every PATIENCE."""
+    silent: set[tuple] = set()
+    while True:
+        time.sleep(PATIENCE)
+        silent = hang_up(connections, silent)
+
+
 def _tell(deed: Callable[[str], None], session: str) -> None:
     """Do it in a thread: to end work and to delete files takes longer than everybody's requests can wait."""
     asyncio.get_running_loop().run_in_executor(None, deed, session)
@@ -368,6 +440,14 @@ def read_logins(text: str | None) -> list[tuple[str, str]] | None:
     if not all(len(pair) == 2 and pair[0].strip() and pair[1].strip() for pair in pairs):
         raise ValueError("--auth (or SPARSEWSI_AUTH) is name:password[,name:password ...], and no part may be empty.")
     return [(name.strip(), password) for name, password in pairs]
+
+
+def _place(origin: str) -> str:
+    """host[:port] of an origin; "" for what is none."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return ""
 
 
 def _host(text: str) -> str:

@@ -476,9 +476,11 @@ class Handlers(Comparing):
 
     # ---- the viewer tells something
 
-    def on_picks(self, event: gr.EventData, opened: Opened) -> Changes:
+    def on_picks(self, event: gr.EventData, opened: Opened | None) -> Changes:
         """Keep which patches were pinned and dropped in the viewer, and say how many."""
         with explain_errors():
+            if opened is None:
+                raise ValueError("Open a slide first.")
             total = len(opened.case.bag.coords)
             told = {key: read_told(event._data, key) for key in ("pinned", "dropped")}
             picks = {key: [i for i in told[key] if isinstance(i, int) and 0 <= i < total] for key in told}

@@ -2,7 +2,9 @@
 
 A session has one job that runs, and a few that wait. Sessions take turns, batch by batch and pass by pass: of those
 that want the machine, the one that has had least of it goes first, so that a large slide of one stops nobody else's
-question. Whoever works looks at the job's flag between batches and passes.
+question. Sessions that nobody listens to, without a page or a stream of answers that is open, come after all others:
+together they get a fifth of the machine while somebody is there, and all of it else. Whoever works looks at the job's
+flag between batches and passes.
 """
 
 import contextvars
@@ -28,8 +30,12 @@ AT_ONCE = {
 BESIDE = "map"  # nobody waits for it, so it runs beside the session's one job
 EVERY = 1.0  # s between two looks of who follows a job
 MOST_OF_ONE, MOST_OF_ALL = 4, 64  # jobs that run or wait, of a session and of all
+MOST_UNHEARD = 8  # of all sessions that nobody listens to
+SHARE, MOST_OWED = 0.25, 1.0  # s that are owed to them for a second of others while they wait, and s owed at most
+LATE = 30.0  # s after which one of theirs waits for its place as others do
 BUSY = "{} things are being done for this page already; wait for them."
 FULL = "The server is busy: {} jobs are waiting. Try again in a few minutes."
+UNHEARD = "{} things are being done already for callers who do not listen for the answer; listen, or try again later."
 
 
 class Halted(Exception):
@@ -70,6 +76,7 @@ class Job:
     ended: nobody waits for it any more
     error: why it failed, in a sentence
     result: what came of it, once it is done
+    kept: which patches would be kept so far, (K,), and the time until which that holds
     """
 
     session: str
@@ -84,6 +91,7 @@ class Job:
     result: Any = None
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     seen: Callable[[], Peek] | None = None
+    kept: tuple[float, Tensor] | None = None
     _number: int = 0  # order of arrival
     _since: float = 0.0  # when the phase began
     _held: list[_Closes] = field(default_factory=list)
@@ -128,11 +136,15 @@ class Jobs:
     """The jobs of all sessions of one server. Threads share it."""
 
     def __init__(self) -> None:
+        self.steps = 0  # that were done so far
         self._changed = threading.Condition()
         self._jobs: list[Job] = []  # that run or wait, in the order they came
         self._running: set[Job] = set()
+        self._heard: set[str] = set()  # sessions that somebody listens to
         self._served: dict[str, int] = {}  # by session with jobs: number of its last start, so that sessions alternate
         self._spent: dict[str, float] = {}  # s of the machine, by session with jobs
+        self._clock = 0.0  # what whose turn it was last had spent then
+        self._owed = 0.0  # s of the machine that are owed to those that nobody listens to
         self._wanting: list[Job] = []  # at their next step
         self._stepping: Job | None = None
         self._began = 0.0  # when the step did
@@ -147,7 +159,9 @@ class Jobs:
                 raise Busy(BUSY.format(len(mine)))
             if len(self._jobs) >= MOST_OF_ALL:
                 raise Busy(FULL.format(len(self._jobs)))
-            self._spent.setdefault(session, min(self._spent.values(), default=0.0))
+            unheard = sum(other.session not in self._heard for other in self._jobs)
+            if session not in self._heard and unheard >= MOST_UNHEARD:
+                raise Busy(UNHEARD.format(unheard))
             self._jobs.append(job)
             self._place()
         return job
@@ -238,6 +252,14 @@ class Jobs:
             job.end()
         self._wake()
 
+    def heed(self, session: str, listens: bool) -> None:
+        """Whether somebody listens to what is done for a session: its page is open, or a stream of answers."""
+        with self._changed:
+            (self._heard.add if listens else self._heard.discard)(session)
+            if any(job.session == session for job in self._jobs):
+                self._place()
+                self._changed.notify_all()
+
     def of(self, session: str, what: str) -> Job | None:
         """The session's last job of a kind that runs or waits."""
         return next((job for job in reversed(self._jobs) if (job.session, job.what) == (session, what)), None)
@@ -257,12 +279,14 @@ class Jobs:
     def _take(self, job: Job) -> None:
         with self._changed:
             self._wanting.append(job)
+            self._reckon(job)
             try:
                 while self._stepping is not None or self._next() is not job:
                     job.look()
                     self._changed.wait(1)
                 job.look()
                 self._stepping, self._began = job, time.monotonic()
+                self._clock = max(self._clock, self._spent.get(job.session, 0.0))
             finally:
                 self._wanting.remove(job)
                 self._changed.notify_all()
@@ -271,23 +295,46 @@ class Jobs:
         with self._changed:
             if self._stepping is not job:
                 return
-            self._stepping = None
+            self._stepping, self.steps = None, self.steps + 1
+            took = time.monotonic() - self._began
             if job.session in self._spent:
-                self._spent[job.session] += time.monotonic() - self._began
+                self._spent[job.session] += took
+            if not self._hears(job):
+                self._owed = max(self._owed - took, -MOST_OWED)
+            elif all(map(self._hears, self._wanting)):
+                self._owed = 0.0
+            else:
+                self._owed = min(self._owed + took * SHARE, MOST_OWED)
             self._changed.notify_all()
 
     # ---- with the lock held
 
+    def _hears(self, job: Job) -> bool:
+        """Whether somebody listens for what comes of it."""
+        return job.session in self._heard
+
     def _line(self, what: str) -> list[Job]:
         """The jobs of a kind that wait, first who goes first: of the session that was served least recently."""
         waiting = [job for job in self._jobs if job.what == what and job not in self._running]
-        return sorted(waiting, key=lambda job: (self._served.get(job.session, 0), job._number))
+        late = time.monotonic() - LATE
+        return sorted(
+            waiting,
+            key=lambda job: (
+                not self._hears(job) and job._since > late,
+                self._served.get(job.session, 0),
+                job._number,
+            ),
+        )
 
     def _may_run(self, job: Job) -> bool:
-        if sum(other.what == job.what for other in self._running) >= AT_ONCE[job.what]:
-            return False
-        free = [other for other in self._line(job.what) if not self._is_behind(other)]
+        running = [other for other in self._running if other.what == job.what]
+        free = [one for one in self._line(job.what) if not self._is_behind(one) and self._has_place(one, running)]
         return bool(free) and free[0] is job
+
+    def _has_place(self, job: Job, running: list[Job]) -> bool:
+        """Whether one more of its kind may run; those that nobody listens to leave one place to others."""
+        most, deaf = AT_ONCE[job.what], sum(not self._hears(other) for other in running)
+        return len(running) < most and (self._hears(job) or deaf < max(1, most - 1))
 
     def _is_behind(self, job: Job) -> bool:
         """Whether an earlier job of its own session has to end first; one that nobody waits for is on its way out."""
@@ -304,4 +351,13 @@ class Jobs:
             job.place = 0
 
     def _next(self) -> Job | None:
-        return min(self._wanting, key=lambda job: self._spent.get(job.session, 0.0), default=None)
+        heard = [job for job in self._wanting if self._hears(job)]
+        deaf = [job for job in self._wanting if not self._hears(job)]
+        first = deaf if deaf and (not heard or self._owed > 0) else heard
+        return min(first, key=lambda job: self._spent.get(job.session, 0.0), default=None)
+
+    def _reckon(self, job: Job) -> None:
+        """Who comes anew stands where the one does that has had most, so that many who come overtake nobody; who did
+        not want the machine for a while has saved nothing up."""
+        most = max(self._spent.values(), default=self._clock)
+        self._spent[job.session] = max(self._spent.get(job.session, most), self._clock)

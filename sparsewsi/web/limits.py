@@ -12,7 +12,7 @@ MOST_OPTIONS = len(ascii_uppercase)
 # Characters of question, options and answer whose evidence is weighed: the LLM reads them once for each kept patch.
 MOST_WEIGHED = 1000
 TOO_LONG = f"With more than {MOST_WEIGHED:,} characters in question, options and answer, its evidence is not weighed."
-MOST_SAID = 8000  # of a chat, earlier turns and all
+MOST_SAID, MOST_TURNS = 8000, 200  # characters and turns of a chat, earlier ones and all
 MOST_SLIDES = 12  # of a case
 MOST_TOLD = 64 << 10  # bytes of what the viewer tells at a time
 
@@ -49,13 +49,19 @@ def is_broken(text: str) -> bool:
 def check_turns(turns: Sequence[Mapping[str, str]], options: Sequence[str] = ()) -> None:
     """Raise ValueError for a chat that is longer than a model reads: it comes back from the browser."""
     check_question(turns[-1]["content"], options)
+    if len(turns) > MOST_TURNS:
+        raise ValueError(f"The chat has {len(turns):,} turns, more than the {MOST_TURNS} that are read; clear it.")
     if (size := sum(len(turn["content"]) for turn in turns)) > MOST_SAID:
         raise ValueError(f"The chat has {size:,} characters, more than the {MOST_SAID:,} that are read; clear it.")
 
 
 def read_told(told: Any, key: str) -> list:
     """A list that the viewer tells. Raises ValueError for what no viewer tells, and for more than it does at a time."""
-    if len(json.dumps(told, default=str)) > MOST_TOLD:
+    try:
+        size = len(json.dumps(told, default=str))
+    except RecursionError:
+        raise ValueError(f"The viewer tells lists of {key}, not lists of lists of lists; this was not taken.") from None
+    if size > MOST_TOLD:
         raise ValueError(f"The viewer tells {MOST_TOLD >> 10} kB at most at a time; this was not taken.")
     if not isinstance(told, dict) or not isinstance(told.get(key), list):
         raise ValueError(f"The viewer tells a list of {key}; something else came.")

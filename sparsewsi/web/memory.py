@@ -6,10 +6,13 @@ requests such a server holds twice the memory that it uses. Elsewhere than on gl
 
 import ctypes
 import sys
+import time
+from collections.abc import Callable
 from contextlib import suppress
 
 M_ARENA_MAX = -8  # of malloc.h
 HEAPS = 2
+GIVE_BACK_EVERY = 2.0  # s
 
 
 def share_heaps() -> None:
@@ -24,3 +27,13 @@ def give_back() -> None:
     if sys.platform == "linux":
         with suppress(AttributeError, OSError):
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def give_back_for_ever(count: Callable[[], int]) -> None:
+    """Do so soon after every piece of work. count: of the pieces so far"""
+    before = 0
+    while True:
+        time.sleep(GIVE_BACK_EVERY)
+        if (now := count()) != before:
+            before = now
+            give_back()

@@ -18,15 +18,18 @@ from sparsewsi.model.config import DEFAULT_MODEL
 from sparsewsi.readers.choice import add_reader_flags, choose_reader, open_reader
 from sparsewsi.web import zero_gpu
 from sparsewsi.web.desk import Desk
-from sparsewsi.web.door import MOST_OF_ALL, Door, read_logins
+from sparsewsi.web.door import MOST_OF_ALL, Door, hang_up_for_ever, read_logins
 from sparsewsi.web.folder import make_folder, tidy_for_ever
-from sparsewsi.web.memory import share_heaps
+from sparsewsi.web.memory import give_back_for_ever, share_heaps
 from sparsewsi.web.page import build_page
 from sparsewsi.web.uploads import Uploads
 from sparsewsi.web.viewer import PAGE_CSS, theme
 
 ENDED_BY = {signal.SIGTERM: 0, signal.SIGINT: 130}  # and the status then
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# s that a thread keeps Python for while others want it: an answer asks for it after each of a thousand operations, and
+# would wait ten times as long for every one while a page or a request is made.
+TURN = 0.0005
 
 
 def read_flags(argv: Sequence[str] | None, on_space: bool) -> argparse.Namespace:
@@ -108,6 +111,7 @@ def launch_settings(
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve the app until it is interrupted; returns the exit status."""
     share_heaps()
+    sys.setswitchinterval(TURN)
     on_space = bool(os.environ.get("SPACE_ID"))
     before = {number: signal.signal(number, _end) for number in ENDED_BY}  # nothing is left of a slide
     try:
@@ -165,7 +169,13 @@ def serve(desk: Desk, flags: argparse.Namespace) -> None:
         raise ValueError("--mcp needs the packages of an extra of Gradio: pip install 'gradio[mcp]'.")
     log_in_tools(demo, address, flags.auth)
     threading.Thread(target=desk.warm_up, name="warm-up", daemon=True).start()
-    threading.Thread(target=tidy_for_ever, args=(desk.tidy,), name="tidy", daemon=True).start()
+    connections = demo.server.server_state.connections
+    for work, given in (
+        (tidy_for_ever, desk.tidy),
+        (give_back_for_ever, lambda: desk.jobs.steps),
+        (hang_up_for_ever, connections),
+    ):
+        threading.Thread(target=work, args=(given,), name=work.__name__, daemon=True).start()
     print(f"SparseWSI is served at {address}", flush=True)
     demo.block_thread()
 

@@ -17,7 +17,7 @@ from sparsewsi.bags.bag import Bag
 from sparsewsi.model.evidence import Evidence
 from sparsewsi.model.selection import Selection
 from sparsewsi.model.words import Words
-from sparsewsi.report.case import Model
+from sparsewsi.report.case import Model, Progress
 
 # The longest that each call may take, in seconds. A visitor's allowance is charged with it beforehand.
 SECONDS = {"select": 20, "tokens_of": 20, "words": 20, "answer": 60, "option_probs": 20, "leave_one_out": 60}
@@ -57,14 +57,24 @@ class OnLoan:
     def __getattr__(self, name: str) -> Any:
         return self._lent.get(name) or getattr(self._model, name)
 
-    # Arguments are passed on as they come, so that a new one of the model's is no one's to repeat here.
-    def select(self, bag: Bag, *given: Any, **named: Any) -> Selection:
+    # Arguments are passed on as they come, so that a new one of the model's is no one's to repeat here; but another
+    # process cannot tell how far it is.
+    def select(self, bag: Bag, *given: Any, progress: Progress | None = None, **named: Any) -> Selection:
         return self._lent["select"](_bare(bag), *given, **named)
+
+    def option_probs(
+        self,
+        selection: Selection,
+        question: str | Messages,
+        options: Sequence[str],
+        progress: Progress | None = None,
+    ) -> Tensor:
+        return self._lent["option_probs"](selection, question, options)
 
     def tokens_of(self, bag: Bag, *given: Any, **named: Any) -> Tensor:
         return self._lent["tokens_of"](_bare(bag), *given, **named)
 
-    def words(self, bag: Bag) -> Words:
+    def words(self, bag: Bag, progress: Progress | None = None) -> Words:
         return self._lent["words"](_bare(bag))
 
     def leave_one_out(
@@ -73,7 +83,7 @@ class OnLoan:
         messages: Messages,
         answer: str,
         options: Sequence[str] | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
         *given: Any,
         **named: Any,
     ) -> Evidence:

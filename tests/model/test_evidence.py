@@ -121,6 +121,43 @@ def test_the_size_of_a_pass_changes_nothing(model, selection, monkeypatch):
     assert seen == [(i, len(selection.indices) + 2) for i in range(len(selection.indices) + 2)]
 
 
+@pytest.mark.parametrize("scoring", ["text", "letter"])
+@pytest.mark.parametrize("head", ["plain", "rescaled"])
+def test_a_long_prompt_is_read_in_parts_between_which_others_may_have_their_turn(
+    tiny_llm, bag, monkeypatch, scoring, head
+):
+    model = make_model(tiny_llm, option_scoring=scoring)
+    if head == "rescaled":  # as in LLMs whose logits are not the last layer's alone
+        monkeypatch.setattr(evidence, "RESCALED", ("vocab_size",))
+    selection, looks = model.select(bag), []
+    chat = [{"role": "user", "content": "Which of these tissues is it? " * 5}]
+    options = [f"{word} tissue of the kind that is seen here" for word in ("liver", "fat", "bone")]
+    whole, weighed = model.option_probs(selection, chat, options), model.leave_one_out(selection, chat, "B", options)
+    for length in (7, 32, 50):
+        monkeypatch.setattr(evidence, "TOKENS", {"cpu": 0})
+        monkeypatch.setattr(evidence, "PART", {"cpu": length})
+        looks.clear()
+        found = model.option_probs(selection, chat, options, progress=lambda *at: looks.append(at))
+        torch.testing.assert_close(found, whole, atol=1e-5, rtol=0)
+        assert len(looks) >= 100 // length
+        again = model.leave_one_out(selection, chat, "B", options)
+        torch.testing.assert_close(again.effects, weighed.effects, atol=1e-4, rtol=0)
+    assert whole.max() - whole.min() > 1e-3, "else the test would show nothing"
+
+
+def test_who_stops_between_two_parts_has_stopped(model, selection, monkeypatch):
+    class Stopped(Exception):
+        pass
+
+    def stop(*_):
+        raise Stopped
+
+    monkeypatch.setattr(evidence, "TOKENS", {"cpu": 0})
+    monkeypatch.setattr(evidence, "PART", {"cpu": 32})
+    with pytest.raises(Stopped):
+        model.option_probs(selection, CHAT, OPTIONS, progress=stop)
+
+
 def test_a_group_of_patches_is_left_out_as_a_whole(model, selection):
     found = model.leave_one_out(selection, CHAT, "fat", groups=[[2], [0, 3], range(len(selection.indices))])
     assert float(found.group_effects[0]) == pytest.approx(float(found.effects[2]), abs=1e-4)

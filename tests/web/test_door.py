@@ -46,6 +46,9 @@ class Told:
     def forget(self, session: str) -> None:
         self.log.append(("forget", session))
 
+    def heed(self, session: str, listens: bool) -> None:
+        self.log.append(("listens" if listens else "does not listen", session))
+
     def heard(self, *event: str, seconds: float = 2.0) -> bool:
         ends = time.monotonic() + seconds
         while event not in self.log and time.monotonic() < ends:
@@ -159,7 +162,9 @@ def test_what_the_page_does_not_need_is_not_there(served, path):
     assert httpx.post(f"{served.address}/gradio_api/run/wait", json={"data": [0]}).status_code == 404, "past the queue"
 
 
-@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1.evil.example:7860"])
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "null", "http://127.0.0.1.evil.example:7860", "http://[::1", "http://[v1]x"]
+)
 def test_pages_of_others_can_ask_a_server_of_this_machine_nothing(served, origin):
     assert join(served.address, [0.0], "a", Origin=origin).status_code == 403
     upload = httpx.post(
@@ -167,6 +172,81 @@ def test_pages_of_others_can_ask_a_server_of_this_machine_nothing(served, origin
     )
     assert upload.status_code == 403
     assert join(served.address, [0.0], "a", Origin=served.address).status_code == 200
+
+
+@pytest.mark.parametrize("nothing", ["[]", "{}", '[[{"a":[]}]]'])
+def test_what_would_take_far_more_memory_than_its_bytes_is_not_kept(served, nothing):
+    body = json.dumps({"data": [json.loads(nothing)] * 20_000, "fn_index": 0, "session_hash": "s"})
+    answer = httpx.post(f"{served.address}/gradio_api/queue/join", content=body, timeout=60)
+    assert (answer.status_code, "lists and objects" in answer.text) == (413, True)
+
+
+def test_a_session_whose_name_is_a_book_is_not_remembered(served):
+    name = "s" * (door_module.LONGEST_NAME + 1)
+    assert join(served.address, [0.0], name).status_code == 400
+    for path in (f"heartbeat/{name}", f"queue/data?session_hash={name}", f"call/wait/{name}"):
+        assert httpx.get(f"{served.address}/gradio_api/{path}", timeout=60).status_code == 400
+    assert not any(session == name for _, session in served.log)
+    assert join(served.address, [0.0], name[1:]).status_code == 200
+
+
+def test_who_says_nothing_is_hung_up_on_and_who_waits_for_an_answer_is_not(tmp_path):
+    demo, told = serve(tmp_path)
+    connections = demo.server.server_state.connections
+    host, port = told.address.removeprefix("http://").split(":")
+    try:
+        join(told.address, [3.0], "patient")
+        with (
+            httpx.stream("GET", f"{told.address}/gradio_api/queue/data?session_hash=patient", timeout=60) as stream,
+            socket.create_connection((host, int(port)), timeout=5) as mute,
+            socket.create_connection((host, int(port)), timeout=5) as half,
+        ):
+            half.sendall(b"POST /gradio_api/queue/join HTTP/1.1\r\nHost: 127.0.0.1\r\n")
+            time.sleep(0.5)
+            silent = door_module.hang_up(connections, ())
+            assert len(silent) >= 2
+            door_module.hang_up(connections, silent)
+            assert mute.recv(10) == half.recv(10) == b""
+            said = [json.loads(line[6:])["msg"] for line in stream.iter_lines() if line.startswith("data: ")]
+            assert said[-1] == "close_stream"
+    finally:
+        demo.close(verbose=False)
+
+
+@pytest.mark.parametrize("number", [-1, 10**30, 3, "0", [0], 0.5, {}])
+def test_a_function_that_the_page_does_not_have_is_not_called(served, number):
+    answer = join(served.address, [0.0], "s", number)
+    assert (answer.status_code, "no such function" in answer.text) == (400, True)
+
+
+def test_pages_are_made_a_few_at_a_time(served, monkeypatch):
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda _: httpx.get(served.address, timeout=60).status_code, range(32)))
+    assert set(answers) == {200}
+    host, port = served.address.removeprefix("http://").split(":")
+    lines = []
+    for _ in range(4):  # who asks for a page and does not read it is in nobody's way
+        lines.append(socket.create_connection((host, int(port)), timeout=5))
+        lines[-1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        lines[-1].sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+    assert httpx.get(served.address, timeout=20).status_code == 200
+    for line in lines:
+        line.close()
+    monkeypatch.setattr(door_module, "MOST_PAGES", 0)
+    answer = httpx.get(f"{served.address}/config")
+    assert (answer.status_code, "busy" in answer.text) == (503, True)
+
+
+def test_who_listens_is_told_from_the_first_stream_to_the_last(served):
+    for path in ("heartbeat/hears", "queue/data?session_hash=hears"):
+        served.log.clear()
+        join(served.address, [1.0], "hears")
+        assert not any(event == "listens" for event, _ in served.log)
+        with httpx.stream("GET", f"{served.address}/gradio_api/{path}", timeout=60) as stream:
+            next(stream.iter_lines())
+            assert served.heard("listens", "hears")
+            assert ("does not listen", "hears") not in served.log
+        assert served.heard("does not listen", "hears")
 
 
 def test_requests_and_queues_are_bounded(served, monkeypatch):

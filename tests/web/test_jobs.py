@@ -18,8 +18,16 @@ def soon(true, seconds: float = 5.0) -> bool:
     return true()
 
 
+def listened(*sessions: str) -> Jobs:
+    """Jobs of sessions that somebody listens to."""
+    jobs = Jobs()
+    for session in sessions:
+        jobs.heed(session, True)
+    return jobs
+
+
 def test_a_session_has_one_job_at_a_time_and_a_short_line():
-    jobs, running, most = Jobs(), Counter(), Counter()
+    jobs, running, most = listened("a", "b"), Counter(), Counter()
 
     def work(session: str) -> None:
         with jobs.run(session, "question"):
@@ -40,7 +48,7 @@ def test_a_session_has_one_job_at_a_time_and_a_short_line():
 
 
 def test_a_full_server_says_so_and_is_free_again():
-    jobs = Jobs()
+    jobs = listened(*(f"session {i}" for i in range(jobs_module.MOST_OF_ALL)))
     waiting = [jobs.enter(f"session {i}", "slide") for i in range(jobs_module.MOST_OF_ALL)]
     with pytest.raises(ValueError, match="Try again in a few minutes"):
         jobs.enter("another", "question")
@@ -52,7 +60,7 @@ def test_a_full_server_says_so_and_is_free_again():
 
 def test_who_waits_knows_its_place_and_who_was_served_less_goes_first(monkeypatch):
     monkeypatch.setitem(jobs_module.AT_ONCE, "slide", 2)
-    jobs = Jobs()
+    jobs = listened("greedy", "b", "c", "d")
     greedy = [jobs.enter("greedy", "slide") for _ in range(3)]
     others = [jobs.enter(name, "slide") for name in ("b", "c", "d")]
     jobs.start(greedy[0])
@@ -68,7 +76,7 @@ def test_who_waits_knows_its_place_and_who_was_served_less_goes_first(monkeypatc
 
 def test_a_large_slide_does_not_stop_a_question():
     """The one encodes batches of 0.1 s all the time; the other's three passes come between them."""
-    jobs, over = Jobs(), threading.Event()
+    jobs, over = listened("one", "other"), threading.Event()
 
     def encode() -> None:
         with jobs.run("one", "slide") as job:
@@ -91,7 +99,7 @@ def test_a_large_slide_does_not_stop_a_question():
 
 
 def test_the_machine_is_shared_by_time_not_by_turns():
-    jobs, steps = Jobs(), {"long": 0.0, "short": 0.0}
+    jobs, steps = listened("long", "short"), {"long": 0.0, "short": 0.0}
 
     def work(session: str, seconds: float) -> None:
         ends = time.monotonic() + 1.5
@@ -109,10 +117,131 @@ def test_the_machine_is_shared_by_time_not_by_turns():
     assert steps["short"] > 0.5 * steps["long"]
 
 
+def work_on(jobs: Jobs, session: str, seconds: float, steps: Counter, over: threading.Event) -> threading.Thread:
+    """One job after the other, each of one step of so many seconds, until it is over; counts them."""
+
+    def work() -> None:
+        while not over.is_set():
+            with jobs.run(session, "question") as job, jobs.step(job):
+                time.sleep(seconds)
+            steps[session] += 1
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def test_many_who_come_anew_overtake_nobody_who_waits():
+    """Twenty sessions with one step each, none of which has had anything of the machine yet."""
+    jobs, steps, over = listened("live", *(f"new {i}" for i in range(20))), Counter(), threading.Event()
+    threads = []
+    with jobs.run("live", "question") as job, jobs.step(job):
+        time.sleep(0.2)
+        threads = [work_on(jobs, f"new {i}", 0.05, steps, over) for i in range(20)]
+        time.sleep(0.05)
+        began = time.monotonic()
+        for _ in range(3):
+            jobs.pause(job)
+        waited = time.monotonic() - began
+    over.set()
+    for thread in threads:
+        thread.join()
+    assert waited < 20 * 0.05, "of those that run at the same time each has a step, no more"
+
+
+def test_who_has_a_page_open_goes_before_all_that_nobody_listens_to_and_these_are_not_starved():
+    jobs, steps, over = listened("live"), Counter(), threading.Event()
+    threads = [work_on(jobs, f"deaf {i}", 0.02, steps, over) for i in range(6)]
+    time.sleep(0.2)
+    alone = sum(steps.values())
+    assert alone >= 5, "where nobody else is they have all of the machine"
+    threads.append(work_on(jobs, "live", 0.02, steps, over))
+    steps.clear()
+    time.sleep(2)
+    over.set()
+    for thread in threads:
+        thread.join()
+    deaf = {session: count for session, count in steps.items() if session != "live"}
+    assert steps["live"] > sum(deaf.values()), "who also have what it leaves between two questions"
+    assert len(deaf) == 6, "each of them comes to its turn"
+
+
+def test_who_opens_a_page_is_no_longer_one_of_those_that_nobody_listens_to():
+    jobs, steps, over = listened("live"), Counter(), threading.Event()
+    threads = [work_on(jobs, session, 0.02, steps, over) for session in ("live", "other")]
+    time.sleep(0.5)
+    jobs.heed("other", True)
+    steps.clear()
+    time.sleep(1)
+    over.set()
+    for thread in threads:
+        thread.join()
+    assert steps["other"] > 0.7 * steps["live"]
+
+
+def test_a_few_things_are_done_for_those_that_nobody_listens_to_and_a_place_is_left_for_others(monkeypatch):
+    monkeypatch.setitem(jobs_module.AT_ONCE, "slide", 2)
+    jobs = listened("live")
+    deaf = [jobs.enter(f"deaf {i}", "slide") for i in range(jobs_module.MOST_UNHEARD)]
+    with pytest.raises(ValueError, match="do not listen"):
+        jobs.enter("one more", "question")
+    jobs.start(deaf[0])
+    assert not jobs._may_run(deaf[1])
+    with jobs.run("live", "slide") as job:
+        assert job.place == 0
+    jobs.heed("deaf 1", True)
+    jobs.start(deaf[1])
+    jobs.enter("one more", "question")
+
+
+def test_a_page_is_answered_before_a_flood_that_nobody_listens_to_which_is_done_in_the_end(desk, opened):
+    """The desk's own work: eight sessions select patches again and again while the ninth asks."""
+    done, each, chat = Counter(), 40, [{"role": "user", "content": "Which tissue is this?"}]
+    options = ["liver", "fat"]
+
+    def flood(session: str) -> None:
+        with desk.jobs.run(session, "question") as job:
+            for _ in range(each):
+                desk.select(opened.slides, job=job.name)
+                done[session] += 1
+
+    threads = [threading.Thread(target=flood, args=(f"deaf {i}",)) for i in range(jobs_module.MOST_UNHEARD)]
+    desk.jobs.heed("live", True)
+    for thread in threads:
+        thread.start()
+    assert soon(lambda: sum(done.values()) > 3)
+    with desk.jobs.run("live", "question") as job:
+        before = sum(done.values())
+        answer = desk.weigh(opened.case, chat, desk.judge(opened.case, chat, None, options, job.name), job.name)
+        meanwhile = sum(done.values()) - before
+    desk.jobs.heed("live", False)
+    for thread in threads:
+        thread.join(60)
+    assert len(answer.effects) == len(opened.case.selection.indices)
+    assert meanwhile < each, "not even one of them came to its end"
+    assert len(done) == len(threads)
+    assert set(done.values()) == {each}
+
+
+def test_who_paused_for_long_has_saved_nothing_up():
+    jobs, steps, over = listened("idle", "busy"), Counter(), threading.Event()
+    with jobs.run("idle", "slide") as job:
+        thread = work_on(jobs, "busy", 0.02, steps, over)
+        time.sleep(1)
+        steps.clear()
+        ends = time.monotonic() + 0.5
+        while time.monotonic() < ends:
+            with jobs.step(job):
+                time.sleep(0.02)
+    over.set()
+    thread.join()
+    assert steps["busy"] >= 6, "every second step is the other's"
+
+
 @pytest.mark.parametrize("state", ["waiting in its session's line", "waiting for a place", "at its next step"])
 def test_a_job_that_nobody_waits_for_ends_at_once_wherever_it_is(state, monkeypatch):
     monkeypatch.setitem(jobs_module.AT_ONCE, "slide", 2)
-    jobs, failed = Jobs(), []
+    jobs, failed = listened("mine", "other", "third", "another"), []
     session = "mine" if state == "waiting in its session's line" else "other"
     before = [jobs.enter(name, "slide") for name in (session, "third")]
     for job in before:

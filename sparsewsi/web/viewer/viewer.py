@@ -145,6 +145,15 @@ class Slides:
                 finally:
                     known.lock.release()
 
+    def close(self, owner: str) -> None:
+        """Close a session's slides that are not being read; they are opened again when somebody looks at them."""
+        for known in list(self._known.values()):
+            if known.owner == owner and known.lock.acquire(blocking=False):
+                try:
+                    _close(known)
+                finally:
+                    known.lock.release()
+
     def owner_of(self, token: str) -> str:
         """The session that a token was made for; "" for an unknown token."""
         known = self._known.get(token)
