@@ -3,6 +3,7 @@
 A Desk is made in main and passed to what needs it; no module keeps anything of a server.
 """
 
+import gc
 import hashlib
 import re
 import secrets
@@ -260,6 +261,8 @@ class Desk:
             print(f"The model could not be loaded yet: {error}", file=sys.stderr)
         few = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
         umap.map_features(few, Selection(torch.arange(4), few[:, 0].clone(), few[:4], len(few)))
+        gc.collect()
+        gc.freeze()  # what is there now stays: to look it through again and again would stop everything for a second
 
     # ---- slides
 

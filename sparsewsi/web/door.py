@@ -143,6 +143,8 @@ class Door:
         queued = what.startswith(("queue/join", "call/"))
         if not what:
             return None
+        if body.count(b"[") + body.count(b"{") > MOST_PARTS:  # everybody would wait while they are read
+            return 413, f"A request may have {MOST_PARTS:,} lists and objects at most."
         try:
             asked = json.loads(body) if body.strip() else {}
         except (ValueError, RecursionError):
@@ -154,8 +156,6 @@ class Door:
             or len(session or "") > LONGEST_NAME
         ):
             return 400, "The request is not what Gradio's are."
-        if body.count(b"[") + body.count(b"{") > MOST_PARTS:
-            return 413, f"A request may have {MOST_PARTS:,} lists and objects at most."
         if _names_file(asked, anywhere=what.startswith("mcp")):
             return 403, "A file is uploaded, not named by its address: this server fetches nothing for others."
         if self._uploads is not None and not _is_uploaded(asked, self._uploads):
