@@ -71,6 +71,7 @@ class _Foreign:
     slide_size: tuple[int, int] | None = None
     encoder: str | None = None
     note: str = ""
+    overlap: float | None = None  # of neighbours, px
 
 
 def load_bag(
@@ -156,6 +157,8 @@ def _to_bag(found: _Foreign, path: Path) -> Bag:
         raise ValueError(f"{path.name}: features have no columns, got {features.shape}.")
     if features.dtype.itemsize > 8:
         features = features.astype(np.float64)  # which torch knows
+    if len(features) > 1 and (features[:, 0] == features[0, 0]).all() and (features == features[0]).all():
+        notes.append("All patches have the same features: what made the file encoded one patch again and again.")
     blank = int((~features[features[:, 0] == 0].any(1)).sum())
     if blank:
         notes.append(
@@ -204,6 +207,12 @@ def _to_bag(found: _Foreign, path: Path) -> Bag:
                 f"The file states no patch size: {round(size)} level-0 px "
                 + ("is the step of its coordinates." if step else "is assumed.")
             )
+        elif step and not found.overlap and abs(step - size) > max(2, 0.02 * size):
+            notes.append(
+                f"Patches are {round(size)} level-0 px wide, but {round(step)} px apart: they overlap or leave gaps, "
+                "or the coordinates are px of another level."
+            )
+        notes += _doubt_places(coords, found.slide_size)
         order = np.lexsort((coords[:, 0], coords[:, 1]))
         if (np.diff(order) != 1).any():  # a copy of many patches is felt
             features = features[order]
@@ -227,6 +236,20 @@ def _to_bag(found: _Foreign, path: Path) -> Bag:
     if note:
         warnings.warn(note, UserWarning, stacklevel=4)  # without the file's name, which may be a patient's
     return bag
+
+
+def _doubt_places(coords: np.ndarray, size: tuple[int, int] | None) -> Iterator[str]:
+    """Sentences on places (N, 2) that no patches of one slide of `size` have."""
+    beyond = (coords < 0).any(1) if size is None else ((coords < 0) | (coords >= size)).any(1)
+    if beyond.any():
+        yield (
+            f"{np.count_nonzero(beyond)} of {len(coords)} patches lie beyond the slide"
+            + (f" of {size[0]} x {size[1]} px" if size else "")
+            + ": the coordinates are of another slide or level, or x and y are exchanged."
+        )
+    twice = len(coords) - len(np.unique(coords, axis=0))
+    if twice and twice < len(coords) - 1:  # of all at one place the step has told
+        yield f"{twice} of {len(coords)} patches lie where another one does: the file may hold them twice."
 
 
 def _encoder_name(stated: str | None) -> str:
@@ -443,6 +466,7 @@ def _add_pixel_facts(found: _Foreign, facts: dict[str, Any]) -> _Foreign:
         slide_mpp=10 / magnification_level0 if magnification_level0 else None,
         mpp_source="objective power" if magnification_level0 else "unknown",
         slide_size=(int(width), int(height)) if width and height else None,
+        overlap=_positive(facts.get("overlap")),
     )
 
 

@@ -5,6 +5,7 @@ that of the slide. N patches, V corners of a region. Positions are level-0 px.
 """
 
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,8 +91,8 @@ def read_regions(path: str | Path, bag: Bag, number: int = 0) -> Regions:
     Raises ValueError, in words, for a file that is too big, that is no GeoJSON, or whose regions meet no patch.
     """
     name = Path(path).name
-    polygons, points, ignored = _geometries(read_json(path, MOST_BYTES), name)
-    if ignored and not polygons and not points:
+    polygons, points, passed = _geometries(read_json(path, MOST_BYTES), name)
+    if passed["ignored"] and not polygons and not points:
         raise ValueError(
             f"all regions of {name} have a class that ends in *, such as Ignore*, which QuPath leaves out of its own "
             "work. Give those that are meant another class."
@@ -100,6 +101,9 @@ def read_regions(path: str | Path, bag: Bag, number: int = 0) -> Regions:
         raise ValueError(f"{name} holds no polygon and no point. Draw a region in QuPath and export it as GeoJSON.")
     if sum(len(ring) for rings in polygons for ring in rings) > MOST_CORNERS:
         raise ValueError(f"the regions of {name} have more than {MOST_CORNERS:,} corners. Simplify their shapes.")
+    values = np.concatenate([*(ring for rings in polygons for ring in rings), *(point[None] for point in points)])
+    if values.min() >= 0 and values.max() <= 1:
+        raise ValueError(f"all positions of {name} lie between 0 and 1: they must be px of full resolution.")
     corners = own_coords(bag).numpy().astype(np.float64) - _origin(bag, number)  # (N, 2)
     mine, part = number_slides(bag).numpy() == number, list_parts(bag)[number]
     chosen, regions, missed = np.zeros(len(corners), bool), len(polygons) + len(points), []
@@ -122,10 +126,10 @@ def read_regions(path: str | Path, bag: Bag, number: int = 0) -> Regions:
     if missed:
         x, y = (f"{value:.0f}" for value in missed[0])
         notes.append(f"{len(missed)} of {regions} regions meet no patch, the first at ({x}, {y})")
-    if ignored:
-        notes.append(
-            f"{ignored} of a class that ends in *, such as Ignore*, {'is' if ignored == 1 else 'are'} left out"
-        )
+    if passed["ignored"]:
+        notes.append(f"left out for a class that ends in *, such as Ignore*: {passed['ignored']}")
+    if passed["line"]:
+        notes.append(f"lines, which enclose no patch: {passed['line']}")
     return Regions(torch.from_numpy(np.flatnonzero(chosen)), "; ".join(notes))
 
 
@@ -137,9 +141,9 @@ def _is_ignored(feature: dict[str, Any]) -> bool:
     return isinstance(name, str) and name.strip().endswith("*")
 
 
-def _geometries(content: Any, name: str) -> tuple[list[list[np.ndarray]], list[np.ndarray], int]:
-    """Polygons, each a list of rings (V, 2), and points (2,) of parsed GeoJSON; how many objects are left out."""
-    ignored = 0
+def _geometries(content: Any, name: str) -> tuple[list[list[np.ndarray]], list[np.ndarray], Counter[str]]:
+    """Polygons, each a list of rings (V, 2), points (2,) of parsed GeoJSON, how many were passed over and why."""
+    passed: Counter[str] = Counter()
     polygons: list[list[np.ndarray]] = []
     points: list[np.ndarray] = []
     waiting = [content]
@@ -152,7 +156,7 @@ def _geometries(content: Any, name: str) -> tuple[list[list[np.ndarray]], list[n
             continue
         kind = item.get("type") if isinstance(item, dict) else None
         if kind == "Feature" and _is_ignored(item):
-            ignored += 1
+            passed["ignored"] += 1
             continue
         if kind in ("FeatureCollection", "Feature", "GeometryCollection"):
             waiting.append(item.get({"FeatureCollection": "features", "Feature": "geometry"}.get(kind, "geometries")))
@@ -168,11 +172,13 @@ def _geometries(content: Any, name: str) -> tuple[list[list[np.ndarray]], list[n
             given = item.get("coordinates")
             given = given[: MOST_REGIONS + 1] if kind == "MultiPoint" and isinstance(given, list) else [given]
             points += list(_positions(given, name))
-        elif item is not None and kind not in ("LineString", "MultiLineString"):
+        elif kind in ("LineString", "MultiLineString"):
+            passed["line"] += 1
+        elif item is not None:
             raise ValueError(f"{name} is JSON, but no GeoJSON. In QuPath: File > Export objects as GeoJSON.")
     if len(polygons) + len(points) > MOST_REGIONS:
         raise ValueError(f"{name} holds more than {MOST_REGIONS:,} regions or points. Export fewer objects.")
-    return polygons, points, ignored
+    return polygons, points, passed
 
 
 def _positions(values: Any, name: str) -> np.ndarray:
@@ -192,7 +198,7 @@ def _inside(rings: Sequence[np.ndarray], points: np.ndarray) -> np.ndarray:
     Patches lie on few rows: edges are cut once per row, and a point is inside if an odd number of cuts is left of it.
     """
     out = np.zeros(len(points), bool)
-    low, high = rings[0].min(0), rings[0].max(0)
+    low, high = np.min([ring.min(0) for ring in rings], 0), np.max([ring.max(0) for ring in rings], 0)
     near = np.flatnonzero(((low <= points) & (points <= high)).all(1))
     starts, ends = np.concatenate(rings), np.concatenate([np.roll(ring, -1, 0) for ring in rings])
     rows, row = np.unique(points[near, 1], return_inverse=True)

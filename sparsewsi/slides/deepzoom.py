@@ -14,8 +14,10 @@ import numpy as np
 from PIL import Image
 
 from sparsewsi.files import as_path
+from sparsewsi.slides.levels import compare_roughly
 from sparsewsi.slides.refusals import DAMAGED, SlideError, quote_reason
 from sparsewsi.slides.remote import ANY, UNREACHABLE, Hosts, Remote, find_address
+from sparsewsi.slides.tiff import decode_jpeg
 from sparsewsi.slides.tile_cache import TileCache
 
 CACHE_BYTES = 64 << 20  # of decoded tiles
@@ -92,7 +94,6 @@ class DeepZoomSource:
     """The levels of a Deep Zoom image down to the first that is one tile. Threads may share it."""
 
     vendor = "deepzoom"
-    doubts: tuple[str, ...] = ()
 
     def __init__(self, layout: Layout, fetch: Fetch, remote: Remote | None = None):
         self._layout, self._fetch, self._remote = layout, fetch, remote
@@ -101,7 +102,16 @@ class DeepZoomSource:
         last = next((n for n in shrinks if max(layout.level_size(n)) <= layout.tile), layout.highest)
         self.level_sizes = tuple(layout.level_size(shrink) for shrink in range(last + 1))
         self.level_downsamples = tuple(float(2**shrink) for shrink in range(last + 1))
+        self._shrinks = tuple(range(last + 1))
         self._tiles = TileCache(CACHE_BYTES)
+        self.doubts: tuple[str, ...] = ()
+        if remote is None:  # from a server it would be a hundred requests
+            found, notes = compare_roughly(self.level_sizes, self.level_downsamples, self.read)
+            self._shrinks = tuple(shrink for shrink in self._shrinks if found[shrink] is not None)
+            self.level_sizes = tuple(self.level_sizes[shrink] for shrink in self._shrinks)
+            self.level_downsamples = tuple(self.level_downsamples[shrink] for shrink in self._shrinks)
+            self.doubts = tuple(notes)
+            self._tiles.clear()
 
     def read(self, level: int, xy: tuple[int, int], size: tuple[int, int], out: np.ndarray | None = None) -> np.ndarray:
         out = np.full((size[1], size[0], 3), 255, np.uint8)
@@ -138,7 +148,7 @@ class DeepZoomSource:
         return pixels
 
     def _load(self, level: int, column: int, row: int) -> bytes:
-        place = f"_files/{self._layout.highest - level}/{column}_{row}.{self._layout.ending}"
+        place = f"_files/{self._layout.highest - self._shrinks[level]}/{column}_{row}.{self._layout.ending}"
         return self._fetch(place, MOST_BYTES)
 
     def _decode(self, data: bytes, level: int, column: int, row: int) -> np.ndarray:
@@ -152,7 +162,8 @@ class DeepZoomSource:
             image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
             if image.size != (spans[0][2], spans[1][2]):
                 raise SlideError(DAMAGED.format(": a tile has another size than the .dzi says"))
-            pixels = np.asarray(image.convert("RGB"))
+            plain = image.format == "JPEG" and image.mode in ("RGB", "L")
+            pixels = decode_jpeg(data) if plain else np.asarray(image.convert("RGB"))
         except SlideError:
             raise
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

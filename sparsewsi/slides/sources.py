@@ -12,13 +12,12 @@ from typing import Protocol
 
 import numpy as np
 import openslide
-import simplejpeg
 from PIL import Image, ImageOps
 
 from sparsewsi.slides.levels import compare_roughly, measure_downsamples, true_size
 from sparsewsi.slides.pages import Page, check_pages, find_level0, read_pages
 from sparsewsi.slides.refusals import CONVERT, DAMAGED, DAMAGED_IMAGE, DAMAGED_JPEG, SlideError, quote_reason
-from sparsewsi.slides.tiff import EndsEarly, TiffTiles
+from sparsewsi.slides.tiff import EndsEarly, TiffTiles, decode_jpeg
 
 # Largest region of one level decoded in one go: 8 MB of RGBA; larger ones are no faster.
 BLOCK = (2048, 1024)
@@ -369,16 +368,13 @@ class ImageSource:
             return self._pixels
 
     def _decode_jpeg(self) -> np.ndarray:
-        """Px as they are stored. Most decoders paint on where data do not add up, and say nothing."""
+        """Px as they are stored."""
         assert self._image.fp is not None
         self._image.fp.seek(0)
-        data = self._image.fp.read()
         try:
-            return simplejpeg.decode_jpeg(data)
+            return decode_jpeg(self._image.fp.read())
         except ValueError as error:
-            if str(error).startswith("Corrupt"):
-                raise SlideError(DAMAGED_JPEG) from None
-            return simplejpeg.decode_jpeg(data, strict=False)
+            raise SlideError(DAMAGED_JPEG if str(error).startswith("Corrupt") else DAMAGED_IMAGE) from None
 
     def _decode_rgb(self) -> np.ndarray:
         if self.vendor == "jpeg" and self._image.mode in ("RGB", "L"):

@@ -11,7 +11,7 @@ import numpy as np
 
 from sparsewsi.slides.refusals import SlideError
 from sparsewsi.slides.slide import Slide
-from sparsewsi.slides.stain import SWAPPED, find_stained, is_swapped
+from sparsewsi.slides.stain import doubt_colours, find_stained
 
 MASK_MPP = 8.0  # um per mask px
 MOST_PX = 250_000_000  # of a mask: more than glass of 100 x 70 mm at 5.3 um/px; each takes some 10 bytes
@@ -150,7 +150,7 @@ def _segment(slide: Slide, mpp: float) -> Tissue:
     found = find_stained(rgb, scale * slide.require_mpp())
     part = found.mask if lost is None else found.mask | lost  # whoever reads the patches there finds out which they are
     mask = np.pad(part, ((top, height - bottom), (left, width - right))) if part.shape != (height, width) else part
-    notes = [found.note, SWAPPED if is_swapped(_read_spots(slide, mask, scale)) else ""]
+    notes = [found.note, doubt_colours(_read_spots(slide, mask, scale))]
     return Tissue(mask, scale, found.reason, " ".join(filter(None, notes)))
 
 

@@ -721,3 +721,31 @@ def test_features_without_coords_that_lie_on_their_side_are_refused(tmp_path: Pa
 def test_features_without_coords_that_lie_as_they_should_are_read(tmp_path: Path, rows: int, columns: int):
     np.save(tmp_path / "a.npy", np.ones((rows, columns), np.float32))
     assert load_bag(tmp_path / "a.npy").features.shape == (rows, columns)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda f, c: (f, c - 3 * 512), "lie beyond the slide"),
+        (lambda f, c: (f, c * 4), "lie beyond the slide of 6000 x 3000 px"),
+        (lambda f, c: (f, c[:, ::-1] + [0, 2000]), "x and y are exchanged"),
+        (lambda f, c: (f, c // 2), "512 level-0 px wide, but 256 px apart"),
+        (lambda f, c: (f, c * 2), "512 level-0 px wide, but 1024 px apart"),
+        (lambda f, c: (f, c // 4), "512 level-0 px wide, but 128 px apart"),
+        (lambda f, c: (np.concatenate([f, f]), np.concatenate([c, c])), "12 of 24 patches lie where another one does"),
+        (lambda f, c: (np.concatenate([f, f[:3]]), np.concatenate([c, c[:3]])), "3 of 15 patches lie where another"),
+        (lambda f, c: (np.repeat(f[:1], len(f), 0), c), "All patches have the same features"),
+    ],
+)
+def test_places_and_features_that_one_slide_does_not_have_are_told(tmp_path: Path, change, words: str):
+    facts = {"patch_size_level0": 512, "level0_width": 6000, "level0_height": 3000, "overlap": 0}
+    with pytest.warns(UserWarning, match=words):
+        assert words in load_bag(made(tmp_path / "a.h5", *change(*_foreign()), **facts)).note
+
+
+@pytest.mark.parametrize("overlap", [64, 256, 500])
+def test_patches_that_overlap_as_their_file_says_are_no_matter(tmp_path: Path, overlap: int):
+    features, coords = _foreign()
+    coords = coords // 512 * (512 - overlap)
+    facts = {"patch_size_level0": 512, "overlap": overlap}
+    assert load_bag(made(tmp_path / "a.h5", features, coords, **facts)).note == ""

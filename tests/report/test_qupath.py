@@ -69,10 +69,10 @@ def test_points_and_small_regions_take_the_patch_around_them(tmp_path, grid):
     ("classes", "places", "said"),
     [
         ((None, None), ([50, 50], [9000, 40]), "1 of 2 regions meet no patch, the first at (9000, 40)"),
-        (({"name": "Tumor"}, {"name": "Ignore*"}), ([50, 50], [150, 50]), "1 of a class that ends in *"),
-        (({"name": "Tumor"}, {"name": "Stroma: Ignore*"}), ([50, 50], [150, 50]), "1 of a class that ends in *"),
-        (("Tumor", "Ignore*"), ([50, 50], [150, 50]), "is left out"),
-        ((None, {"name": "Tumor*", "color": [1, 2, 3]}), ([50, 50], [150, 50]), "is left out"),
+        (({"name": "Tumor"}, {"name": "Ignore*"}), ([50, 50], [150, 50]), "such as Ignore*: 1"),
+        (({"name": "Tumor"}, {"name": "Stroma: Ignore*"}), ([50, 50], [150, 50]), "such as Ignore*: 1"),
+        (("Tumor", "Ignore*"), ([50, 50], [150, 50]), "left out for a class"),
+        ((None, {"name": "Tumor*", "color": [1, 2, 3]}), ([50, 50], [150, 50]), "left out for a class"),
         (({"name": "Tumor"}, None), ([50, 50], [50, 60]), ""),
     ],
 )
@@ -85,6 +85,29 @@ def test_regions_that_are_left_out_are_told_beside_those_that_are_found(tmp_path
     found = qupath.read_regions(tmp_path / "roi.geojson", grid)
     assert found.rows.tolist() == [0]
     assert said in found.note if said else found.note == ""
+
+
+@pytest.mark.parametrize("far", [1, 0.3, 0.9])
+def test_positions_that_are_fractions_are_told(tmp_path, grid, far):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        regions(tmp_path, grid, {"type": "Polygon", "coordinates": [square(0, 0.1, far, far)]})
+
+
+@pytest.mark.parametrize("rings", [[(0, 300), (110, 190)], [(110, 190), (0, 300)], [(110, 190), (0, 300), (130, 170)]])
+def test_rings_enclose_the_same_in_whatever_order_they_stand(tmp_path, grid, rings):
+    found = regions(tmp_path, grid, {"type": "Polygon", "coordinates": [square(a, a, b, b) for a, b in rings]})
+    assert found == ([0, 1, 2, 10, 12, 20, 21, 22] if len(rings) == 2 else [0, 1, 2, 10, 11, 12, 20, 21, 22])
+
+
+def test_lines_beside_regions_are_told(tmp_path, grid):
+    line = {
+        "type": "Feature",
+        "properties": {},
+        "geometry": {"type": "LineString", "coordinates": [[0, 0], [900, 900]]},
+    }
+    point = {"type": "Feature", "properties": {}, "geometry": {"type": "Point", "coordinates": [50, 50]}}
+    (tmp_path / "roi.geojson").write_text(json.dumps([line, point, line]))
+    assert qupath.read_regions(tmp_path / "roi.geojson", grid).note == "lines, which enclose no patch: 2"
 
 
 def test_regions_that_are_all_ignored_are_no_regions(tmp_path, grid):

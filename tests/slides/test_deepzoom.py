@@ -210,3 +210,17 @@ def test_a_descriptor_that_cannot_be_is_refused(text):
 def test_other_files_are_not_looked_at(tmp_path):
     assert open_deep_zoom(tmp_path / "slide.svs") is None
     assert open_deep_zoom("https://example.org/slide.svs") is None
+
+
+# ---- what is damaged, or of another picture
+
+
+@pytest.mark.parametrize("fill", [0, 200, 255])
+def test_a_level_that_shows_something_else_is_left_out(pyramid, fill):
+    folder = max((place for place in pyramid.with_name(f"{pyramid.stem}_files").iterdir()), key=lambda p: int(p.name))
+    for tile in (folder.parent / str(int(folder.name) - 1)).iterdir():
+        with Image.open(tile) as image:
+            Image.new("RGB", image.size, (fill,) * 3).save(tile)
+    with open_slide(pyramid, slide_mpp=0.5) as slide:
+        assert 2.0 not in slide.level_downsamples
+        assert "left out" in slide.warnings[0]

@@ -10,6 +10,7 @@ from scipy import ndimage
 
 from sparsewsi.slides.refusals import SlideError
 from sparsewsi.slides.slide import open_slide
+from sparsewsi.slides.stain import doubt_colours
 from sparsewsi.slides.tissue import LOST, coverage, find_tissue, patch_coords, patch_side, tissue_mask, why_empty
 
 MPP = 2.0  # um per px of the painted slides
@@ -387,3 +388,11 @@ def test_red_and_blue_that_were_swapped_are_told(tmp_path, ground, nuclei, count
 def test_the_colours_of_real_slides_run_as_they_should(shared_data, name):
     with open_slide(shared_data / "slides" / name, slide_mpp=0.5) as slide:
         assert "swapped" not in find_tissue(slide).note
+
+
+@pytest.mark.parametrize(("channel", "value"), [(0, 10), (1, 0), (2, 255)])
+def test_a_channel_that_holds_nothing_is_told(channel, value):
+    tissue = paint_nuclei((226, 160, 196), (96, 66, 140), 2000)[300:1200, 300:1200]
+    assert doubt_colours(tissue[None]) == ""
+    tissue[..., channel] = value
+    assert f"The {('red', 'green', 'blue')[channel]} channel" in doubt_colours(tissue[None])
