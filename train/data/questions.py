@@ -264,7 +264,7 @@ def _options(named: dict[str, Any]) -> tuple[tuple[str, ...], bool]:
     options = tuple(str(item) if isinstance(item, bool) else _text(item) for item in value)
     if options and not any(options):
         raise ValueError("all options are empty.")
-    if not all(options):
+    if "" in options and any(options[options.index("") :]):  # behind the last, it fills up a table
         raise ValueError(f"option {options.index('') + 1} of {len(options)} is empty. Write it, or leave it out.")
     return options, False
 

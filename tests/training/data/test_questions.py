@@ -595,3 +595,21 @@ def test_files_and_slides_are_named_as_they_are_pasted(tmp_path, written) -> Non
     records, bad = read([paste(tmp_path / "my q.json")])
     assert not bad
     assert [path.name for path in FeatureFolder(paste(folder)).find(records[0].slides[0])] == ["S 1.h5"]
+
+
+@pytest.mark.parametrize("options", [["one", "", "two"], [None, "one", "two"], ["one", " ", None, "two"]])
+def test_an_option_that_is_empty_between_others_is_told(tmp_path: Path, options: list):
+    row = {"slide": "a", "question": "Which?", "options": options, "answer": "two"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(row))
+    records, (bad,) = read([tmp_path / "q.jsonl"])
+    assert not records
+    assert "is empty" in bad.reason
+
+
+@pytest.mark.parametrize("twice", ["question", "answer", "slide"])
+def test_a_row_that_says_something_twice_is_told(tmp_path: Path, twice: str):
+    text = json.dumps({"slide": "a", "question": "Which?", "answer": "two"})
+    (tmp_path / "q.jsonl").write_text(text[:-1] + f', "{twice}": "b"}}')
+    records, (bad,) = read([tmp_path / "q.jsonl"])
+    assert not records
+    assert "a key twice" in bad.reason
