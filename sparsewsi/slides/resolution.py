@@ -178,6 +178,10 @@ def _stated(properties: dict[str, str], vendor: str) -> list[tuple[str, tuple[fl
         found = [found[1], found[2] if found[2][1] else ("tiff resolution", found[0][1])]
     elif vendor != "aperio":  # the first page of other TIFFs need not be the scan
         found = found[:1] if found[0][1] else found[2:]
+    if vendor == "aperio":  # OpenSlide keeps the last of several
+        said = re.findall(r"\bMPP\s*=\s*([\d.,]+)", properties.get("tiff.ImageDescription", ""))
+        values = {_positive(text.replace(",", ".")) for text in said if len(said) > 1}
+        found += [("openslide", (value, value)) for value in values if value and (value, value) != found[0][1]]
     return [(source, pair) for source, pair in found if pair is not None]
 
 
@@ -200,7 +204,19 @@ def _tiff_mpp(properties: dict[str, str]) -> tuple[float, float] | None:
     return (unit / x, unit / y) if unit and x and y else None
 
 
-_UM = {"": 1.0, "µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "Å": 1e-4}
+_UM = {
+    "": 1.0,
+    "µm": 1.0,
+    "μm": 1.0,
+    "um": 1.0,
+    "nm": 1e-3,
+    "mm": 1e3,
+    "cm": 1e4,
+    "dm": 1e5,
+    "m": 1e6,
+    "in": 25_400.0,
+    "Å": 1e-4,
+}
 
 
 def _ome_facts(properties: dict[str, str], element: str) -> dict[str, str]:

@@ -159,6 +159,17 @@ def test_two_statements_that_differ_are_told():
         assert f"{tags:g} um/px" in found.notes[0]
 
 
+@pytest.mark.parametrize(("used", "other"), [("0.25", "0.5"), ("0.5", "0,2520"), ("0.4990", "0.2490")])
+def test_another_resolution_in_the_same_description_is_told(used, other):
+    text = f"Aperio Image Library v11|AppMag = 20|MPP = {other}|Left = 3|MPP = {used}"
+    facts = {"openslide.mpp-x": used, "openslide.mpp-y": used, "tiff.ImageDescription": text}
+    found = find_resolution(facts, "aperio", SMALL)
+    assert found.mpp == float(used)
+    assert f"{float(other.replace(',', '.')):.4g} um/px" in found.notes[0]
+    facts["tiff.ImageDescription"] = text.replace(other, used)
+    assert find_resolution(facts, "aperio", SMALL).notes == ()
+
+
 @pytest.mark.parametrize(("given", "words"), [(40, "magnification"), (250, "nm instead of um"), (0.0005, "mm instead")])
 def test_a_resolution_given_that_no_slide_has_is_refused(tmp_path, given, words):
     with pytest.raises(SlideError, match=words):
