@@ -79,7 +79,12 @@ class Regions:
     note: str = ""
 
 
-def read_regions(path: str | Path, bag: Bag, number: int = 0) -> Regions:
+def read_regions(path: str | Path, bag: Bag, number: int = 0) -> Tensor:
+    """find_regions' patches alone: (M,) int64, ascending."""
+    return find_regions(path, bag, number).rows
+
+
+def find_regions(path: str | Path, bag: Bag, number: int = 0) -> Regions:
     """Patches of a bag in the regions of a GeoJSON file (QuPath: File > Export objects as GeoJSON).
 
     number: of the slide that they were drawn on, where the bag is of several

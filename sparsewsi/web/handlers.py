@@ -19,7 +19,7 @@ from sparsewsi.bags.bag import list_parts
 from sparsewsi.files import as_path
 from sparsewsi.report import umap
 from sparsewsi.report.phantom import choose_questions, describe_truths, find_truth
-from sparsewsi.report.qupath import read_regions
+from sparsewsi.report.qupath import find_regions
 from sparsewsi.web import intake
 from sparsewsi.web.answering import Answers, Changes, take_waiting
 from sparsewsi.web.beside import Comparing
@@ -543,7 +543,7 @@ class Handlers(Comparing):
                 with desk.jobs.step(job):
                     bag = opened.case.bag
                     number = min(number, len(list_parts(bag)) - 1)
-                    found = read_regions(intake.require_upload(file, desk.uploads), bag, number)
+                    found = find_regions(intake.require_upload(file, desk.uploads), bag, number)
             finally:
                 desk.drop_upload(file)
         where = f"imported regions ({found.note})" if found.note else "imported regions"

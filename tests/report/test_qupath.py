@@ -32,7 +32,7 @@ def regions(folder, bag, *geometries, wrap: bool = True) -> list[int]:
     features = [{"type": "Feature", "properties": {}, "geometry": geometry} for geometry in geometries]
     content = {"type": "FeatureCollection", "features": features} if wrap else features
     (folder / "roi.geojson").write_text(json.dumps(content))
-    return qupath.read_regions(folder / "roi.geojson", bag).rows.tolist()
+    return qupath.read_regions(folder / "roi.geojson", bag).tolist()
 
 
 def square(left: float, top: float, right: float, bottom: float) -> list:
@@ -82,7 +82,7 @@ def test_regions_that_are_left_out_are_told_beside_those_that_are_found(tmp_path
         for kind, place in zip(classes, places)
     ]
     (tmp_path / "roi.geojson").write_text(json.dumps(features))
-    found = qupath.read_regions(tmp_path / "roi.geojson", grid)
+    found = qupath.find_regions(tmp_path / "roi.geojson", grid)
     assert found.rows.tolist() == [0]
     assert said in found.note if said else found.note == ""
 
@@ -107,7 +107,7 @@ def test_lines_beside_regions_are_told(tmp_path, grid):
     }
     point = {"type": "Feature", "properties": {}, "geometry": {"type": "Point", "coordinates": [50, 50]}}
     (tmp_path / "roi.geojson").write_text(json.dumps([line, point, line]))
-    assert qupath.read_regions(tmp_path / "roi.geojson", grid).note == "lines, which enclose no patch: 2"
+    assert qupath.find_regions(tmp_path / "roi.geojson", grid).note == "lines, which enclose no patch: 2"
 
 
 def test_regions_that_are_all_ignored_are_no_regions(tmp_path, grid):
@@ -128,7 +128,7 @@ def test_a_shape_of_many_corners_agrees_with_its_formula(tmp_path, grid):
 
 def test_what_was_exported_is_read_back(tmp_path, bag, selection):
     qupath.write_geojson(tmp_path / "p.geojson", bag, selection)
-    assert qupath.read_regions(tmp_path / "p.geojson", bag).rows.tolist() == selection.indices.tolist()
+    assert qupath.read_regions(tmp_path / "p.geojson", bag).tolist() == selection.indices.tolist()
 
 
 POLYGON = '{"type": "Polygon", "coordinates": %s}'
@@ -194,4 +194,4 @@ def test_positions_count_from_the_corner_of_what_was_scanned_as_in_qupath(tmp_pa
         assert here["id"] == there["id"]
     wanted = sorted(selection.indices.tolist())
     for path, read in zip(paths, (bag, scanned)):
-        assert qupath.read_regions(path, read).rows.tolist() == wanted
+        assert qupath.read_regions(path, read).tolist() == wanted
