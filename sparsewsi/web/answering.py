@@ -192,13 +192,17 @@ class Answering:
             return {self.page.next: None, self.page.question: question.text}
         return self._ask_or_wait(opened, chat, question, questions, request) | {self.page.next: None}
 
-    def _give_next_back(self, session: str) -> Changes:
-        """The boxes, ready for the next question; the one that waited, if one did, is in them again."""
+    def _give_next_back(self, session: str, coming: bool = False) -> Changes:
+        """The boxes, ready for the next question; the one that waited, if one did, is in them again.
+
+        coming: the answer has not ended yet, and makes them ready itself
+        """
         page, question = self.page, self.desk.turns.take_next(session)
+        box = gr.Textbox if coming else ask_for_question
         if question is None:
-            return {page.question: ask_for_question()}
-        box = {page.question: ask_for_question(value=question.text), page.next_line: ""}
-        return box | {page.given_options: "\n".join(question.options), page.impression: question.impression}
+            return {} if coming else {page.question: box()}
+        boxes: Changes = {page.question: box(value=question.text), page.next_line: ""}
+        return boxes | {page.given_options: "\n".join(question.options), page.impression: question.impression}
 
     def _let_wait(self, question: Question, before: list) -> Changes:
         page = self.page
@@ -390,14 +394,14 @@ class Answering:
     def on_stop(self, chat: list, request: gr.Request) -> Changes:
         """Stop an answer: one that has started says so itself, soon. A question that waits goes back to its box."""
         session = str(request.session_hash)
-        changes = self._give_next_back(session)
-        turn = self.desk.turns.stop(session)
+        turn = self.desk.turns.get(session)
+        coming = turn is not None and turn.started and not turn.done
+        changes = self._give_next_back(session, coming)
+        self.desk.turns.stop(session)
         self.desk.jobs.end(session, "question")
-        if turn is not None and turn.started and not turn.done:
-            return changes if len(changes) > 1 else gr.skip()
         if turn is not None and not turn.started:
             changes[self.page.chat] = [*chat, show_answer("", [STOPPED])]
-        return changes
+        return changes or gr.skip()
 
     def on_answer_shown(self, opened: Opened | None, chat: list, answers: Answers) -> Changes:
         """The viewer shows the evidence of the answer that the chat ends with, never that of another one."""

@@ -49,13 +49,10 @@ class Right:
     answers: Answers = field(default_factory=dict)
 
 
-def lay_column(title: str, answer: Answer, case: Case) -> Column:
-    """An answer as it stands beside another one; what holds for both stands below."""
-    return (
-        title,
-        word_answer(answer, case.limits, case.selection.ranks.tolist()),
-        show_known(replace(answer, impression="", limit=""), case),
-    )
+def lay_column(title: str, answer: Answer, case: Case, both: str) -> Column:
+    """An answer as it stands beside another one. both: the limit that holds for both and stands below them"""
+    alone = replace(answer, impression="", limit="" if answer.limit == both else answer.limit, sent="")
+    return title, word_answer(answer, case.limits, case.selection.ranks.tolist()), show_known(alone, case)
 
 
 class Comparing(WhatIf):
@@ -158,7 +155,7 @@ class Comparing(WhatIf):
             return
         desk, page = self.desk, self.page
         case, question = right.opened.case, questions.get(place - 1, Question(answers[place].heading))
-        left = lay_column(right.left or name_selection(opened.case), answers[place], opened.case)
+        first, named = answers[place], right.left or name_selection(opened.case)
         said = {at: one.text for at, one in right.answers.items()}
         turns, given = words.turns_of(chat[:place], questions, desk.config.multi_turn, said)
         answer, failure, whole = self._begin_answer(question, turns, given), None, False
@@ -167,8 +164,9 @@ class Comparing(WhatIf):
         assert turn is not None
 
         def both(answer: Answer) -> list:
-            column = lay_column(right.label, answer, case)
-            return [*chat[:place], show_both(left, column, whole, question.impression, answers[place].limit)]
+            limit = first.limit if answer.limit in ("", first.limit) else ""
+            columns = lay_column(named, first, opened.case, limit), lay_column(right.label, answer, case, limit)
+            return [*chat[:place], show_both(*columns, whole, question.impression, limit)]
 
         yield {page.question: wait_for_answer()}
         try:

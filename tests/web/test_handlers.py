@@ -216,6 +216,8 @@ def test_a_question_that_waits_is_back_in_its_box_when_the_answer_before_is_stop
     on.on_question("How?", "fat\nliver", "Benign", opened, (), asked, {}, me)
     back = on.on_stop(asked, me) if end == "on_stop" else on.on_clear(me)
     boxes = on.page.question, on.page.given_options, on.page.impression, on.page.next_line
+    ready = "submit_btn" in back[boxes[0]].constructor_args
+    assert ready == (end == "on_clear"), "a stopped answer says itself when it has ended"
     assert (back[boxes[0]].value, *(back[box] for box in boxes[1:])) == ("How?", "fat\nliver", "Benign", "")
 
 
