@@ -26,6 +26,7 @@ from sparsewsi.web.desk import CaseSlide, Opened
 from sparsewsi.web.errors import explain_errors
 from sparsewsi.web.handlers import Asked, Handlers, read_mpp
 from sparsewsi.web.jobs import Halted
+from sparsewsi.web.layout import tell_doubts
 from sparsewsi.web.viewer import bag_props, file_props
 
 PHANTOM = SimpleNamespace(_data={"name": "phantom"})  # what the gallery tells
@@ -527,6 +528,12 @@ def test_a_what_if_is_a_state_that_one_button_leaves(on, opened, me, desk, monke
     assert left[page.view].props["kept"] == bag_props(opened.case.bag, opened.case.selection)["kept"]
     assert left[page.view].props["evidence"]["effects"]
     assert (left[page.picks], left[page.compare]) == ({"pinned": [], "dropped": []}, "")
+
+
+def test_seen_a_doubt_that_was_hidden_behind_a_number():
+    told = tell_doubts(SimpleNamespace(doubts=("First.", "Second."), bag=SimpleNamespace(note="")))
+    assert told.startswith("<details open><summary>⚠ First.")
+    assert "<p>Second.</p>" in told
 
 
 def test_a_what_if_can_be_left_while_it_is_answered(on, opened, asked, me):
