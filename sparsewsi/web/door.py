@@ -27,7 +27,7 @@ MOST_PARTS = 6_000  # lists and objects in it: each takes 30 times its two bytes
 LONGEST_NAME = 128  # characters of a session's name; it is remembered for a while
 PATIENCE = 30.0  # s until a request has come whole, or an upload's next bytes
 MOST_WAITING, MOST_OF_ADDRESS, MOST_OF_ALL = 12, 48, 96  # events of a session, an address, all; a slide takes six
-MOST_UNHEARD = 16  # events of sessions that hold no connection open: whoever floods the queue listens to nothing
+MOST_UNHEARD = 12  # sessions that asked and have not listened yet: whoever floods the queue listens to nothing
 GONE_AFTER = 1.0  # s without a stream of answers that was broken off; a page opens the next one at once
 STREAMS_OF_ADDRESS, STREAMS_OF_ALL = 256, 1024  # that are open; a page has two
 LISTEN_WITHIN = 10.0  # s until who asked for something wants to hear the answer
@@ -86,6 +86,7 @@ class Door:
         self._listening: Counter[str] = Counter()  # streams of answers, by session
         self._beating: Counter[str] = Counter()  # heartbeats, by session
         self._streams: Counter[str] = Counter()  # that are open, by address
+        self._unheard: set[str] = set()  # sessions that asked for something and have held no connection open since
         self._joined: Counter[str] = Counter()  # things asked for, by session that may yet be found gone
         self._making, self._pages = asyncio.Lock(), 0  # how many pages are made or wait
         self._callers: dict[str, str] = {}  # calls of MCP that are under way, and the address of each
@@ -178,7 +179,7 @@ class Door:
             mine = [event for event in events if event.request.client and event.request.client.host == address]
             if waiting and len(mine) >= MOST_OF_ADDRESS:  # who has nothing to wait for yet is let in
                 return 429, "Too much is being done for your address already; try again in a few minutes."
-        elif sum(not self._is_here(event.session_hash) for event in events) >= MOST_UNHEARD:
+        elif session not in self._unheard and len(self._unheard) >= MOST_UNHEARD:
             return 429, "Too much is asked for that nobody listens to; try again in a few seconds."
         return None
 
@@ -202,11 +203,19 @@ class Door:
 
         if session and caller is None:
             self._sessions.ask(session)
-        await self._app(scope, receive, note)
+            if not self._is_here(session):
+                self._unheard.add(session)
+        try:
+            await self._app(scope, receive, note)
+        except BaseException:
+            self._unheard.discard(session)
+            raise
         session = session or _event_in(bytes(answer))  # a call through plain HTTP is a session of its own
         if session and caller is None:
             self._sessions.ask(session)
             self._joined[session] += 1
+            if not self._is_here(session):
+                self._unheard.add(session)
             asyncio.get_running_loop().call_later(LISTEN_WITHIN, self._check, session, self._joined[session])
 
     def _check(self, session: str, joined: int) -> None:
@@ -214,6 +223,7 @@ class Door:
         if self._joined[session] != joined:
             return
         del self._joined[session]
+        self._unheard.discard(session)
         if not self._is_here(session):
             del self._listening[session]
             _tell(self._sessions.leave, session)
@@ -316,6 +326,7 @@ class Door:
             await send(message)
 
         open_streams[session] += 1
+        self._unheard.discard(session)
         self._sessions.heed(session, True)
         counted = True
         listener = asyncio.create_task(listen())

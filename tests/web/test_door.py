@@ -269,7 +269,7 @@ def test_requests_and_queues_are_bounded(served, monkeypatch):
         time.sleep(0.2)
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda i: join(served.address, [9.0], f"session {i}").status_code, range(40)))
-    assert answers.count(200) <= 5 + 8
+    assert answers.count(200) <= 5, "however quickly what they ask for is refused"
     assert set(answers) == {200, 429}
     monkeypatch.setattr(door_module, "MOST_UNHEARD", 1000)
     monkeypatch.setattr(door_module, "MOST_OF_ALL", 2)
