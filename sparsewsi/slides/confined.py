@@ -189,9 +189,11 @@ class ConfinedSlide(Slide):
         weakref.finalize(memory, self._to_lend.put, number).atexit = False
         return number, memory.reshape(shape)
 
-    def encode(self, xy_level0: tuple[float, float], size: tuple[int, int], downsample: float, quality: int) -> bytes:
+    def read_jpeg(
+        self, xy_level0: tuple[float, float], size: tuple[int, int], downsample: float, quality: int
+    ) -> bytes:
         if 3 * math.prod(size) > LONGEST:
-            return super().encode(xy_level0, size, downsample, quality)
+            return super().read_jpeg(xy_level0, size, downsample, quality)
         task = {"how": "jpeg", "xy": xy_level0, "size": size, "downsample": downsample, "quality": quality}
         words = self._ask(task)
         if not words.startswith(b"\xff\xd8\xff"):
@@ -447,7 +449,7 @@ def _answer(slide: Slide, channel: _Channel, lent: list[np.ndarray], busy: set[_
 def _read(slide: Slide, channel: _Channel, lent: list[np.ndarray], task: dict[str, Any]) -> bytes:
     """Put what a request asks for into shared memory; what is returned are a JPEG, or which patches could be read."""
     if task["how"] == "jpeg":
-        return slide.encode(tuple(task["xy"]), tuple(task["size"]), task["downsample"], task["quality"])
+        return slide.read_jpeg(tuple(task["xy"]), tuple(task["size"]), task["downsample"], task["quality"])
     memory = lent[task["lent"]] if "lent" in task else channel.pixels
     if task["how"] == "batch":
         width, height = task["size"]

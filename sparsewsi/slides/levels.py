@@ -124,7 +124,11 @@ def _look(level: int, place: tuple[int, int, np.ndarray], ratio: float, read: Re
     small = resize(pixels, (0, 0, side, side), (SHOW, SHOW)).astype(float)
     if float(np.abs(small.mean((0, 1)) - wanted.mean((0, 1))).max()) > UNLIKE:
         return "empty" if float(pixels.std((0, 1)).max()) < 0.5 else "unlike"
-    return "like" if float(np.corrcoef(small.mean(2).ravel(), wanted.mean(2).ravel())[0, 1]) > ALIKE else "unlike"
+    grey, each = pixels.astype(float).mean(2), (np.arange(SHOW) * ratio).astype(int)
+    # Some writers reduce by keeping one px of many, the first or the middle one.
+    kept = [grey[np.ix_(each + first, each + first)] for first in (0, int(ratio / 2))]
+    alike = max(float(np.corrcoef(one.ravel(), wanted.mean(2).ravel())[0, 1]) for one in (small.mean(2), *kept))
+    return "like" if alike > ALIKE else "unlike"
 
 
 def true_size(size0: Size, size: Size, downsample: float) -> Size:

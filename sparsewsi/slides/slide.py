@@ -185,7 +185,9 @@ class Slide:
         downsample = self.level_downsamples[level]
         return self._read_pixels(level, (round(xy_level0[0] / downsample), round(xy_level0[1] / downsample)), size)
 
-    def encode(self, xy_level0: tuple[float, float], size: tuple[int, int], downsample: float, quality: int) -> bytes:
+    def read_jpeg(
+        self, xy_level0: tuple[float, float], size: tuple[int, int], downsample: float, quality: int
+    ) -> bytes:
         """read_scaled() as JPEG."""
         data = io.BytesIO()
         Image.fromarray(self.read_scaled(xy_level0, size, downsample)).save(data, "JPEG", quality=quality)

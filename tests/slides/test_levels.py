@@ -167,6 +167,16 @@ def test_a_level_in_the_middle_that_shows_other_px_is_left_out(tmp_path, change,
         assert len(slide.warnings) == 1
 
 
+@pytest.mark.parametrize("factors", [(2, 4, 8), (2, 8), (4, 16)])
+@pytest.mark.parametrize("first", [0, 1])
+def test_levels_of_every_nth_px_are_levels(tmp_path, factors, first):
+    levels = [SLIDE[first * f // 2 :: f, first * f // 2 :: f][: HEIGHT // f, : WIDTH // f] for f in factors]
+    path = write(tmp_path / "a.tif", [(SLIDE, 0), *((level, 1) for level in levels)])
+    with open_slide(path) as slide:
+        assert slide.level_downsamples == (1.0, *factors)
+        assert slide.warnings == ()
+
+
 @pytest.mark.parametrize("fill", [0, 200, 255])
 def test_a_full_image_with_holes_is_told(tmp_path, fill):
     whole = SLIDE.copy()

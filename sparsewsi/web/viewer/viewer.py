@@ -243,7 +243,7 @@ class Slides:
         def draw(slide: Slide) -> bytes:
             if not (1 <= px <= TILE and 1 <= side <= 16 * TILE and x < slide.size[0] and y < slide.size[1]):
                 raise KeyError(name)
-            return slide.encode((x, y), (px, px), side / px, QUALITY)
+            return slide.read_jpeg((x, y), (px, px), side / px, QUALITY)
 
         name = f"patch/{x}_{y}_{side}_{px}"
         return self.jpeg(token, name, draw)
@@ -305,7 +305,7 @@ def _draw_tile(slide: Slide, level: int, column: int, row: int) -> bytes:
     if left >= width or top >= height or (level and max(width, height) <= TILE * scale // 2):
         raise KeyError(f"{level}/{column}_{row}")
     size = [min(TILE, -(-(side - start) // scale)) for side, start in ((width, left), (height, top))]
-    return slide.encode((left, top), (size[0], size[1]), scale, QUALITY)
+    return slide.read_jpeg((left, top), (size[0], size[1]), scale, QUALITY)
 
 
 def _close(known: _Known) -> None:
