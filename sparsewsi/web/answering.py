@@ -459,8 +459,10 @@ def show_told(answer: Answer, case: Case) -> dict[str, Any]:
 def show_known(answer: Answer, case: Case, foci: bool = True) -> list[str]:
     """What stands under an answer; of one whose reader cannot be measured also what it can be asked again without."""
     blocks = show_evidence(answer, case.selection, answer.impression, number_kept(case), foci)
-    again = answer.sent and answer.evidence and foci and len(case.foci) > 1
-    return [*blocks, show_without(case.foci, len(case.selection.indices), answer.sent)] if again else blocks
+    kept = len(case.selection.indices)
+    parts = [focus for focus in case.foci if len(focus.places) < kept]
+    again = answer.sent and answer.evidence and foci and parts
+    return [*blocks, show_without(parts, kept, answer.sent)] if again else blocks
 
 
 def point(answer: Answer, case: Case) -> dict[str, Any] | None:

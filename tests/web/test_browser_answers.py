@@ -1,7 +1,7 @@
 """Answers in a browser: what is shown before they are weighed, the question after them, what is asked by a tap."""
 
 import re
-import time
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +16,7 @@ from sparsewsi.web.page import build_page
 from sparsewsi.web.serve import launch_settings
 
 PATIENCE = 120_000  # ms
-WEIGHS = 1.5  # s that it takes at least, so that what is shown meanwhile can be seen
+WEIGH = threading.Event()  # what is weighed waits for it, so that what is shown meanwhile can be seen
 ORGAN = Limits((Limit("organ", (r"\borgan\b",), 21, 18, 0.44, 0.24, 0.68, least=1.0),))
 READY = "document.querySelector('#question button.submit-button')"
 pytestmark = pytest.mark.browser
@@ -48,7 +48,7 @@ def unsure(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with pytest.MonkeyPatch.context() as patch:
         weigh = desk.model.leave_one_out
         patch.setattr(desk.model, "limits", ORGAN)
-        patch.setattr(desk.model, "leave_one_out", lambda *given: (time.sleep(WEIGHS), weigh(*given))[1])
+        patch.setattr(desk.model, "leave_one_out", lambda *given: (WEIGH.wait(PATIENCE / 1000), weigh(*given))[1])
         with serving(desk) as address:
             yield address
 
@@ -91,24 +91,29 @@ def test_seen_a_bare_answer_that_became_not_sure_and_a_second_question_that_was_
           document.querySelectorAll("#chat .bot-row").forEach(row => window.seen.push(row.innerText.split("\\n")[0]));
         }, 20); }"""
     )
+    WEIGH.clear()
     ask(page, "Which organ is this?")
     page.wait_for_function("document.querySelector('#chat').innerText.includes('Weighing')")
     ask(page, "Is it an organ at all?")
     page.wait_for_selector("#next >> text=Is it an organ at all?")
     assert page.input_value("#question textarea") == ""
+    WEIGH.set()
     page.wait_for_function("document.querySelectorAll('#chat .user-row').length === 2")
     answered(page, 2)
     assert not page.locator("#next p").count()
     seen = {line for line in page.evaluate("window.seen") if line}
     assert seen
     assert all(line.startswith("Not sure") for line in seen), seen
+    WEIGH.clear()
     ask(page, "Which organ?")
     page.wait_for_function("document.querySelector('#chat').innerText.includes('Weighing')")
     ask(page, "And then?")
     page.wait_for_selector("#next p")
     page.click("#question button.stop-button")
-    answered(page, 3)
     page.wait_for_function("document.querySelector('#question textarea').value === 'And then?'")
+    WEIGH.set()
+    answered(page, 3)
+    assert page.input_value("#question textarea") == "And then?"
     assert not page.locator("#next p").count()
     page.close()
 
@@ -121,17 +126,20 @@ def test_seen_suggested_questions_that_only_filled_the_box_and_back_before_any_w
         page.fill("#question textarea", "")
     page.wait_for_selector("#view .item")
     assert not page.locator("#chat .user-row").count()
+    WEIGH.set()
     page.locator("#examples .gallery-item").last.click()
     answered(page, 1)
     page.click('[role=tab][data-tab="what-if"]')
     assert not page.locator("#own").is_visible()
+    WEIGH.clear()
     page.click("#again")
     page.wait_for_selector("#compare .compare")
     page.click("#own")  # while it is still weighed
     page.wait_for_selector(".badge", state="hidden")
     assert not page.locator("#own").is_visible()
     page.click('[role=tab][data-tab="ask"]')
-    page.wait_for_timeout(1000 * WEIGHS + 500)
+    WEIGH.set()
+    page.wait_for_timeout(1000)
     answered(page, 1)
     page.close()
 
