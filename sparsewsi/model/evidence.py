@@ -7,7 +7,7 @@ K kept, L tokens of a prompt with its answers, H the LLM's width, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 # A patch matters if the answer is at least twice as likely with it as without it: it then holds one bit of the answer.
 MATTERS = math.log(2)
+STRONGLY = math.log(10)  # and from here on the answer depends on the patches strongly
+WORTH = math.log(1.05)  # nats, from which an effect is worth a number
 # Largest error of an effect that a bfloat16 LLM was seen to make against float32, over the root of the answer's tokens.
 NOISE = 0.13
 # Tokens of one pass: more saves no time, and others wait for it. The GPU's is a guess (not yet run on a GPU).
@@ -62,26 +64,41 @@ class Evidence:
         k, best = len(self.effects), int(self.order[0])
         patch, effect = f"#{int(self.score_ranks[best])}", float(self.effects[best])
         against = " against the other options" if self.option else ""
+        everything = f"Without all {k} it would be {tell_effect(self.without_any)}"
         if effect >= self.limit:
             more = int((self.effects >= self.limit).sum()) - 1
             others = f"; {more} more of the {k} patches matter, too" if more else "; no other patch matters much"
-            return (
-                f"Without patch {patch} the model would find this answer {_times(effect)} less likely{against}{others}."
-            )
-        weak = "No patch matters much to this answer: "
-        if effect < math.log(1.05):
-            weak += "it is hardly less likely without any single one."
-        else:
-            weak += f"without patch {patch}, which weighs most, it would be {_times(effect)} less likely{against}."
+            told = f"Without patch {patch} the model would find this answer {tell_effect(effect)}{against}{others}."
+            return f"{told} {everything}."
+        weak = (
+            f"No patch matters much: without {patch}, which weighs most, the answer is {tell_effect(effect)}{against}."
+        )
         if self.without_any >= self.limit:
-            return f"{weak} Without all {k} it would be {_times(self.without_any)} less likely: they repeat each other."
-        return f"{weak} The model would give it as readily without any patch: it does not rest on what the slide shows."
+            return f"{weak} {everything}: they repeat each other."
+        undecided = grade([effect, self.without_any, *self.group_effects.tolist()]) == "not"
+        return f"{weak} {everything}{': the slide does not decide it' if undecided else ''}."
 
 
-def _times(effect: float) -> str:
-    """3.2 times, for an effect of log(3.2)."""
-    factor = math.exp(min(effect, 700))
-    return "more than 1,000 times" if factor > 1000 else f"{factor:.2g} times" if factor < 10 else f"{factor:.0f} times"
+def grade(effects: Iterable[float]) -> str:
+    """How far an answer depends on the patches, by the largest of all effects that were measured of it.
+
+    So of two answers the one with the larger effect never has the lower grade.
+    """
+    most = max(effects)
+    return "strongly" if most >= STRONGLY else "partly" if most >= MATTERS else "not"
+
+
+def tell_effect(effect: float) -> str:
+    """What leaving something out does to an answer, in words; effect in nats."""
+    if abs(effect) < WORTH:
+        return "hardly less likely"
+    return f"{format_effect(abs(effect))} times {'less' if effect > 0 else 'more'} likely"
+
+
+def format_effect(effect: float) -> str:
+    """An effect in nats as what an answer's likelihood is divided by without the patch: "3.2" for log(3.2)."""
+    value = math.exp(min(effect, 50))
+    return "over 1000" if value > 1000 else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 def find_option(answer: str, offered: Sequence[tuple[str, str]]) -> int | None:

@@ -17,6 +17,15 @@ WHETHER = re.compile(  # what Yes or No answers: a verb first, "whether", or no 
     r"(^|[,:;.] *)(is|are|was|were|do|does|did|has|have|can|could|any|evidence|signs?)\b|\bwhether\b|"
     r"^\W*\w+\W*(\w+\W*)?$"
 )
+UNVALIDATED = "Answers to this kind of question were not validated: take this one as no more than a guess."
+SITE = re.compile(  # where a slide is from, which is no question: "cancer in this lymph node"
+    r"\b(lymph|sentinel|axillary|(in|of|from|on|within) (this|the|an?|these)) nodes?\b|"
+    r"\b(in|of|from|on|within) (this|the|an?|these) ((lymph|sentinel|axillary) nodes?|adrenal|appendix|artery|biopsy|"
+    r"bladder|bone( marrow)?|bowel|brain|breast|cervix|colon|kidney|larynx|liver|lungs?|muscle|organ|ovary|pancreas|"
+    r"parathyroid|patient|placenta|prostate|rectum|salivary gland|section|skin|slide|specimen|spleen|stomach|testis|"
+    r"thymus|thyroid|tissue|tonsil|uterus)\b",
+    re.IGNORECASE,
+)
 BEYOND = re.compile(  # asked of a tumour, and another question than whether there is one, unless a kind names it
     r"\b(grad(e|ed|es|ing)|gleason|nottingham|stag(e|ed|es|ing)|(sub)?types?|margins?|nodes?|inva[ds]\w*|metasta\w*|"
     r"mitos[ei]s|mitotic|how (many|much|large|big|deep)|ki-?67|her2|prognosis|survival|treatment|therapy|"
@@ -56,10 +65,15 @@ def is_unsure(limit: Limit, probs: Sequence[float]) -> bool:
 
 def _tells(limit: Limit, text: str, options: Sequence[str]) -> bool:
     """Whether what was validated of a kind tells anything of a question that holds its words."""
-    if BEYOND.search(text) and not BEYOND.search(" ".join([limit.kind, *limit.words])):
+    if asks_beyond(text) and not BEYOND.search(" ".join([limit.kind, *limit.words])):
         return False
     yes_no = not options or {option.lower() for option in options} == {"yes", "no"}
-    return limit.found is None or (yes_no and WHETHER.search(text) is not None)
+    return limit.found is None or (yes_no and WHETHER.search(SITE.sub("", text)) is not None)
+
+
+def asks_beyond(question: str) -> bool:
+    """Whether something is asked of a tumour that is another question than whether there is one."""
+    return BEYOND.search(SITE.sub(" ", question)) is not None
 
 
 @dataclass(frozen=True)
@@ -92,7 +106,7 @@ class Limits:
             return ""
         found = self.find(question, options)
         if found is None:
-            return "Answers to this kind of question were not validated: take this one as no more than a guess."
+            return UNVALIDATED
         asked = f"{found.slides} slides of {found.cases} cases that the model had not seen"
         if found.found is not None:
             asked += f"; where Yes was right it said Yes in {found.found:.0%}"
@@ -102,12 +116,14 @@ class Limits:
                 why = "likely answers of this kind were wrong as often as unlikely ones"
             return (
                 f"Not sure: {why}. Of all answers of this kind {found.right:.0%} "
-                f"were right ({found.low:.0%} to {found.high:.0%}, {asked})."
+                f"were right, by case ({found.low:.0%} to {found.high:.0%}, {asked})."
             )
         if probs and found.least:
-            share = f"{found.sure:.0%} of all are as sure"
-            return f"Of such answers {found.right_when_sure:.0%} were right ({share}) on {asked}."
-        return f"Of such answers {found.right:.0%} were right on {asked}."
+            return (
+                f"An option has {found.least:.0%} or more, as in {found.sure:.0%} of such questions: of these answers "
+                f"{found.right_when_sure:.0%} were right, by case, on {asked}."
+            )
+        return f"Of such answers {found.right:.0%} were right, by case, on {asked}."
 
     def save(self, folder: str | Path) -> None:
         """Write FILE into a model's folder."""

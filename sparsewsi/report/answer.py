@@ -1,16 +1,16 @@
 """An answer, and what is said wherever one is shown. Nothing here loads a model or writes a file."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from sparsewsi.bags.bag import Bag, list_parts
 from sparsewsi.model.config import SparseWSIConfig
-from sparsewsi.model.evidence import MATTERS
+from sparsewsi.model.evidence import WORTH, grade, tell_effect
+from sparsewsi.model.limits import UNVALIDATED
 from sparsewsi.model.selection import Selection
 
-WORTH = math.log(1.05)  # nats, from which an effect is worth a number
-STRONGLY = math.log(10)  # nats that an answer must lose without all patches, to rest on the slide strongly
+NOT_VALIDATED = "This reader was not validated here: how often it is right on such questions is unknown."
+OTHER_QUESTION = "whether it is right is another question"  # beside every word on what an answer depends on
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Answer:
     beside:   what the patches are called where they are others than the case's: of an answer that stood beside one of
               these in a comparison; effects, foci and cited are of those patches
     unweighed: why nobody knows what it rests on although that was wanted: it is being weighed, it was stopped ...
+    refused:  why the question was not put to the model, "" for one that was
     """
 
     question: str
@@ -61,16 +62,39 @@ class Answer:
     beside: str = ""
     unweighed: str = ""
     slides: tuple[FocusEffect, ...] = ()
+    refused: str = ""
 
     @property
     def rests(self) -> str:
-        """How far the answer rests on the slide: "strongly", "partly", "not", or "" where that was not measured."""
+        """How far the answer depends on the patches, right or wrong: "strongly", "partly", "not", or "" where that was
+        not measured."""
         if self.without_all is None:
             return ""
-        if self.without_all >= STRONGLY:
-            return "strongly"
-        most = max([self.without_all, *self.effects, *(group.effect for group in (*self.foci, *self.slides))])
-        return "partly" if most >= MATTERS else "not"
+        return grade([self.without_all, *self.effects, *(group.effect for group in (*self.foci, *self.slides))])
+
+    @property
+    def weighed(self) -> str:
+        """What it loses without all patches, without the focus that weighs most and without each slide: the same
+        figures wherever the answer is shown; "" where that was not measured."""
+        if self.without_all is None:
+            return ""
+        told = f"Without all {len(self.effects)} patches it would be {tell_effect(self.without_all)}"
+        best = max(self.foci, key=lambda focus: focus.effect, default=None)
+        if best is not None and best.effect >= WORTH and self.rests != "not":
+            told += f", without focus {best.name} {tell_effect(best.effect)}"
+        for one in sorted(self.slides, key=lambda slide: -slide.effect):
+            told += f", without slide {one.name} {tell_effect(one.effect)}"
+        return f"{told}."
+
+    @property
+    def dependence(self) -> str:
+        """Both of these, where no title can say what they mean."""
+        return f"Depends on the patches: {self.rests} ({OTHER_QUESTION}). {self.weighed}" if self.rests else ""
+
+    @property
+    def unvalidated(self) -> bool:
+        """Whether nobody knows how often such answers are right."""
+        return self.limit in (UNVALIDATED, NOT_VALIDATED)
 
     @property
     def heading(self) -> str:
@@ -82,11 +106,9 @@ class Answer:
         """How sure the model is and what the answer rests on, in sentences; of each what is known."""
         order = sorted(zip(self.probs, self.options), key=lambda pair: -pair[0])
         sure = ", ".join(f"{option} {prob:.0%}" for prob, option in order)
-        rests = f"Rests on the slide: {self.rests}." if self.rests else ""
-        best = max(self.foci, key=lambda focus: focus.effect, default=None)
-        if best is not None and best.effect >= WORTH and self.rests != "not":
-            rests += f" Without focus {best.name} it would be {format_effect(best.effect)} times less likely."
-        return [text for text in (sure and f"{sure}.", rests or self.unweighed, self.limit) if text]
+        known = [sure and f"{sure}.", self.dependence or self.unweighed]
+        known.insert(0 if self.unvalidated else len(known), self.limit)
+        return [text for text in known if text]
 
     @property
     def citation(self) -> str:
@@ -120,9 +142,3 @@ def summarise(bag: Bag, selection: Selection, config: SparseWSIConfig, model: st
         f"{bag.slide} · model {model} ({name_llm(config)}) · encoder {bag.encoder} · {kept:,} of {total:,} patches "
         f"({100 * kept / max(total, 1):.2g} % of the tissue) read at {at} · {scan}"
     )
-
-
-def format_effect(effect: float) -> str:
-    """An effect in nats as what an answer's likelihood is divided by without the patch: "3.2" for log(3.2)."""
-    value = math.exp(min(effect, 50))
-    return "over 1000" if value > 1000 else f"{value:.3g}" if value < 100 else f"{value:.0f}"

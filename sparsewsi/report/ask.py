@@ -22,8 +22,9 @@ from sparsewsi.readers.pictures import PictureReader, ReaderError, encode_jpeg
 from sparsewsi.report.annotations import can_annotate
 from sparsewsi.report.answer import Answer
 from sparsewsi.report.case import ANNOTATIONS, FILES, Case, Model, Reader, open_case, replay_case
+from sparsewsi.report.contradictions import word_contradictions
 from sparsewsi.report.record import Record, read_selection
-from sparsewsi.report.scope import word_answer
+from sparsewsi.report.scope import word_answer, word_tendency
 from sparsewsi.slides.slide import open_slide
 
 DEFAULT_QUESTION = "Describe this slide."
@@ -116,10 +117,11 @@ def _answer(
             answers.append(_put(case, reader, text, options, evidence))
             if less is not None:
                 again = _put(less, reader, text, options, False, _word_cost(less, reader, without))
-                answers.append(replace(again, question=f"{text} (without {_word_ranks(without)})"))
+                named = f"without {_word_ranks(without)}"
+                answers.append(replace(again, question=f"{text} ({named})", beside=f"the kept patches {named}"))
     except ReaderError as error:  # what was answered before is written
         failure = error
-    print(f"\n{case.notice}")
+    print(f"\n{' '.join(filter(None, [word_contradictions(answers), case.notice]))}")
     written = case.write(out, answers, (*FILES, *([ANNOTATIONS] if any(map(can_annotate, case.slides)) else [])))
     print(f"Wrote {', '.join(written[:-1])} and {written[-1]} to {out}.")
     if failure is not None:
@@ -162,9 +164,13 @@ def _put(
             print(case.continue_answer(reader, messages, pieces), end="", flush=True)
     answer = case.measure(reader, messages, "".join(pieces), options, evidence=evidence)
     print("" if at_once else word_answer(answer, case.limits))
+    first = [answer.limit] if answer.unvalidated else []
+    for sentence in filter(None, (*first, "" if answer.probs else word_tendency(answer, case.limits))):
+        print(sentence)
     for option, prob in zip(answer.options, answer.probs):
         print(f"   {prob:6.1%}  {option}")
-    for sentence in filter(None, (answer.limit, answer.evidence, answer.citation)):
+    rest = [answer.dependence, answer.evidence, answer.citation]
+    for sentence in filter(None, rest if answer.unvalidated else [answer.limit, *rest]):
         print(sentence)
     return answer
 

@@ -33,9 +33,10 @@ from sparsewsi.model.selector import LEARNED, SELECTORS, check_selector, evenly,
 from sparsewsi.model.words import Words
 from sparsewsi.readers.pictures import PictureReader, Pictures, find_cited
 from sparsewsi.report import annotations, figure, html, plots, qupath, record, table, umap
-from sparsewsi.report.answer import Answer, FocusEffect, summarise, word_notice
+from sparsewsi.report.answer import NOT_VALIDATED, Answer, FocusEffect, summarise, word_notice
+from sparsewsi.report.contradictions import word_against
 from sparsewsi.report.doubts import find_doubts
-from sparsewsi.report.scope import word_answer
+from sparsewsi.report.scope import is_guess, word_answer
 from sparsewsi.slides.refusals import SlideError
 from sparsewsi.slides.slide import Slide, open_slide
 
@@ -43,7 +44,6 @@ FILES = ("report.html", "overlay.png", "umap.png", "patches.csv", "patches.geojs
 ANNOTATIONS = "annotations.dcm"  # of DICOM slides, where highdicom is installed
 FIGURES = ("figure.png", "figure.svg")  # for a talk; written where they are asked for by name
 OVERVIEW = 2000  # px, longer side of the slide's overview in files
-NOT_VALIDATED = "This reader was not validated here: how often it is right on such questions is unknown."
 SHOWN_OVERVIEW = 1024  # px, of the overview that a reader may be shown
 
 Messages = Sequence[Mapping[str, str]]
@@ -173,7 +173,7 @@ class Case:
         if len(said) > len(pieces[-1]) or not said:
             return pieces[-1] if said else ""
         name = reader.name if isinstance(reader, PictureReader) else ""
-        return word_answer(Answer(messages[-1]["content"], said, reader=name), self.limits)
+        return word_answer(Answer(messages[-1]["content"], said, reader=name), self.limits, begun=True)
 
     def measure(
         self,
@@ -398,12 +398,15 @@ class Case:
                 drawn_map = umap.draw_map(umap.map_features(bag.features, selection), selection)
             except Exception:  # as above: the rest is worth having
                 drawn_map = None
-            last = next((answer for answer in reversed(answers) if not answer.beside), None)
+            own = [answer for answer in answers if not answer.beside and not answer.refused]
+            last = own[-1] if own else None
             told = {"title": bag.slide, "notice": f"{self.summary}. {self.notice}"}
             if last is not None:
                 said = word_answer(last, self.limits, selection.ranks.tolist())
-                told |= {"question": last.heading, "title": said, "grounds": " ".join(last.grounds)}
-            data = figure.draw_figure(path.suffix[1:], whole, patches, selection, drawn_map, **told)
+                grounds = " ".join(filter(None, [word_against(last, own[:-1]), *last.grounds]))
+                told |= {"question": last.heading, "title": said, "grounds": grounds}
+            bold = last is None or not is_guess(last, self.limits)
+            data = figure.draw_figure(path.suffix[1:], whole, patches, selection, drawn_map, **told, bold=bold)
             write_bytes(path, data)
 
         writers: dict[str, Callable[[Path], None]] = {  # what costs least comes first

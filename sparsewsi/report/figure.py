@@ -29,13 +29,14 @@ def draw_figure(
     notice: str,
     question: str = "",
     grounds: str = "",
+    bold: bool = True,
 ) -> bytes:
     """The figure as a file's content.
 
     kind: "png" or "svg". overview: the slide with its boxes (plots.draw_overlay). patches: best first
-    (plots.cut_patches). feature_map: umap.draw_map, None where it could not be drawn. title: what was
-    answered, or the slide; question: what was asked; grounds: how sure that is and what it rests on; notice: stands at
-    the foot.
+    (plots.cut_patches). feature_map: umap.draw_map, None where it could not be drawn. title: what was answered, or the
+    slide, bold unless it is a guess; question: what was asked; grounds: how sure that is and what it rests on; notice:
+    stands at the foot.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second, that who draws nothing does not wait for
     from matplotlib.figure import Figure
@@ -61,7 +62,7 @@ def draw_figure(
     ink, quiet = "#1c2024", "#59626d"
     for text, y, most, look in (
         (question, 0.985, 150, {"fontsize": 13, "color": quiet}),
-        (title, 0.95, 120, {"fontsize": 17, "color": ink, "weight": "bold"}),
+        (title, 0.95, 120, {"fontsize": 17, "color": ink, "weight": "bold" if bold else "normal"}),
     ):
         figure.text(0.02, y, textwrap.shorten(text, most, placeholder=" …"), va="top", parse_math=False, **look)
     told = textwrap.fill(grounds, GROUNDS, max_lines=2, placeholder=" …")

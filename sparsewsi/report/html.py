@@ -16,11 +16,13 @@ from PIL import Image
 from sparsewsi.bags.bag import Bag, Part, list_parts, locate, number_slides
 from sparsewsi.files import write_text
 from sparsewsi.model.config import SparseWSIConfig
+from sparsewsi.model.evidence import format_effect
 from sparsewsi.model.limits import Limits
 from sparsewsi.model.selection import Selection
-from sparsewsi.report.answer import Answer, format_effect, name_llm, word_notice
+from sparsewsi.report.answer import Answer, name_llm, word_notice
+from sparsewsi.report.contradictions import word_contradictions
 from sparsewsi.report.record import digest_patches, list_versions
-from sparsewsi.report.scope import word_answer
+from sparsewsi.report.scope import is_guess, word_answer, word_tendency
 
 MOST = 3  # pictures beside an answer
 _STYLE = """
@@ -35,7 +37,8 @@ figure { margin: 0; } figcaption { font-size: 12.5px; } .patches img { width: 10
 figure:target { outline: 3px solid #e69f00; outline-offset: 3px; }
 .answer { border: 1px solid var(--line); border-radius: 6px; padding: 4px 14px; margin: 12px 0; break-inside: avoid; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; }
-.said { font-size: 20px; font-weight: 650; margin: 4px 0; } .most { grid-template-columns: repeat(3, 150px); }
+.said { font-size: 20px; font-weight: 650; margin: 4px 0; } .said.guess { font-weight: 400; }
+.most { grid-template-columns: repeat(3, 150px); }
 summary { cursor: pointer; font-weight: 600; margin: 1em 0 .4em; }
 @media print { details > * { display: revert; } }
 table { border-collapse: collapse; } th, td { text-align: left; padding: 2px 14px 2px 0; vertical-align: top; }
@@ -88,6 +91,7 @@ def write_report(
     below = "".join(f"<li>{escape(text)}</li>" for text in (*doubts, *filter(None, [bag.note])))
     parts = [
         f'<p class="notice">{escape(word_notice(config))}</p>',
+        f'<p class="notice">{escape(against)}</p>' if (against := word_contradictions(answers)) else "",
         f'<div class="warnings"><ul>{below}</ul></div>' if below else "",
         *(
             _answer_html(number, answer, bag, selection, patches, limits or Limits())
@@ -138,19 +142,30 @@ def _answer_html(
         f'<tr><td>{escape(option)}</td><td class="number">{prob:.1%}</td></tr>'
         for option, prob in zip(answer.options, answer.probs)
     )
+    if answer.refused:
+        options = f" ({', '.join(answer.options)})" if answer.options else ""
+        return (
+            f'<section class="answer"><p class="text"><b>Q{number}. {escape(answer.heading)}</b>{escape(options)}</p>'
+            f"<p>Refused, not put to the model: {escape(answer.refused)}</p>"
+            + (f"<p>The reader's impression: {escape(answer.impression)}</p>" if answer.impression else "")
+            + "</section>"
+        )
     said = word_answer(answer, limits, () if answer.beside else selection.ranks.tolist())
+    guess = " guess" if is_guess(answer, limits) else ""
     out = [
         f'<section class="answer"><p class="text"><b>Q{number}. {escape(answer.heading)}</b></p>',
         f"<p>Put to the model as: {escape(answer.question)}</p>" if answer.asked else "",
         f"<p>Answered from {escape(answer.beside)}, side by side with the patches of this report.</p>"
         if answer.beside
         else "",
-        f'<p class="text said">{escape(said) or "(no answer)"}</p>',
-        f"<p>Rests on the slide: {answer.rests}.</p>" if answer.rests else "",
+        f'<p class="text said{guess}">{escape(said) or "(no answer)"}</p>',
+        f"<p>{escape(answer.limit)}</p>" if answer.unvalidated else "",
+        f"<p>{escape(tendency)}</p>" if (tendency := word_tendency(answer, limits)) else "",
+        f"<p>{escape(answer.dependence)}</p>" if answer.rests else "",
         _most_html(answer, bag, selection, patches),
         f"<p>The reader's impression, before: {escape(answer.impression)}</p>" if answer.impression else "",
         f"<table><tr><th>Option</th><th>Probability</th></tr>{rows}</table>" if rows else "",
-        f"<p>{escape(answer.limit)}</p>" if answer.limit else "",
+        f"<p>{escape(answer.limit)}</p>" if answer.limit and not answer.unvalidated else "",
         f"<p>{escape(told)}</p>" if (told := answer.unweighed or answer.evidence) else "",
         f"<p>Read by {escape(answer.reader)}, from pictures of the patches. {escape(answer.sent)}</p>"
         if answer.reader

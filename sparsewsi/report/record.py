@@ -20,6 +20,7 @@ from sparsewsi.files import read_json, write_json
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.selection import Selection
 from sparsewsi.report.answer import Answer, name_llm, word_notice
+from sparsewsi.report.contradictions import word_contradictions
 
 RECORDED_PACKAGES = ("sparsewsi", "torch", "transformers", "peft", "numpy", "openslide-python", "openslide-bin")
 
@@ -45,7 +46,7 @@ def write_selection(
     The slide is named by a digest of its content (Bag.slide), never by a path.
     """
     record = {
-        "notice": word_notice(config),
+        "notice": " ".join(filter(None, [word_contradictions(answers), word_notice(config)])),
         "model": {
             "name": model,
             "weights_sha256": weights_sha256,
@@ -146,7 +147,8 @@ def read_selection(path: str | Path) -> Record:
     """Read what write_selection wrote. Raises ValueError, in words, for any other file."""
     name, content = Path(path).name, read_json(path)
     try:
-        answers = [answer for answer in content["answers"] if not answer.get("beside")]  # those are of other patches
+        # what is beside is of other patches, and what was refused was never put
+        answers = [one for one in content["answers"] if not one.get("beside") and not one.get("refused")]
         slide, patches, chosen = content["slide"], content["patches"], content["selection"]
         record = Record(
             slide=str(slide["name"]),

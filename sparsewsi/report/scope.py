@@ -6,10 +6,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sparsewsi.model.limits import BEYOND, Limit, Limits, is_unsure
+from sparsewsi.model.limits import Limits, asks_beyond, is_unsure
 from sparsewsi.report.answer import Answer, FocusEffect
 
 YES_NO = ("Yes", "No")
+UNDECIDED = "the slide does not decide it"
 WORDINGS = {  # of the kinds that limits.json may name: one that training used
     "malignant": ("Is this slide malignant?", YES_NO),
     "carcinoma": ("Does this slide contain carcinoma?", YES_NO),
@@ -28,6 +29,11 @@ WORDINGS = {  # of the kinds that limits.json may name: one that training used
 }
 WHERE = re.compile(r"^\s*(where|show me|point (to|at)|find|locate)\b", re.IGNORECASE)
 FREE = re.compile(r"\b(describe|description|caption|what (do you|can be) see)", re.IGNORECASE)
+CANCER = re.compile(
+    r"carcino|cancer|malignan|sarcom|lymphom|melanom|metasta|leuk(a?)emi|myelom|blastom|gliom|seminom|"
+    r"mesotheliom|invasive",
+    re.IGNORECASE,
+)
 NO_MATTER = re.compile(
     r"\b(where|is|are|the|a|an|any|show|me|point|to|at|find|locate|there|in|this|slide|of)\b|[^\w\s]"
 )
@@ -48,7 +54,7 @@ def suggest(limits: Limits) -> list[Suggestion]:
     for limit in limits.kinds:
         if limit.kind in WORDINGS:
             text, options = WORDINGS[limit.kind]
-            told = f"right in {limit.right:.0%} ({limit.low:.0%} to {limit.high:.0%})"
+            told = f"right in {limit.right:.0%} by case ({limit.low:.0%} to {limit.high:.0%})"
             found.append(Suggestion(text, options, told))
     return found
 
@@ -60,7 +66,7 @@ def within(limits: Limits, question: str, options: Sequence[str] = ()) -> bool:
     """
     if not limits.kinds or limits.find(question) is not None:
         return True
-    if BEYOND.search(question):
+    if asks_beyond(question):
         return False
     if FREE.search(question):
         return True
@@ -85,29 +91,59 @@ def put_as_presence(limits: Limits, target: str) -> Suggestion | None:
     return None
 
 
-def word_answer(answer: Answer, limits: Limits, ranks: Sequence[int] = ()) -> str:
+def word_answer(answer: Answer, limits: Limits, ranks: Sequence[int] = (), begun: bool = False) -> str:
     """The first line of an answer: whatever speaks against it first, then the answer, or the two likeliest options; of
-    yes and no the likelier, as both tell nothing.
+    yes and no the likelier, as both tell nothing. Where nothing speaks for it that it gives no answer.
 
     What speaks against it: the model was not often right when so unsure, or on such questions at all; the answer does
     not rest on the slide; or what it rests on is not known (yet). Of another reader nobody knows how often it is right.
     ranks: Selection.ranks, by which an answer to "where is ...?" names a patch
+    begun: more of it is to come, so that nobody knows what it will name
     """
-    limits = Limits() if answer.reader else limits
-    found = limits.find(answer.question, answer.options)
     if not answer.text:
         return ""
+    unsure, guess = _doubt(answer, limits)
+    if (unsure or guess) and answer.rests == "not":
+        return f"No answer: {'not sure' if unsure else 'a guess'}, and {UNDECIDED}"
     if answer.asked:
-        return _word_place(answer, found, bool(limits.kinds), ranks)
-    unsure = found is not None and is_unsure(found, answer.probs)
+        return _word_place(answer, unsure, guess, ranks)
     doubts = [*(["not sure"] if unsure else []), *_word_rest(answer, unsure)]
+    warned = "a guess, no finding" if begun or CANCER.search(answer.text) else "a guess"
     if not doubts:
-        return f"A guess: {answer.text}" if limits.kinds and found is None else answer.text
+        return f"{_begin(warned)}: {answer.text}" if guess else answer.text
     head = _begin(", and ".join(doubts))
     if unsure and len(answer.probs) > 1 and set(answer.options) != set(YES_NO):
-        best = sorted(zip(answer.probs, answer.options), key=lambda pair: -pair[0])[:2]
-        return f"{head}: {best[0][1]} or {best[1][1]}"
-    return f"{head}; {'a guess' if limits.kinds and found is None else 'perhaps'}: {answer.text}"
+        return f"{head}: {' or '.join(option for _, option in _likeliest(answer))}"
+    return f"{head}; {warned if guess else 'perhaps'}: {answer.text}"
+
+
+def word_tendency(answer: Answer, limits: Limits) -> str:
+    """What stands in smaller print under a first line that gives no answer: what the model tends to; else ""."""
+    if not answer.text or not any(_doubt(answer, limits)) or answer.rests != "not":
+        return ""
+    if not answer.probs:
+        finding = ", which is no finding" if CANCER.search(answer.text) else ""
+        return f"What the model wrote{finding}: {answer.text}"
+    best = _likeliest(answer)[: 1 if set(answer.options) == set(YES_NO) else 2]
+    return f"Likelier: {', '.join(f'{option} ({prob:.0%})' for prob, option in best)}"
+
+
+def is_guess(answer: Answer, limits: Limits) -> bool:
+    """Whether nobody knows how often such answers are right: their first line is not to stand out."""
+    return answer.unvalidated or _doubt(answer, limits)[1]
+
+
+def _doubt(answer: Answer, limits: Limits) -> tuple[bool, bool]:
+    """Whether the model is not sure, and whether the question is of no validated kind."""
+    if answer.reader or not limits.kinds:
+        return False, False
+    found = limits.find(answer.question, answer.options)
+    return found is not None and is_unsure(found, answer.probs), found is None
+
+
+def _likeliest(answer: Answer) -> list[tuple[float, str]]:
+    """The two likeliest options, each after its probability."""
+    return sorted(zip(answer.probs, answer.options), key=lambda pair: -pair[0])[:2]
 
 
 def find_place(answer: Answer, ranks: Sequence[int]) -> FocusEffect | int | None:
@@ -122,22 +158,21 @@ def find_place(answer: Answer, ranks: Sequence[int]) -> FocusEffect | int | None
     return focus if focus is not None and focus.effect >= answer.effects[best] else ranks[best]
 
 
-def _word_place(answer: Answer, found: Limit | None, limited: bool, ranks: Sequence[int]) -> str:
+def _word_place(answer: Answer, unsure: bool, guess: bool, ranks: Sequence[int]) -> str:
     target, yes = find_target(answer.asked), answer.probs[0]
-    sure = found is None or not is_unsure(found, answer.probs)
     if yes <= 0.5:
         told = f"the model does not find {target} (Yes: {yes:.0%})"
-        if doubts := [*([] if sure else ["not sure"]), *_word_rest(answer, not sure)]:
+        if doubts := [*(["not sure"] if unsure else []), *_word_rest(answer, unsure)]:
             return f"{_begin(', and '.join(doubts))}; {told}"
         return _begin(told)
     place = find_place(answer, ranks)
     if place is None:
-        why = "Not from what the slide shows" if answer.rests == "not" else "Not weighed"
+        why = _begin(UNDECIDED) if answer.rests == "not" else "Not weighed"
         return f"{why} (Yes: {yes:.0%}), so nothing is pointed at"
     named = f"focus {place.name}" if isinstance(place, FocusEffect) else f"#{place}"
-    if not sure:
+    if unsure:
         return f"Not sure (Yes: {yes:.0%}), if anywhere: {named}"
-    return f"A guess (Yes: {yes:.0%}): {named}" if limited and found is None else f"Here: {named}"
+    return f"A guess, no finding (Yes: {yes:.0%}): {named}" if guess else f"Here: {named}"
 
 
 def _begin(text: str) -> str:
@@ -148,5 +183,5 @@ def _begin(text: str) -> str:
 def _word_rest(answer: Answer, doubted: bool = False) -> list[str]:
     """What is to be said first of what the answer rests on. doubted: something is said already"""
     if answer.rests == "not":
-        return ["not from what the slide shows"]
+        return [UNDECIDED]
     return ["not weighed"] if answer.unweighed and not doubted else []

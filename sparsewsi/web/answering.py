@@ -21,7 +21,16 @@ from sparsewsi.model.prompt import format_question
 from sparsewsi.model.selection import Selection
 from sparsewsi.report.answer import Answer, FocusEffect
 from sparsewsi.report.case import ANNOTATIONS, Case
-from sparsewsi.report.scope import find_place, find_target, put_as_presence, suggest, within, word_answer
+from sparsewsi.report.contradictions import word_against
+from sparsewsi.report.scope import (
+    find_place,
+    find_target,
+    put_as_presence,
+    suggest,
+    within,
+    word_answer,
+    word_tendency,
+)
 from sparsewsi.slides.slide import Slide
 from sparsewsi.web import chat as words
 from sparsewsi.web.chat import (
@@ -54,6 +63,7 @@ WEIGHING = "Weighing the evidence: the answer is scored again without each of th
 WAITS = "A question waits already, so this one stays in the box: wait for the answer or press Stop."
 IN_BOX = "The question is in the box: Enter asks it, once the slide is ready."
 OUTSIDE = "This model cannot answer that; it can answer:"
+ENGLISH = "Ask in English: questions in other languages are not understood."
 AT_READY = "It will be asked when the slide is ready."
 NO_WORD = "This model has no word for that, so it cannot point at it."
 
@@ -93,7 +103,7 @@ class Answering:
             def opening(path: Path, slide_mpp: float | None) -> Slide:
                 return desk.open_slide(path, slide_mpp, job)
 
-            written = case.write(where, answers, names, opening, opened.marks, opened.called)
+            written = case.write(where, [*answers, *list_refused(opened)], names, opening, opened.marks, opened.called)
             if name == BY_SLIDE:
                 with zipfile.ZipFile(folder / name, "w", zipfile.ZIP_DEFLATED) as archive:
                     for one in written:
@@ -138,7 +148,7 @@ class Answering:
             gr.Info(IN_BOX, duration=6)
             return {self.page.question: text, self.page.given_options: "\n".join(options)}
         tapped = Question(text, tuple(options), impression=impression.strip())
-        return self._ask_or_wait(opened, chat, tapped, questions, request) | {self.page.impression: ""}
+        return {self.page.impression: ""} | self._ask_or_wait(opened, chat, tapped, questions, request)
 
     def on_question(
         self,
@@ -165,7 +175,8 @@ class Answering:
         changes = self._ask_or_wait(opened, chat, put, questions, request)
         waits = self.page.chat not in changes or self.desk.turns.busy(str(request.session_hash))
         box = wait_for_answer if waits else ask_for_question
-        return changes | {self.page.question: box(value=""), self.page.given_options: "", self.page.impression: ""}
+        emptied = {self.page.given_options: "", self.page.impression: ""}  # unless it was refused
+        return emptied | changes | {self.page.question: box(value="")}
 
     def _ask_or_wait(
         self, opened: Opened, chat: list, question: Question, questions: Questions, request: gr.Request
@@ -231,7 +242,9 @@ class Answering:
             raise stop_unseen()
         one = offered[number]
         tapped = Question(one.text, one.options, impression=impression.strip())
-        return self._ask_or_wait(opened, chat, tapped, questions, request) | {self.page.impression: ""}
+        changes = self._ask_or_wait(opened, chat, tapped, questions, request)
+        changes.pop(self.page.given_options, None)
+        return {self.page.impression: ""} | changes
 
     def _limits(self, case: Case) -> Limits:
         """What who answers was validated on: of another reader than the model's own LLM nothing is known."""
@@ -241,6 +254,8 @@ class Answering:
         """Ask the last question again."""
         self._refuse_while_busy(chat, request)
         asked = back_to_question(chat)
+        if chat and text_of(chat[-1]) in (OUTSIDE, NO_WORD):
+            raise refuse("This question was refused; ask another one.")
         self.desk.turns.begin(str(request.session_hash), name_question(opened, asked))
         return {self.page.chat: asked, self.page.question: wait_for_answer()}
 
@@ -266,11 +281,18 @@ class Answering:
         if presence is not None:
             question = dataclasses.replace(question, options=presence.options, put=presence.text)
         elif (target and limits.kinds) or not within(limits, question.text, question.options):
-            said = [NO_WORD if target else OUTSIDE, show_suggestions(suggest(limits))]
+            why, offered = NO_WORD if target else OUTSIDE, show_suggestions(suggest(limits))
+            said = show_answer(why, [f"{offered}<p class='small'>{ENGLISH}</p>"])
+            question = dataclasses.replace(question, refused=why.partition(";")[0].rstrip(".") + ".")
+            told = {"question": question.text, "options": question.options, "why": question.refused}
+            told |= {"impression": question.impression}
+            self.desk.record(request.session_hash, event="refused", slide=opened.case.bag.slide, **told)
             return {
-                self.page.chat: [*before, show_question(question), show_answer(said[0], said[1:])],
+                self.page.chat: [*before, show_question(question), said],
                 self.page.questions: earlier | {len(before): question},
                 self.page.question: ask_for_question(),
+                self.page.given_options: "\n".join(question.options),
+                self.page.impression: question.impression,
             }
         asked = [*before, show_question(question)]
         self.desk.turns.begin(str(request.session_hash), name_question(opened, asked))
@@ -316,6 +338,7 @@ class Answering:
             turns, given = words.turns_of(chat, questions, desk.config.multi_turn, said)
             check_turns(turns, given)
         answers = {place: earlier for place, earlier in answers.items() if place < len(chat)}
+        before = list(answers.values())
         question, failure, whole = questions.get(len(chat) - 1, Question("")), None, False
         answer = self._begin_answer(question, turns, given)
         try:
@@ -324,7 +347,7 @@ class Answering:
                     raise Halted
                 with closing(self._tell(answer, case, turns, job.name)) as steps:
                     for answer in steps:
-                        yield {page.chat: [*chat, show_told(answer, case)]}
+                        yield {page.chat: [*chat, show_told(answer, case, before)]}
                 answer, whole = desk.weigh(case, turns, answer, job.name), True
         except gr.Error as error:  # no half answer may stand as a whole one
             failure = error
@@ -336,7 +359,7 @@ class Answering:
         if opened.closed:  # by a slide that was added or removed
             yield gr.skip()
         elif desk.turns.get(session) is turn:
-            chat = chat if failure and not answer.text else [*chat, show_told(answer, case)]
+            chat = chat if failure and not answer.text else [*chat, show_told(answer, case, before)]
             if not failure:
                 desk.record(request.session_hash, event="ask", slide=case.bag.slide, **dataclasses.asdict(answer))
             self.on_analysed(opened, answers, request)
@@ -451,14 +474,26 @@ def break_off(answer: Answer, failed: bool) -> Answer:
     return dataclasses.replace(answer, unweighed=why)
 
 
-def show_told(answer: Answer, case: Case) -> dict[str, Any]:
-    """An answer as the chat shows it, however far it has come."""
-    return show_answer(word_answer(answer, case.limits, case.selection.ranks.tolist()), show_known(answer, case))
+def list_refused(opened: Opened) -> list[Answer]:
+    """The questions of a case that were not put to the model, for its files."""
+    asked = opened.talk[1].values()
+    return [
+        Answer(one.text, "", one.options, impression=one.impression, refused=one.refused)
+        for one in asked
+        if one.refused
+    ]
 
 
-def show_known(answer: Answer, case: Case, foci: bool = True) -> list[str]:
+def show_told(answer: Answer, case: Case, earlier: Sequence[Answer] = ()) -> dict[str, Any]:
+    """An answer as the chat shows it, however far it has come. earlier: those before it about the same patches"""
+    said = word_answer(answer, case.limits, case.selection.ranks.tolist())
+    return show_answer(said, show_known(answer, case, earlier=earlier))
+
+
+def show_known(answer: Answer, case: Case, foci: bool = True, earlier: Sequence[Answer] = ()) -> list[str]:
     """What stands under an answer; of one whose reader cannot be measured also what it can be asked again without."""
-    blocks = show_evidence(answer, case.selection, answer.impression, number_kept(case), foci)
+    beneath = [word_against(answer, earlier), word_tendency(answer, case.limits)]
+    blocks = show_evidence(answer, case.selection, answer.impression, number_kept(case), foci, beneath)
     kept = len(case.selection.indices)
     parts = [focus for focus in case.foci if len(focus.places) < kept]
     again = answer.sent and answer.evidence and foci and parts

@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 from sparsewsi.bags.bag import own_coords
+from sparsewsi.report.contradictions import word_against
 from sparsewsi.report.record import describe_slides
 from sparsewsi.report.scope import word_answer
 from sparsewsi.slides.remote import is_remote
@@ -127,7 +128,8 @@ class Api:
         Returns:
             headline, which is what may be shown to people: the answer, after whatever speaks against believing it;
             answer, the model's own words, and probabilities (one per option), neither to be shown alone; limit, how
-            often such answers were right; notice; where another reader answers also reader, sent (what left the
+            often such answers were right; notice, after a sentence that names the answers about this case which
+            contradict this one, if any do; where another reader answers also reader, sent (what left the
             server, and where to), cited (numbers of the patches it names: its own words) and again (what it takes
             to ask once more, without some patches).
         """
@@ -143,7 +145,9 @@ class Api:
                 text = None if own else "".join(desk.answer(opened, messages, given, job.name))
                 found = desk.judge(opened, messages, text, given, job.name)
             said = {"headline": word_answer(found, opened.limits), "answer": found.text}
-            said |= {"probabilities": list(found.probs), "limit": found.limit, "notice": opened.notice}
+            against = "" if without else word_against(found, desk.remember(case, found))
+            notice = " ".join(filter(None, [against, opened.notice]))
+            said |= {"probabilities": list(found.probs), "limit": found.limit, "notice": notice}
             if not found.reader or desk.reader is None:
                 return said
             told = {name: getattr(found, name) for name in ("reader", "sent", "cited")}
@@ -161,9 +165,10 @@ class Api:
             options: answer options, if it was a multiple-choice question.
         Returns:
             headline, which is what may be shown to people: the answer, after whatever speaks against believing it,
-            also that it does not rest on the slide; rests, how far it does: "strongly", "partly" or "not"; effects in
-            nats, in the order of analyze's indices; indices; slide_numbers; ranks by score; slides, of a case of
-            several what the answer loses without all patches of each; sentence, what they mean; notice.
+            also that the slide does not decide it; rests, how far it depends on the patches, right or wrong:
+            "strongly", "partly" or "not"; effects in nats, in the order of analyze's indices; indices; slide_numbers;
+            ranks by score; slides, of a case of several what the answer loses without all patches of each; sentence,
+            what they mean; notice.
         """
         desk = self.desk
         with explain_errors():

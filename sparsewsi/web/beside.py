@@ -4,7 +4,7 @@ Of two selections the left one is what the page shows: the model's own patches, 
 as a what-if is. Of two slides each is a case of its own, with the patches that the model keeps of it alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -49,10 +49,14 @@ class Right:
     answers: Answers = field(default_factory=dict)
 
 
-def lay_column(title: str, answer: Answer, case: Case, both: str) -> Column:
-    """An answer as it stands beside another one. both: the limit that holds for both and stands below them"""
+def lay_column(title: str, answer: Answer, case: Case, both: str, earlier: Sequence[Answer] = ()) -> Column:
+    """An answer as it stands beside another one. both: the limit that holds for both and stands below them
+
+    earlier: answers before it about the same patches
+    """
     alone = replace(answer, impression="", limit="" if answer.limit == both else answer.limit, sent="")
-    return title, word_answer(answer, case.limits, case.selection.ranks.tolist()), show_known(alone, case)
+    known = show_known(alone, case, earlier=earlier)
+    return title, word_answer(answer, case.limits, case.selection.ranks.tolist()), known
 
 
 class Comparing(WhatIf):
@@ -164,8 +168,12 @@ class Comparing(WhatIf):
         assert turn is not None
 
         def both(answer: Answer) -> list:
-            limit = first.limit if answer.limit in ("", first.limit) else ""
-            columns = lay_column(named, first, opened.case, limit), lay_column(right.label, answer, case, limit)
+            limit = first.limit if answer.limit in ("", first.limit) and not first.unvalidated else ""
+            before = [[told for at, told in own.items() if at < place] for own in (answers, right.answers)]
+            columns = (
+                lay_column(named, first, opened.case, limit, before[0]),
+                lay_column(right.label, answer, case, limit, [replace(one, beside="") for one in before[1]]),
+            )
             return [*chat[:place], show_both(*columns, whole, question.impression, limit)]
 
         yield {page.question: wait_for_answer()}

@@ -6,15 +6,16 @@ A message's first block is what was said; the blocks after it are about it and a
 import html
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from sparsewsi.model.evidence import WORTH, format_effect
 from sparsewsi.model.foci import Focus
 from sparsewsi.model.prompt import format_question
 from sparsewsi.model.selection import Selection
-from sparsewsi.report.answer import WORTH, Answer, format_effect
+from sparsewsi.report.answer import OTHER_QUESTION, Answer
 from sparsewsi.report.scope import Suggestion
 
 
@@ -24,15 +25,21 @@ class Question:
 
     put:        what the model is asked instead: of "where is the carcinoma?" whether there is any, to point at
     impression: what the reader wrote before the answer was shown
+    refused:    why it was not put to the model, "" for one that was
     """
 
     text: str
     options: tuple[str, ...] = ()
     put: str = ""
     impression: str = ""
+    refused: str = ""
 
 
 MOST_CITED, MOST_FOCI = 3, 2  # patches and foci shown in an answer
+GRADES = (
+    "Measured by asking without each patch, each focus and all of them. Strongly: the answer then gets 10 times less "
+    "likely or more; partly: 2 times or more. It tells nothing about the answer being right."
+)
 Questions = Mapping[int, Question]  # by their place in the chat
 
 
@@ -98,17 +105,30 @@ def show_answer(text: str, blocks: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def show_evidence(
-    answer: Answer, selection: Selection, impression: str = "", numbers: Sequence[int] = (), named: bool = True
+    answer: Answer,
+    selection: Selection,
+    impression: str = "",
+    numbers: Sequence[int] = (),
+    named: bool = True,
+    beneath: Sequence[str] = (),
 ) -> list[str]:
-    """HTML of what was measured: a bar per option, how far it rests on the slide, the foci and patches as pictures.
+    """HTML of what was measured: a bar per option, how far it depends on the patches, the foci and patches as pictures.
+
+    That such answers were not validated stands before all of it.
 
     Of another reader also which patches it cites, marked as its own words.
+    beneath: what else is to be read before what was measured
     numbers: of a case of several slides, that of each kept patch's slide, from 1: citations name it
     named: whether the viewer shows these foci; else their letters are others'
 
     A link to #patch-5 or #focus-B is shown as a picture by the viewer, which has the address of the slide.
     """
     blocks, on = [], dict(zip(selection.ranks.tolist(), (f"Slide {number}, " for number in numbers)))
+    if answer.unvalidated:
+        blocks.append(f"<p class='unvalidated'>{inert(answer.limit)}</p>")
+    blocks += [f"<p class='beneath'>{inert(told)}</p>" for told in beneath if told]
+    if answer.asked:
+        blocks.append(f"<p class='small'>Put to the model as: {inert(answer.question)}</p>")
     if impression:
         blocks.append(f"<p class='small'>Your impression before: {inert(impression)}</p>")
     if answer.probs:
@@ -120,11 +140,11 @@ def show_evidence(
         )
         blocks.append(f"<div class='bars' title='The model&#39;s own probabilities, not calibrated'>{bars}</div>")
     if answer.rests:
-        told = f"Without all {len(selection.indices)} patches it would be {tell_effect(answer.without_all or 0)}."
-        blocks.append(f"<span class='rests {answer.rests}' title='{told}'>rests on the slide: {answer.rests}</span>")
-    if answer.rests == "not":  # pictures would look like evidence
-        blocks.append(f"<p class='small'>{told}</p>")
-    elif answer.effects:
+        blocks.append(
+            f"<span class='rests {answer.rests}' title='{GRADES}'>depends on the patches: {answer.rests}</span>"
+            f"<span class='small'>{OTHER_QUESTION}</span>"
+        )
+    if answer.effects and answer.rests != "not":  # pictures would look like evidence
         effects, patches = np.asarray(answer.effects), selection.ranks.tolist()
         most = [i for i in np.argsort(-effects, kind="stable")[:MOST_CITED] if effects[i] > 0]
         worth = (focus for focus in answer.foci if named and focus.effect >= WORTH)
@@ -137,19 +157,15 @@ def show_evidence(
             _link(f"patch-{patches[i]}", f"{on.get(patches[i], '')}#{patches[i]}", float(effects[i])) for i in most
         ]
         blocks.append(f"<div class='rest' title='{inert(answer.evidence)}'>{''.join(links)}</div>")
-        if foci:
-            best = foci[0]
-            blocks.append(f"<p class='small'>Without focus {best.name} it would be {tell_effect(best.effect)}.</p>")
-        if answer.slides:
-            most_first = sorted(answer.slides, key=lambda slide: -slide.effect)
-            told = [f"slide {slide.name} it would be {tell_effect(slide.effect)}" for slide in most_first]
-            blocks.append(f"<p class='small'>Without {', without '.join(told)}.</p>")
+    if answer.rests:
+        shown = answer if named else replace(answer, foci=())  # whose grade is that of all
+        blocks.append(f"<p class='small'>{shown.weighed}</p>")
     if not answer.effects and (told := answer.unweighed or answer.evidence):
         blocks.append(f"<p class='small'>{inert(told)}</p>")
     if answer.cited:
         links = ", ".join(f"<a href='#patch-{rank}'>{on.get(rank, '')}#{rank}</a>" for rank in answer.cited)
         blocks.append(f"<p class='small'>Cited by the reader, not measured: {links}</p>")
-    if answer.limit:
+    if answer.limit and not answer.unvalidated:
         blocks.append(f"<p class='small'>{inert(answer.limit)}</p>")
     return ["".join(blocks)] if blocks else []
 
@@ -157,13 +173,6 @@ def show_evidence(
 def _begin(text: str) -> str:
     """A sentence's beginning."""
     return text[:1].upper() + text[1:]
-
-
-def tell_effect(effect: float) -> str:
-    """What leaving something out does to an answer, in words; effect in nats."""
-    if effect >= WORTH:
-        return f"{format_effect(effect)} times less likely"
-    return "hardly less likely" if effect > -WORTH else "more likely"
 
 
 def show_suggestions(suggestions: Sequence[Suggestion]) -> str:

@@ -37,7 +37,7 @@ from sparsewsi.readers.pictures import ReaderError
 from sparsewsi.report.answer import Answer
 from sparsewsi.report.case import Case
 from sparsewsi.report.record import describe_slides
-from sparsewsi.report.scope import word_answer
+from sparsewsi.report.scope import word_answer, word_tendency
 from sparsewsi.slides.remote import ANY, OPEN, is_remote
 from sparsewsi.web.library import Library
 from sparsewsi.web.limits import MOST_TURNS, check_slides, check_turns
@@ -298,7 +298,8 @@ class Answers:
         how: dict[str, Any] = {"evidence": asked.evidence, "progress": turn.look}
         answer = case.measure(library.reader, asked.messages, text, asked.options, **how)
         if not at_once:
-            turn.tell(word_answer(answer, case.limits))
+            said = [word_answer(answer, case.limits), word_tendency(answer, case.limits)]
+            turn.tell("\n".join(filter(None, said)))
         if self._with_notice:
             turn.tell(f"\n\n{case.notice}")
         known = _describe(case, asked, answer)

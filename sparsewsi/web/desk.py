@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
@@ -60,6 +60,7 @@ BATCH = 16  # patches that are encoded in one turn: who waits for theirs waits s
 MOST_DECODED = 192 << 20  # bytes of px of all PNG and JPEG slides that are open: one of 8,192 x 8,192 px
 MOST_GONE = 10_000  # sessions that are remembered to have ended
 LEFT_FOR, MOST_LEFT, MOST_LEFT_FEATURES = 600.0, 64, 256 << 20  # s that a closed page's case is kept, how many, bytes
+MOST_REMEMBERED = 50  # answers of the API that a new one is held against
 MOST_LOGGED, MOST_LOGGED_IN_ALL = 1 << 20, 1 << 30  # bytes of a session's log, and of the server's
 
 
@@ -95,6 +96,7 @@ class Opened:
         self.marks: dict[int, str] = {}  # by index of a patch: what the reader says of it
         self.called = ""  # what the reader calls the case
         self.talk: Talk = ([], {}, {})
+        self.answers: deque[Answer] = deque(maxlen=MOST_REMEMBERED)  # that callers of the API had
         self.earlier: tuple[Exchange, ...] = ()  # what was answered while the case had other slides
 
     @property
@@ -646,6 +648,15 @@ class Desk:
         if (owner := self.slides.owner_of(token)) in self._asked:
             self._asked[owner] = time.monotonic()
         return opened.case
+
+    def remember(self, token: str, answer: Answer) -> list[Answer]:
+        """Keep an answer of the API beside its case; returns those before it."""
+        opened = self._opened.get(token)
+        if opened is None:
+            return []
+        before = list(opened.answers)
+        opened.answers.append(answer)
+        return before
 
     def forget(self, session: str | None) -> None:
         """Delete what a session uploaded and what was made of it; what is done for it ends."""

@@ -421,7 +421,7 @@ class Handlers(Comparing):
         """Keep the chat beside its case, for a page that is loaded anew: that of before a what-if, in one."""
         if aside is not None:
             aside.opened.talk = (aside.chat, aside.questions, aside.answers)
-        elif opened is not None:
+        if opened is not None and (aside is None or opened is not aside.opened):
             opened.talk = (chat, questions, answers)
 
     def on_back(self, asked: Asked | None, opened: Opened | None, chat: list, request: gr.Request) -> Changes:

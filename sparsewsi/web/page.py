@@ -85,6 +85,7 @@ def _wire_questions(page: Page, on: Handlers, analysed: list) -> None:
     starter = [page.examples, page.starters, page.opened, page.coming, page.chat, page.questions, page.impression]
     suggested = [page.opened, page.chat, page.questions, page.impression]
     boxes = [page.given_options, page.waiting, page.impression, page.next_line]
+    kept = [page.given_options, page.impression]  # of a question that is refused
     asked_too = [page.opened, page.right, page.chat, page.questions, page.answers]
     after = [page.question, page.next, page.next_line]
     ready = [page.opened, page.waiting, page.coming, page.chat]
@@ -95,12 +96,12 @@ def _wire_questions(page: Page, on: Handlers, analysed: list) -> None:
         page.next.change(
             on.on_next,
             [page.next, page.opened, page.chat, page.questions],
-            [*talk, page.next, page.next_line],
+            [*talk, *kept, page.next, page.next_line],
             **QUIET,
             **EVERY,
         ),
         page.chat.retry(on.on_retry, [page.opened, page.chat], talk, **QUIET),
-        page.chat.edit(on.on_edit, [page.opened, page.chat, page.questions], talk, **QUIET),
+        page.chat.edit(on.on_edit, [page.opened, page.chat, page.questions], [*talk, *kept], **QUIET),
         *(one.success(on.on_ready, ready, [*talk, *boxes], **QUIET) for one in analysed),
     ]
     for event in asked:
