@@ -21,7 +21,7 @@ PLAIN = re.compile(  # a No to these denies them; one to "squamous cell carcinom
     r"malignan(?!t (\w*oma|\w*emia)\b)"
 )
 BENIGN = r"\bbenign\b|adenoma|papilloma|na?evus|lipoma|leiomyoma|fibroma"
-EITHER = r"\bbenign\b.*\bmalignan|\bmalignan.*\bbenign\b"  # which Yes and No do not answer
+UNCLEAR = r"\bbenign\b.*\bmalignan|\bmalignan.*\bbenign\b|\bno\b|\bwithout\b|(?<!or )\bnot\b"  # what Yes would mean
 CLEAR = r"non-?neoplastic|\bnormal\b|\bhealthy\b"
 OTHER = r"\binflamm|\binfection"  # of a category: it is that, and no tumour; in a description it may lie beside one
 DENIED = r"\b(no|not|without|free of|negative for|absence of|lacks?|rather than)\b[^.;,]*"
@@ -59,7 +59,7 @@ def word_against(answer: Answer, earlier: Sequence[Answer]) -> str:
 
 def _read_word(question: str, yes: bool) -> dict[str, bool]:
     """What Yes or No to a question claims; nothing where they do not answer it."""
-    if asks_beyond(question) or not WHETHER.search(question) or re.search(EITHER, question):
+    if asks_beyond(question) or not WHETHER.search(question) or re.search(UNCLEAR, question):
         return {}
     if re.search(r"\bbenign\b", question):
         return _climb("malignant", False) if yes else {}

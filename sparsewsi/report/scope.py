@@ -93,7 +93,7 @@ def put_as_presence(limits: Limits, target: str) -> Suggestion | None:
 
 def word_answer(answer: Answer, limits: Limits, ranks: Sequence[int] = (), begun: bool = False) -> str:
     """The first line of an answer: whatever speaks against it first, then the answer, or the two likeliest options; of
-    yes and no the likelier, as both tell nothing. Where nothing speaks for it that it gives no answer.
+    yes and no the likelier, as both tell nothing. Unsure or a guess, and not decided by the slide, is no answer.
 
     What speaks against it: the model was not often right when so unsure, or on such questions at all; the answer does
     not rest on the slide; or what it rests on is not known (yet). Of another reader nobody knows how often it is right.

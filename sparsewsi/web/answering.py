@@ -19,7 +19,7 @@ import gradio as gr
 from sparsewsi.model.limits import Limits
 from sparsewsi.model.prompt import format_question
 from sparsewsi.model.selection import Selection
-from sparsewsi.report.answer import Answer, FocusEffect
+from sparsewsi.report.answer import NOT_VALIDATED, Answer, FocusEffect
 from sparsewsi.report.case import ANNOTATIONS, Case
 from sparsewsi.report.contradictions import word_against
 from sparsewsi.report.scope import (
@@ -396,7 +396,8 @@ class Answering:
                 for piece in pieces:
                     text += piece
                     if not begun.options:
-                        yield dataclasses.replace(begun, text=text.lstrip())
+                        limit = NOT_VALIDATED if begun.reader else case.limits.judge(begun.question)
+                        yield dataclasses.replace(begun, text=text.lstrip(), limit=limit)
             judged = desk.judge(case, turns, text, begun.options, job)
         known = {"asked": begun.asked, "impression": begun.impression}
         yield dataclasses.replace(judged, unweighed=WEIGHING if desk.weighs else "", **known)

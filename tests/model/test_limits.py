@@ -27,8 +27,11 @@ def test_an_answer_comes_with_what_validation_found() -> None:
     never = Limits((replace(MALIGNANT, least=1.0),))
     assert "100%" not in never.judge("Is it malignant?", [0.1, 0.9])
     assert never.judge("Is it malignant?", [0.1, 0.9]).startswith("Not sure: likely answers")
-    assert TOLD.judge("Is it malignant?", [0.1, 0.9]).startswith("Of such answers 90% were right (75% of all")
-    assert "80%" in TOLD.judge("Is it malignant?")
+    assert TOLD.judge("Is it malignant?", [0.1, 0.9]).startswith(
+        "An option has 70% or more, as in 75% of such questions: of these answers 90% were right, by case, on 10 slides"
+    )
+    assert "80% were right, by case," in TOLD.judge("Is it malignant?"), "which is not 8 of 10 slides"
+    assert "by case (60% to 95%" in TOLD.judge("Is it malignant?", [0.4, 0.6])
     assert "not validated" in TOLD.judge("How old is the patient?", [0.5, 0.5])
     assert Limits().judge("Is it malignant?") == ""
 
@@ -39,6 +42,10 @@ def test_an_answer_comes_with_what_validation_found() -> None:
         ("Is there cancer?", (), True),
         ("Is there cancer?", ("No", "Yes"), True),
         ("Cancer?", (), True),
+        ("Is there cancer in this lymph node?", (), True),
+        ("Cancer in this liver?", (), True),
+        ("How many lymph nodes have cancer?", (), False),
+        ("Are the nodes positive for cancer?", (), False),
         ("Can you say whether this is cancer?", (), True),
         ("What grade is the cancer?", (), False),
         ("Name the cancer that this is.", (), False),

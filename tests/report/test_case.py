@@ -189,7 +189,7 @@ def test_seen_a_figure_that_did_not_say_how_sure_an_answer_is_nor_what_it_rests_
     for part in (
         "Which?",
         "fat 70%, mucin 30%.",
-        "Rests on the slide: strongly.",
+        "Depends on the patches: strongly (whether it is right is another question).",
         "Not sure: why.",
         "research use only",
     ):

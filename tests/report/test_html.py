@@ -9,9 +9,11 @@ from PIL import Image
 
 from sparsewsi.bags.bag import Bag
 from sparsewsi.model.config import SparseWSIConfig
+from sparsewsi.model.limits import UNVALIDATED, Limit, Limits
 from sparsewsi.report import html
-from sparsewsi.report.answer import Answer
+from sparsewsi.report.answer import Answer, FocusEffect
 from sparsewsi.report.record import digest_patches
+from sparsewsi.web.chat import show_evidence
 
 HOSTILE = '<script>alert(1)</script> ![x](http://evil.example/x.png) "quoted" & <img src=x onerror=alert(2)>'
 
@@ -67,9 +69,42 @@ def test_seen_a_report_that_printed_another_question_than_the_readers(tmp_path, 
 def test_seen_pictures_in_the_report_of_an_answer_that_does_not_rest_on_the_slide(tmp_path, bag, selection):
     answer = Answer("Which?", "fat", effects=(0.1, 0.1, 0.1), without_all=0.1)
     text = report(tmp_path, bag, selection, answers=[answer])
-    assert "Not from what the slide shows; perhaps: fat" in text
-    assert "Rests on the slide: not." in text
+    assert "The slide does not decide it; perhaps: fat" in text
+    assert "Depends on the patches: not (whether it is right is another question)." in text
     assert not re.findall(r'<a href="#patch-(\d)"><img', text)
+
+
+def test_a_guess_is_told_as_one_before_what_was_measured_of_it(tmp_path, bag, selection):
+    limits = Limits((Limit("malignant", ("malignan",), 21, 18, 0.8, 0.6, 0.9),))
+    guess = Answer("Describe it.", "Carcinoma.", effects=(5.0, 0.1, 0.1), without_all=5.0, limit=UNVALIDATED)
+    text = report(tmp_path, bag, selection, answers=[guess], limits=limits)
+    order = ('said guess">A guess, no finding: Carcinoma.', UNVALIDATED, "Depends on the patches: strongly", "<img")
+    assert [text.index(part) for part in order] == sorted(text.index(part) for part in order)
+    assert text.count(UNVALIDATED) == 1
+
+
+def test_page_and_report_say_the_same_of_what_an_answer_depends_on(tmp_path, bag, selection):
+    """Seen: 1.72 times on the page, "as readily" in the report, and none of the foci."""
+    foci = (FocusEffect("E", (1, 2), 5.76),)
+    answer = Answer("Which?", "fat", effects=(0.1, 2.0, 0.1), without_all=0.54, foci=foci)
+    (shown,) = show_evidence(answer, selection)
+    told = "Without all 3 patches it would be 1.72 times less likely, without focus E 317 times less likely."
+    assert told in shown
+    assert told in report(tmp_path, bag, selection, answers=[answer])
+
+
+def test_answers_that_contradict_each_other_and_questions_that_were_refused_are_in_the_report(tmp_path, bag, selection):
+    answers = [
+        Answer("Is this malignant?", "No"),
+        Answer("Describe it.", "A carcinoma."),
+        Answer("What Gleason grade?", "", ("3", "4"), impression="4 & more", refused="This model cannot answer that."),
+    ]
+    text = report(tmp_path, bag, selection, answers=answers)
+    assert text.index("contradict each other") < text.index("Q1.")
+    assert "Q3. What Gleason grade?" in text
+    assert "Refused, not put to the model: This model cannot answer that." in text
+    assert "4 &amp; more" in text
+    assert "contradict" not in report(tmp_path, bag, selection, answers=answers[1:])
 
 
 def test_an_answer_from_other_patches_is_told_as_such_and_its_evidence_is_no_patch_of_this_report(

@@ -4,9 +4,18 @@ import dataclasses
 
 import pytest
 
-from sparsewsi.model.limits import Limit, Limits
+from sparsewsi.model.limits import UNVALIDATED, Limit, Limits
 from sparsewsi.report.answer import Answer, FocusEffect
-from sparsewsi.report.scope import find_place, find_target, put_as_presence, suggest, within, word_answer
+from sparsewsi.report.scope import (
+    find_place,
+    find_target,
+    is_guess,
+    put_as_presence,
+    suggest,
+    within,
+    word_answer,
+    word_tendency,
+)
 
 LIMITS = Limits(
     kinds=(
@@ -96,17 +105,52 @@ def test_an_answer_in_words_is_as_sure_as_such_answers_are(share, told):
 @pytest.mark.parametrize(
     ("answer", "told"),
     [
-        (Answer("Is this malignant?", "No", ("Yes", "No"), (0.1, 0.9)), "Not from what the slide shows; perhaps: No"),
+        (
+            Answer("Is this malignant?", "No", ("Yes", "No"), (0.1, 0.9)),
+            ("The slide does not decide it; perhaps: No", ""),
+        ),
         (
             Answer("Is this malignant?", "No", ("Yes", "No"), (0.45, 0.55)),
-            "Not sure, and not from what the slide shows; perhaps: No",
+            ("No answer: not sure, and the slide does not decide it", "Likelier: No (55%)"),
         ),
-        (Answer("What organ is this?", "colon"), "Not sure, and not from what the slide shows; perhaps: colon"),
-        (Answer("What grade is it?", "High."), "Not from what the slide shows; a guess: High."),
+        (
+            Answer("Is this malignant?", "No", ("Yes", "No"), (0.45, 0.55), asked="Where is it malignant?"),
+            ("No answer: not sure, and the slide does not decide it", "Likelier: No (55%)"),
+        ),
+        (
+            Answer("What organ is this?", "colon", ("colon", "skin", "liver"), (0.4, 0.35, 0.25)),
+            ("No answer: not sure, and the slide does not decide it", "Likelier: colon (40%), skin (35%)"),
+        ),
+        (
+            Answer("What organ is this?", "colon"),
+            ("No answer: not sure, and the slide does not decide it", "What the model wrote: colon"),
+        ),
+        (
+            Answer("Describe it.", "Carcinoma."),
+            (
+                "No answer: a guess, and the slide does not decide it",
+                "What the model wrote, which is no finding: Carcinoma.",
+            ),
+        ),
     ],
 )
 def test_seen_a_bold_answer_that_does_not_rest_on_the_slide(answer, told):
-    assert word_answer(dataclasses.replace(answer, effects=(0.1,), without_all=0.1), LIMITS) == told
+    answer = dataclasses.replace(answer, effects=(0.1,), without_all=0.1)
+    assert (word_answer(answer, LIMITS), word_tendency(answer, LIMITS)) == told
+    rests = dataclasses.replace(answer, without_all=3.0)
+    assert word_tendency(rests, LIMITS) == "", "where an answer is given it stands in the first line"
+
+
+@pytest.mark.parametrize(
+    "said", ["Foci of carcinoma and liver.", "Adenocarcinoma.", "Breast cancer", "A malignant tumour.", "LYMPHOMA"]
+)
+def test_seen_a_guess_of_cancer_that_read_as_a_finding(said):
+    guess = Answer("Describe the slide", said, limit=UNVALIDATED, effects=(6.0,), without_all=5.8)
+    assert word_answer(guess, LIMITS) == f"A guess, no finding: {said}"
+    assert is_guess(guess, LIMITS)
+    assert word_answer(dataclasses.replace(guess, text="Fat."), LIMITS) == "A guess: Fat."
+    assert word_answer(dataclasses.replace(guess, text="Foci of"), LIMITS, begun=True).startswith("A guess, no finding")
+    assert not is_guess(Answer("Is this malignant?", "No", ("Yes", "No"), (0.2, 0.8)), LIMITS)
 
 
 def test_an_answer_that_is_not_weighed_says_so_and_one_of_no_validated_kind_is_a_guess():
@@ -142,7 +186,7 @@ def test_where_something_is_is_told_as_surely_as_it_is_known(yes, without_all, l
 def test_nothing_is_pointed_at_that_does_not_rest_on_the_slide():
     answer = dataclasses.replace(PLACE, probs=(0.9, 0.1), effects=(0.1, 0.1), without_all=0.1)
     assert find_place(answer, [7, 4]) is None
-    assert word_answer(answer, LIMITS, [7, 4]).startswith("Not from what the slide shows (Yes: 90%)")
+    assert word_answer(answer, LIMITS, [7, 4]).startswith("The slide does not decide it (Yes: 90%)")
 
 
 @pytest.mark.parametrize(
@@ -151,8 +195,40 @@ def test_nothing_is_pointed_at_that_does_not_rest_on_the_slide():
         (3.0, (0.1,), (), "strongly"),
         (0.1, (0.1,), (), "not"),
         (0.1, (0.1,), (FocusEffect("A", (1, 2), 1.0),), "partly"),
+        (0.1, (3.0,), (), "strongly"),  # seen: "partly" beside 6 times, "strongly" beside none over 1.2
+        (-3.0, (0.2,), (), "not"),
         (None, (), (), ""),
     ],
 )
-def test_how_far_an_answer_rests_on_the_slide(without_all, effects, foci, rests):
+def test_how_far_an_answer_depends_on_the_patches_follows_the_largest_effect(without_all, effects, foci, rests):
     assert Answer("?", "No", effects=effects, without_all=without_all, foci=foci).rests == rests
+
+
+def test_what_an_answer_depends_on_is_never_told_as_if_it_were_right():
+    answer = Answer("?", "No", effects=(0.1, 0.2), without_all=3.0, foci=(FocusEffect("A", (1, 2), 1.0),))
+    assert (
+        answer.weighed
+        == "Without all 2 patches it would be 20.1 times less likely, without focus A 2.72 times less likely."
+    )
+    assert answer.dependence.startswith("Depends on the patches: strongly (whether it is right is another question).")
+    assert answer.weighed in answer.dependence
+    assert dataclasses.replace(answer, without_all=None).dependence == ""
+
+
+@pytest.mark.parametrize(
+    ("question", "kind"),
+    [
+        ("Is there a malignancy in this lymph node?", "malignant"),
+        ("Malignancy in these lymph nodes?", "malignant"),
+        ("Is this sentinel node malignant?", "malignant"),
+        ("Does this lymph node contain carcinoma?", "carcinoma"),
+        ("Is there carcinoma in the liver?", "carcinoma"),
+    ],
+)
+def test_seen_a_question_about_cancer_refused_for_the_name_of_its_site(question, kind):
+    found = LIMITS.find(question)
+    assert found is not None
+    assert found.kind == kind
+    assert within(LIMITS, question)
+    assert not within(LIMITS, "How many nodes are malignant?")
+    assert not within(LIMITS, "Is there a nodal metastasis of the malignancy?")

@@ -119,7 +119,7 @@ def test_two_slides_are_one_case(app, two_slides):
     weighed = one.predict(found["case"], ASKED[0], said["answer"], ASKED[1], api_name="/evidence")
     assert weighed["slide_numbers"] == found["slide_numbers"]
     assert weighed["rests"] in ("strongly", "partly", "not")
-    assert weighed["headline"].startswith("Not from what the slide shows") == (weighed["rests"] == "not")
+    assert weighed["headline"].startswith("The slide does not decide it") == (weighed["rests"] == "not")
     assert weighed["headline"].endswith(said["answer"])
     assert set(weighed["slides"]) <= {"1", "2"}
     assert len(list(app.desk.folder.rglob("slide.tiff"))) == 2
@@ -142,6 +142,17 @@ def test_seen_a_bare_answer_for_programs(app, monkeypatch):
     assert re.fullmatch(r"Not sure: (skin or colon|colon or skin)", said["headline"])
     assert said["limit"].startswith("Not sure")
     assert next(iter(said)) == "headline", "read first"
+    one.close()
+
+
+def test_an_answer_that_contradicts_one_before_it_says_so_in_its_notice(app):
+    one = client(app)
+    found = one.predict(slides=["phantom"], api_name="/analyze")
+    first = one.predict(found["case"], "Which is it?", ["carcinoma", "malignant melanoma"], api_name="/ask")
+    second = one.predict(found["case"], "What is it?", ["normal tissue", "healthy tissue"], api_name="/ask")
+    less = [found["case"], "What is it?", ["normal tissue", "healthy tissue"], found["ranks"][:1]]
+    assert first["notice"] == one.predict(*less, api_name="/ask")["notice"] == found["notice"], "of other patches"
+    assert f'"Which is it?" {first["answer"]}; "What is it?" {second["answer"]}. {found["notice"]}' in second["notice"]
     one.close()
 
 

@@ -687,7 +687,7 @@ def asking(page, question: str, options: str = "") -> Iterator:
 
 def test_seen_a_bold_answer_that_was_no_option(reading, served):
     with asking(reading, "Which organ is this slide from?", "breast\ncolon\nskin") as answer:
-        first = answer.inner_text().splitlines()[0]
+        first = " ".join(answer.inner_text().splitlines()[:2])  # the second where it is no answer
         named = [option for option in ("breast", "colon", "skin") if option in first]
         assert named, first
         shares = [
@@ -705,9 +705,9 @@ def test_seen_confident_prose_where_the_model_cannot_answer(reading, served):
         assert answer.locator("a.chip").count() >= 3
         assert answer.locator(".rests, a[href*='#patch-']").count() == 0
     with asking(reading, "Where is the carcinoma?") as answer:
-        assert re.match(r"Here: |Not sure \(Yes: \d+%\)|The model does not find carcinoma", answer.inner_text())
+        assert re.match(r"Here: |No(t sure|t weighed| answer)|The (model does not find|slide)", answer.inner_text())
     with asking(reading, "What organ is this?") as answer:
-        assert re.search(r"Of such answers \d+%|ot sure", answer.inner_text()), "how often such answers are right"
+        assert re.search(r"\d+% were right, by case|ot sure", answer.inner_text()), "how often such answers are right"
 
 
 def test_seen_a_question_answered_from_other_patches_than_those_on_the_slide(reading, served):

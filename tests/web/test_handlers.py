@@ -16,11 +16,21 @@ from PIL import Image
 
 from sparsewsi import phantom
 from sparsewsi.bags.foreign import load_bag
-from sparsewsi.model.limits import Limit, Limits
+from sparsewsi.model.limits import UNVALIDATED, Limit, Limits
 from sparsewsi.report.answer import Answer
+from sparsewsi.report.record import read_selection
 from sparsewsi.web import chat, handlers
 from sparsewsi.web import desk as desk_module
-from sparsewsi.web.answering import AT_READY, BROKEN_OFF, COMING, STOPPED, UNWEIGHED, WEIGHING, evidence_props
+from sparsewsi.web.answering import (
+    AT_READY,
+    BROKEN_OFF,
+    COMING,
+    STOPPED,
+    UNWEIGHED,
+    WEIGHING,
+    evidence_props,
+    show_told,
+)
 from sparsewsi.web.chat import Question
 from sparsewsi.web.desk import CaseSlide, Opened
 from sparsewsi.web.errors import explain_errors
@@ -448,9 +458,49 @@ def test_what_the_model_was_not_trained_for_is_refused_with_what_it_can_answer(o
     refused = on.on_question("What grade is it?", "", "", limited, (), [], {}, me)[on.page.chat]
     assert "cannot answer that" in chat.text_of(refused[-1])
     assert "Does this slide contain carcinoma?" in str(refused[-1])
+    assert "Ask in English" in str(refused[-1]), "no language of its own is looked for"
     assert not desk.turns.busy(str(me.session_hash))
+    with pytest.raises(gr.Error, match="was refused"):
+        on.on_retry(limited, refused, me)
     asked = on.on_suggested(SimpleNamespace(_data={"number": 0}), limited, refused, {}, "", me)
     assert chat.text_of(asked[on.page.chat][-1]).startswith("Does this slide contain carcinoma?")
+
+
+def test_seen_boxes_emptied_by_a_refusal_of_which_nothing_was_left_in_report_and_log(on, limited, me, desk):
+    page = on.page
+    changes = on.on_question("What Gleason grade?", "3\n4", "It is 4.", limited, (), [], {}, me)
+    assert (changes[page.given_options], changes[page.impression]) == ("3\n4", "It is 4.")
+    on.on_talked(limited, None, changes[page.chat], changes[page.questions], {})
+    report = on._write_download(limited, limited.case, [], me.session_hash, "report.html").read_text()
+    for part in ("What Gleason grade?", "Refused, not put to the model: This model cannot answer that.", "It is 4."):
+        assert part in report
+    log = (desk.files_of(me.session_hash) / "log.jsonl").read_text().splitlines()
+    event = [told for told in map(json.loads, log) if told["event"] == "refused"][-1]
+    assert (event["question"], event["why"]) == ("What Gleason grade?", "This model cannot answer that.")
+    kept = on._write_download(limited, limited.case, [], me.session_hash, "selection.json")
+    assert read_selection(kept).questions == (), "which a replay does not put either"
+
+
+def test_what_was_put_to_the_model_and_what_it_contradicts_stand_under_an_answer(opened):
+    put = Answer("Is there a neoplasm in this slide?", "No", ("Yes", "No"), (0.3, 0.7), asked="where is the tumour?")
+    shown = str(show_told(put, opened.case, [Answer("Describe the slide", "A carcinoma.")]))
+    assert "Put to the model as: Is there a neoplasm in this slide?" in shown
+    assert "These answers contradict each other" in shown
+    assert "contradict" not in str(show_told(put, opened.case, [Answer("Describe the slide", "Fat.")]))
+
+
+def test_seen_a_guess_of_cancer_above_pictures_that_read_as_proof(limited):
+    case, places = limited.case, len(limited.case.selection.indices)
+    guess = Answer("Describe it.", "Carcinoma.", effects=(5.0,) * places, without_all=5.0, limit=UNVALIDATED)
+    said, block = show_told(guess, case)["content"]
+    assert said == "A guess, no finding: Carcinoma."
+    assert block.startswith(f"<p class='unvalidated'>{UNVALIDATED}</p>"), "before chip and pictures, and not bold"
+    assert block.count(UNVALIDATED) == 1
+    assert "depends on the patches: strongly" in block
+    assert "It tells nothing about the answer being right" in block
+    unsure = dataclasses.replace(guess, without_all=0.0, effects=(0.0,) * places)
+    assert show_told(unsure, case)["content"][0] == "No answer: a guess, and the slide does not decide it"
+    assert "What the model wrote, which is no finding: Carcinoma." in str(show_told(unsure, case))
 
 
 def test_where_is_the_tumour_is_answered_by_pointing(on, limited, me):
@@ -460,9 +510,11 @@ def test_where_is_the_tumour_is_answered_by_pointing(on, limited, me):
     assert chat.text_of(asked[page.chat][0]) == "Where is the carcinoma?"
     *_, last = on.on_asked(limited, asked[page.chat], asked[page.questions], {}, me)
     answer, said = last[page.answers][1], chat.text_of(last[page.chat][-1])
-    if answer.probs[0] > 0.5:
+    if answer.probs[0] > 0.5 and answer.rests != "not":
         assert said.startswith(("Here:", "Not sure (Yes:"))
         assert last[page.view].props["focus"]
+    elif answer.rests == "not":
+        assert "the slide does not decide it" in said.lower()
     else:
         assert said.startswith("The model does not find carcinoma")
 
@@ -491,7 +543,7 @@ def test_seen_pictures_of_an_answer_that_does_not_rest_on_the_slide(opened):
     selection, effects = opened.case.selection, (0.1,) * len(opened.case.selection.indices)
     answer = Answer("Is it malignant?", "No", effects=effects, without_all=0.1)
     shown = chat.show_evidence(answer, selection)[0]
-    assert "rests on the slide: not" in shown
+    assert "depends on the patches: not" in shown
     assert "href" not in shown
     assert "Without all 6 patches it would be 1.11 times less likely." in shown
     assert evidence_props(selection, answer) is None, "nor does the viewer show any"
