@@ -174,7 +174,8 @@ class Comparing(WhatIf):
                 lay_column(named, first, opened.case, limit, before[0]),
                 lay_column(right.label, answer, case, limit, [replace(one, beside="") for one in before[1]]),
             )
-            return [*chat[:place], show_both(*columns, whole, question.impression, limit)]
+            first_said, said = (one.text.strip().rstrip(".").casefold() for one in (first, answer))
+            return [*chat[:place], show_both(*columns, whole, question.impression, limit, first_said == said)]
 
         yield {page.question: wait_for_answer()}
         try:

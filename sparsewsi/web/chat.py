@@ -217,15 +217,19 @@ def compare(columns: Sequence[Column], classes: Sequence[str] = ("", "")) -> str
     return f"{COMPARED}{''.join(cells)}</div>"
 
 
-def show_both(left: Column, right: Column, whole: bool = True, impression: str = "", limit: str = "") -> dict[str, Any]:
+def show_both(
+    left: Column, right: Column, whole: bool = True, impression: str = "", limit: str = "", agree: bool = False
+) -> dict[str, Any]:
     """An assistant's message of a comparison. Links of the right one lead to the viewer on the right.
 
     whole: whether the right one is all there; before that nothing is said of both
     impression, limit: as of Answer, once for both
+    agree: the answers are the same, whatever is to be doubted of each
     """
     texts = [text.strip().rstrip(".") for _, text, _ in (left, right)]
     same = texts[0].casefold() == texts[1].casefold()
-    first = "…" if not whole else f"Both: {texts[0]}" if same else "They differ"
+    differ = "Both answer the same, with other doubts" if agree else "They differ"
+    first = "…" if not whole else f"Both: {texts[0]}" if same else differ
     before = f"<p class='small'>Your impression before: {inert(impression)}</p>" if impression else ""
     after = f"<p class='small'>{inert(limit)}</p>" if limit else ""
     return show_answer(first, [before + compare([left, right], ["", "other"]) + after])

@@ -909,3 +909,9 @@ def test_a_strangers_slide_has_no_ground_truth_whatever_lies_beside_it(on, desk,
     assert "phantom" not in shown[on.page.view].props["slides"][0]["name"]
     *_, last = on.on_slide_shown(shown[on.page.coming], None, [], me)
     assert last[on.page.secret].visible is False
+
+
+def test_seen_two_sides_that_differ_in_their_doubts_alone_called_different():
+    left, right = ("32", "A guess: fat", []), ("8", "The slide does not decide it; a guess: fat", [])
+    assert chat.text_of(chat.show_both(left, right, agree=True)) == "Both answer the same, with other doubts"
+    assert chat.text_of(chat.show_both(left, right)) == "They differ"
