@@ -141,8 +141,8 @@ def show_evidence(
         blocks.append(f"<div class='bars' title='The model&#39;s own probabilities, not calibrated'>{bars}</div>")
     if answer.rests:
         blocks.append(
-            f"<span class='rests {answer.rests}' title='{GRADES}'>depends on the patches: {answer.rests}</span>"
-            f"<span class='small'>{OTHER_QUESTION}</span>"
+            f"<span class='rests {answer.rests}' title='{GRADES}'>depends on the patches: {answer.rests}</span> "
+            f"<span class='small'>({OTHER_QUESTION})</span>"
         )
     if answer.effects and answer.rests != "not":  # pictures would look like evidence
         effects, patches = np.asarray(answer.effects), selection.ranks.tolist()
