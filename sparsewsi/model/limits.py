@@ -18,9 +18,9 @@ WHETHER = re.compile(  # what Yes or No answers: a verb first, "whether", or no 
     r"^\W*\w+\W*(\w+\W*)?$"
 )
 UNVALIDATED = "Answers to this kind of question were not validated: take this one as no more than a guess."
-SITE = re.compile(  # where a slide is from, which is no question: "cancer in this lymph node"
-    r"\b(lymph|sentinel|axillary|(in|of|from|on|within) (this|the|an?|these)) nodes?\b|"
-    r"\b(in|of|from|on|within) (this|the|an?|these) ((lymph|sentinel|axillary) nodes?|adrenal|appendix|artery|biopsy|"
+SITE = re.compile(  # where a slide is from, which is no question: "cancer in this lymph node", not "in the nodes"
+    r"\b((in|of|from|on|within) )?((this|the|an?) ((lymph|sentinel|axillary) )*node|these ((lymph|axillary) )*nodes)\b|"
+    r"\b(in|of|from|on|within) (this|the|an?|these) (adrenal|appendix|artery|biopsy|"
     r"bladder|bone( marrow)?|bowel|brain|breast|cervix|colon|kidney|larynx|liver|lungs?|muscle|organ|ovary|pancreas|"
     r"parathyroid|patient|placenta|prostate|rectum|salivary gland|section|skin|slide|specimen|spleen|stomach|testis|"
     r"thymus|thyroid|tissue|tonsil|uterus)\b",

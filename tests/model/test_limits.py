@@ -44,6 +44,8 @@ def test_an_answer_comes_with_what_validation_found() -> None:
         ("Cancer?", (), True),
         ("Is there cancer in this lymph node?", (), True),
         ("Cancer in this liver?", (), True),
+        ("Is there cancer in these lymph nodes?", (), True),
+        ("Are lymph nodes involved by cancer?", (), False),  # elsewhere in the patient
         ("How many lymph nodes have cancer?", (), False),
         ("Are the nodes positive for cancer?", (), False),
         ("Can you say whether this is cancer?", (), True),
