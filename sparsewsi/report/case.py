@@ -29,7 +29,7 @@ from sparsewsi.model.foci import Focus, find_foci
 from sparsewsi.model.limits import Limits
 from sparsewsi.model.novelty import Summary
 from sparsewsi.model.selection import Selection
-from sparsewsi.model.selector import LEARNED, SELECTORS, check_selector, evenly, select_learned
+from sparsewsi.model.selector import LEARNED, SELECTORS, check_selector, evenly, pick_highest, select_learned
 from sparsewsi.model.words import Words
 from sparsewsi.readers.pictures import PictureReader, Pictures, find_cited
 from sparsewsi.report import annotations, figure, html, plots, qupath, record, table, umap
@@ -117,6 +117,7 @@ class Case:
     paths:          of a case of several slides (bag.parts) all of them, in order, where they are at hand
     slide_mpp:      um/px of the scan if it was given by hand, else None
     selector, max_patches: how the selection was made; max_patches: at most so many patches were encoded, None: all
+    unlike:         indices of patches that were kept for being unlike the others: by its score none of them would be
     config, model, weights_sha256, trained_on, limits: of the model that made it; `model` is its name for people
     """
 
@@ -132,11 +133,14 @@ class Case:
     selector: str = "learned"
     max_patches: int | None = None
     paths: tuple[Path, ...] = ()
+    unlike: frozenset[int] = frozenset()
 
     @property
     def summary(self) -> str:
         """One line for people: slide, model, encoder, K of N, resolution."""
-        return summarise(self.bag, self.selection, self.config, self.model)
+        told = summarise(self.bag, self.selection, self.config, self.model)
+        few = f"{len(self.unlike):,} of the patches kept for being unlike the others, not for their score"
+        return f"{told} · {few}" if self.unlike else told
 
     @property
     def notice(self) -> str:
@@ -310,23 +314,25 @@ class Case:
         stay, rest = torch.tensor(sorted(set(pinned)), dtype=torch.int64), free.nonzero()[:, 0]
         if not len(stay) and not len(rest):
             raise ValueError("Every patch was dropped. Keep at least one.")
-        room = max(0, k - len(stay))
+        room, unlike = max(0, k - len(stay)), frozenset[int]()
         if not room or not len(rest):
             filled = rest[:0]
         elif own in LEARNED:
             filled = rest[select_learned(own, scores[rest], bag.features[rest], room, self.config.diversity)]
+            unlike = frozenset(filled.tolist()) - set(rest[pick_highest(scores[rest], room)].tolist())
         elif own == "evenly":
             filled = rest[evenly(len(rest), room)]
         else:
             filled = rest[SELECTORS[own](bag.features[rest], bag.coords[rest], room, 0)]
         indices = torch.cat([stay, filled]).sort().values
         selection = replace(self.selection, indices=indices, tokens=model.tokens_of(bag, indices))
-        return replace(self, selection=selection, selector=selector)
+        return replace(self, selection=selection, selector=selector, unlike=unlike)
 
     def without(self, focus: Focus) -> "Case":
         """The case without the patches of a focus; nothing takes their place."""
         ranks = self.selection.ranks.tolist()
-        return replace(self, selection=self.selection.without([ranks[place] for place in focus.places]))
+        selection = self.selection.without([ranks[place] for place in focus.places])
+        return replace(self, selection=selection, unlike=self.unlike & set(selection.indices.tolist()))
 
     def write(
         self,
@@ -372,6 +378,7 @@ class Case:
                 "patches": patches,
                 "answers": answers,
                 "doubts": self.doubts,
+                "unlike": self.unlike,
             }
             html.write_report(path, bag, selection, self.config, limits=self.limits, marks=marks, **shown, **made)
 
@@ -515,7 +522,8 @@ def open_case(
     Raises ValueError as SparseWSI.select does.
     """
     selection = model.select(bag, k, selector, question=question, progress=progress)
-    return _make(model, bag, selection, path, slide_mpp, selector, max_patches)
+    case = _make(model, bag, selection, path, slide_mpp, selector, max_patches)
+    return replace(case, unlike=_find_unlike(case))
 
 
 def replay_case(
@@ -524,7 +532,16 @@ def replay_case(
     """The case of a selection.json, without scoring. Raises ValueError where record, bag and model do not fit."""
     made.check(bag)
     selection = Selection(made.indices, made.scores, model.tokens_of(bag, made.indices), len(made.scores))
-    return _make(model, bag, selection, path, slide_mpp, made.selector, made.max_patches)
+    return _make(model, bag, selection, path, slide_mpp, made.selector, made.max_patches)  # pinned or not: unknown
+
+
+def _find_unlike(case: Case) -> frozenset[int]:
+    """Of a selection nobody pinned a patch of: Case.unlike."""
+    own = case.config.own_selector if case.selector == "learned" else case.selector
+    if own not in LEARNED or (own == "learned" and not case.config.diversity):
+        return frozenset()
+    kept = case.selection.indices.tolist()
+    return frozenset(kept) - set(pick_highest(case.selection.scores, len(kept)).tolist())
 
 
 def _make(

@@ -5,7 +5,7 @@ K kept patches. Positions are in the level-0 frame, px.
 
 import base64
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -21,10 +21,12 @@ from sparsewsi.model.limits import Limits
 from sparsewsi.model.selection import Selection
 from sparsewsi.report.answer import Answer, name_llm, word_notice
 from sparsewsi.report.contradictions import word_contradictions
+from sparsewsi.report.plots import tell_blank
 from sparsewsi.report.record import digest_patches, list_versions
 from sparsewsi.report.scope import is_guess, word_answer, word_tendency
 
 MOST = 3  # pictures beside an answer
+FOCUS = "kept patches that look alike, wherever on a slide they lie"
 _STYLE = """
 :root { color-scheme: light dark; --line: #8886; --soft: #8882; }
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 0 auto; padding: 16px; }
@@ -62,13 +64,15 @@ def write_report(
     limits: Limits | None = None,
     marks: Mapping[int, str] | None = None,
     called: str = "",
+    unlike: Collection[int] = (),
 ) -> None:
     """One HTML file to read, print and file away: no script, nothing fetched, every picture inside.
 
     overviews: each slide with its boxes (plots.draw_overlay). patches: uint8 (p, p, 3), best first (plots.cut_patches);
     none where the slide is not at hand. doubts: sentences that stand under the notice. marks: what the reader said of
-    patches, by index. The answers and the pictures that they rest on come first, the rest is folded. Words of users and
-    of the model are escaped. The slide is named by Bag.slide and digests only, the case as the reader called it.
+    patches, by index. unlike: indices of those kept for being unlike the others. The answers and the pictures that they
+    rest on come first, the rest is folded. Words of users and of the model are escaped. The slide is named by Bag.slide
+    and digests only, the case as the reader called it.
     """
     assert len(patches) in (0, len(selection.indices)), "one picture per kept patch, or none"
     slides = {}
@@ -83,7 +87,8 @@ def write_report(
         "Patch encoder": f"{bag.encoder}, patches read at "
         + (f"{bag.mpp:.4g} µm/px" if bag.mpp else "an unknown resolution"),
         "Patches": f"{len(selection.indices):,} of {selection.num_patches:,} "
-        f"({100 * len(selection.indices) / max(selection.num_patches, 1):.2g} % of the tissue), selector: {selector}",
+        f"({100 * len(selection.indices) / max(selection.num_patches, 1):.2g} % of the tissue), selector: {selector}"
+        + (f"; {len(unlike):,} of them kept for being unlike the others, not for their score" if unlike else ""),
         "All patches (sha256)": digest_patches(bag),
         "Versions": ", ".join(f"{name} {number}" for name, number in list_versions().items()),
         "Written": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
@@ -99,7 +104,7 @@ def write_report(
         ),
         *_overviews_html(bag, selection, overviews),
         "<h2>Kept patches, best score first</h2>",
-        f'<div class="patches">{"".join(_figures(bag, selection, patches, answers, marks or {}))}</div>',
+        f'<div class="patches">{"".join(_figures(bag, selection, patches, answers, marks or {}, unlike))}</div>',
         "<details><summary>How this was made</summary><table>",
         *(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts.items()),
         f'</table></details><p class="notice">{escape(word_notice(config))}</p>',
@@ -111,6 +116,7 @@ def write_report(
         "style-src 'unsafe-inline'\">"
         f"<title>SparseWSI: {escape(bag.slide)}</title><style>{_STYLE}</style></head><body>"
         f"<h1>{escape(f'{called} ({bag.slide})' if called else bag.slide)}</h1>"
+        f"{'' if called else '<p>This case was not named; the number is of its content.</p>'}"
         f"{chr(10).join(filter(None, parts))}</body></html>"
     )
     write_text(path, page)
@@ -187,7 +193,7 @@ def _answer_html(
         out.append(
             "<details><summary>All patches by evidence</summary><p>How many times less likely the answer gets without "
             f'the patch; below 1: likelier. <span class="number">{links}</span>'
-            f"{f'<br>Without a whole focus: {foci}' if foci else ''}"
+            f"{f'<br>Without a whole focus ({FOCUS}): {foci}' if foci else ''}"
             f"{f'<br>Without all patches of a slide: {slides}' if slides else ''}</p></details>"
         )
     return "".join([*out, "</section>"])
@@ -204,9 +210,10 @@ def _most_html(answer: Answer, bag: Bag, selection: Selection, patches: Sequence
     figures = (
         f'<figure><a href="#patch-{rank}"><img alt="Patch {rank}" src="{_picture(Image.fromarray(patches[number]))}">'
         f"</a><figcaption>{slides[best_first[number]]}#{rank}: "
-        f"{format_effect(answer.effects[best_first[number]])}×</figcaption></figure>"
+        f"{format_effect(answer.effects[best_first[number]])}×{blank and f', {blank}'}</figcaption></figure>"
         for number in most
         for rank in [int(selection.ranks[best_first[number]])]
+        for blank in [tell_blank(bag, int(selection.indices[best_first[number]]), patches[number])]
     )
     return f'<div class="patches most">{"".join(figures)}</div>'
 
@@ -221,6 +228,7 @@ def _figures(
     patches: Sequence[np.ndarray],
     answers: Sequence[Answer],
     marks: Mapping[int, str],
+    unlike: Collection[int],
 ) -> Iterator[str]:
     """A figure per kept patch, best first: picture, rank, score, place and its evidence for every answer."""
     for number, place in enumerate(selection.best_first.tolist()):
@@ -231,10 +239,13 @@ def _figures(
             if answer.effects and not answer.beside:
                 above = sum(effect > answer.effects[place] for effect in answer.effects)
                 shares.append(f"Q{i}: {format_effect(answer.effects[place])}, evidence rank {above + 1}")
-        picture = ""
+        picture, blank = "", ""
         if len(patches):
+            blank = tell_blank(bag, index, patches[number])
             picture = f'<img alt="Patch {rank}" src="{_picture(Image.fromarray(patches[number]))}">'
-        lines = [f"<b>#{rank}</b> score {float(selection.scores[index]):.3g}", at, *shares]
+        why = "kept for being unlike the others, not for its score" if index in unlike else ""
+        scored = f"<b>#{rank}</b> score {float(selection.scores[index]):.3g}"
+        lines = [scored, *filter(None, [blank, why]), at, *shares]
         yield f'<figure id="patch-{rank}">{picture}<figcaption>{"<br>".join(lines)}</figcaption></figure>'
 
 

@@ -16,6 +16,7 @@ from sparsewsi.bags.bag import Bag, list_parts, locate, number_slides, own_coord
 from sparsewsi.model.selection import Selection
 from sparsewsi.slides.slide import Slide
 
+WHITE = 220  # of 255, above which all three colours of glass lie; viewer/strip.js has the same
 LEAST_SIDE = 1000  # px: smaller thumbnails are enlarged, or the rank numbers would cover them
 # Yellow in a dark casing: seen on pink, on purple, on white and on the black of fluorescence, by luminance alone.
 BOX, CASING, INK = (255, 225, 25), (15, 15, 20), (255, 255, 255)
@@ -129,6 +130,16 @@ def cut_patches(slide: Slide, bag: Bag, selection: Selection, number: int = 0) -
         side = round(at.patch_size * slide.require_mpp() / bag.mpp)  # px at bag.mpp
         found.append(slide.read((at.x, at.y), (side, side), bag.mpp))
     return found
+
+
+def tell_blank(bag: Bag, index: int, patch: np.ndarray) -> str:
+    """What a patch that is hardly tissue shows instead, "" of others. patch: its px, uint8 (p, p, 3)"""
+    at = locate(bag, index)
+    size = list_parts(bag)[at.number].slide_size or (math.inf, math.inf)
+    on = [max(0, min(start + at.patch_size, end) - max(start, 0)) for start, end in zip((at.x, at.y), size)]
+    if on[0] * on[1] < at.patch_size**2 / 2:
+        return "mostly beyond the scan"
+    return "mostly white: glass, a gap or fat" if (patch.min(-1) > WHITE).mean() > 0.5 else ""
 
 
 def _at_least(thumbnail: np.ndarray, scale: float) -> tuple[Image.Image, float]:

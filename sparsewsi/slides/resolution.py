@@ -77,17 +77,17 @@ def find_resolution(
         skew = max(pair) / min(pair)
         if skew > 1.05:
             sentence = (
-                f"The slide states {pair[0]:.4g} um/px across and {pair[1]:.4g} down, and px that are not square are "
+                f"The slide states {pair[0]:.4g} µm/px across and {pair[1]:.4g} down, and px that are not square are "
                 "not read. Pass slide_mpp= if one of the two is a mistake."
             )
             return Resolution(None, None, sentence)
         if skew > 1.01:
-            more = f"The slide states {pair[0]:.4g} um/px across, {pair[1]:.4g} down; {mpp:.4g} is used for both."
+            more = f"The slide states {pair[0]:.4g} µm/px across, {pair[1]:.4g} down; {mpp:.4g} is used for both."
             notes = (*notes, more)
         for other, (x, y) in stated:
             if max(x, mpp) / min(x, mpp) > 1.1 and PLAUSIBLE_MPP[0] <= x <= PLAUSIBLE_MPP[1]:
                 more = (
-                    f"{_STATED_IN[other]} {math.sqrt(x * y):.4g} um/px, but {mpp:.4g} is used; pass slide_mpp= if not."
+                    f"{_STATED_IN[other]} {math.sqrt(x * y):.4g} µm/px, but {mpp:.4g} is used; pass slide_mpp= if not."
                 )
                 notes = (*notes, more)
         return _doubt(mpp, source, power, size, notes)
@@ -100,11 +100,11 @@ def find_resolution(
 
 def explain_implausible(mpp: float, source: str = "argument", power: float | None = None) -> str:
     """The sentence for um/px that no slide has: the likely error, and what to pass instead."""
-    start = f"{_STATED_IN[source]} {mpp:.4g} um/px, which no slide has"
+    start = f"{_STATED_IN[source]} {mpp:.4g} µm/px, which no slide has"
     if source == "argument" and 10 / mpp >= PLAUSIBLE_MPP[0] and mpp in (40, 60, 63, 80, 100):
-        return f"{start}; {mpp:g} looks like the magnification, whose um/px is about slide_mpp={10 / mpp:.3g}."
+        return f"{start}; {mpp:g} looks like the magnification, whose µm/px is about slide_mpp={10 / mpp:.3g}."
     if source == "tiff resolution" and any(abs(25_400 / dpi / mpp - 1) < 3e-3 for dpi in _DEFAULT_DPI):
-        return f"The TIFF resolution, {mpp:.4g} um/px, is a program's default and not a scan's. {_REMEDY}"
+        return f"The TIFF resolution, {mpp:.4g} µm/px, is a program's default and not a scan's. {_REMEDY}"
     error = _likely_error(mpp, power)
     if error is None:
         return f"{start}. {_REMEDY}"
@@ -117,7 +117,7 @@ def explain_too_coarse(resolution: Resolution, mpp: float, most: float) -> str:
     own = resolution.mpp
     assert own is not None
     start = (
-        f"The slide's finest level is {own:.4g} um/px, too coarse to be read at {mpp:.4g} um/px "
+        f"The slide's finest level is {own:.4g} µm/px, too coarse to be read at {mpp:.4g} µm/px "
         f"(at most {most:g} times finer)."
     )
     if resolution.doubt:
@@ -134,10 +134,10 @@ def explain_too_coarse(resolution: Resolution, mpp: float, most: float) -> str:
 def _doubt(mpp: float, source: str, power: float | None, size: tuple[int, int], notes: tuple[str, ...]) -> Resolution:
     """The resolution with what speaks against it."""
     longer, shorter = (side * mpp / 1000 for side in (max(size), min(size)))
-    stated = f"{_STATED_IN[source]} {mpp:.4g} um/px"
+    stated = f"{_STATED_IN[source]} {mpp:.4g} µm/px"
     why, error = "", _likely_error(mpp, power)
     if power is not None and not AGREE[0] <= mpp * power / 10 <= AGREE[1]:
-        why = f"{stated}, but the slide an objective of {power:g}x, which is about {10 / power:.2g} um/px"
+        why = f"{stated}, but the slide an objective of {power:g}x, which is about {10 / power:.2g} µm/px"
     elif mpp < FINEST_SCAN:
         why = f"{stated}, finer than any whole-slide scanner"
     elif longer > GLASS_MM[0] or shorter > GLASS_MM[1]:
@@ -149,7 +149,7 @@ def _doubt(mpp: float, source: str, power: float | None, size: tuple[int, int], 
         return Resolution(mpp, source, "", notes)
     likely = "it may be wrong" if error is None else f"it may be {error[1]}"
     remedy = "pass slide_mpp= if it is" if error is None else f"pass slide_mpp={mpp / error[0]:.3g} if so"
-    sentence = f"{why}: {likely}, {remedy}. {mpp:.4g} um/px is used."
+    sentence = f"{why}: {likely}, {remedy}. {mpp:.4g} µm/px is used."
     return Resolution(mpp, source, "", (*notes, sentence), sentence)
 
 

@@ -107,13 +107,13 @@ class Slide:
         """
         own = self.require_mpp()
         if not (math.isfinite(mpp) and mpp > 0):
-            raise SlideError(f"The resolution to read at must be a positive number of um/px, got {mpp}.")
+            raise SlideError(f"The resolution to read at must be a positive number of µm/px, got {mpp}.")
         factor = own / mpp
         if factor > MAX_UPSAMPLING * (1 + 1e-6):
             raise SlideError(explain_too_coarse(self._resolution, mpp, MAX_UPSAMPLING))
         if factor > 1.02:
             return (
-                f"The slide is {own:.4g} um/px and is enlarged {factor:.2g} times to {mpp:.4g} um/px, "
+                f"The slide is {own:.4g} µm/px and is enlarged {factor:.2g} times to {mpp:.4g} µm/px, "
                 "so patches look blurred to the encoder."
             )
         return None
@@ -241,7 +241,7 @@ def open_slide(path: str | Path, *, slide_mpp: float | None = None, hosts: Hosts
     Raises SlideError with one sentence for anything that is not a slide, is damaged or may not be read.
     """
     if slide_mpp is not None and not (math.isfinite(slide_mpp) and slide_mpp > 0):
-        raise SlideError(f"slide_mpp must be a positive number of um/px, e.g. 0.25 for a 40x scan, got {slide_mpp}.")
+        raise SlideError(f"slide_mpp must be a positive number of µm/px, e.g. 0.25 for a 40x scan, got {slide_mpp}.")
     if slide_mpp is not None and not PLAUSIBLE_MPP[0] <= slide_mpp <= PLAUSIBLE_MPP[1]:
         raise SlideError(explain_implausible(slide_mpp))
     if not str(path).strip(" \t\n\"'`\u201c\u201d\u2018\u2019"):

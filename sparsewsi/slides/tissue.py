@@ -139,7 +139,7 @@ def _segment(slide: Slide, mpp: float) -> Tissue:
     if width * height > MOST_PX:
         across, down = (side * slide.require_mpp() / 1000 for side in slide.size)
         raise SlideError(
-            f"At {slide.require_mpp():.4g} um/px the slide would be {across:,.0f} x {down:,.0f} mm, which no glass is; "
+            f"At {slide.require_mpp():.4g} µm/px the slide would be {across:,.0f} x {down:,.0f} mm, which no glass is; "
             "its resolution or size is wrong. Pass slide_mpp= if it is the resolution."
         )
     # Only the scanned part is read; it begins on a mask px.
@@ -199,7 +199,7 @@ def _read_what_is_there(
 def _mask_scale(slide: Slide, mpp: float) -> float:
     """Level-0 px per mask px: a level of 2/3 to 3/2 of mpp as it is, else a whole fraction of the next finer level."""
     if not (math.isfinite(mpp) and mpp > 0):
-        raise SlideError(f"The resolution of the mask must be a positive number of um/px, got {mpp}.")
+        raise SlideError(f"The resolution of the mask must be a positive number of µm/px, got {mpp}.")
     target = mpp / slide.require_mpp()
     nearest = min(slide.level_downsamples, key=lambda d: abs(math.log(d / target)))
     if 2 / 3 <= nearest / target <= 3 / 2:

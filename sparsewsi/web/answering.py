@@ -506,7 +506,9 @@ def point(answer: Answer, case: Case) -> dict[str, Any] | None:
     place = find_place(answer, case.selection.ranks.tolist()) if answer.asked else None
     if place is None:
         return None
-    where = {"name": place.name} if isinstance(place, FocusEffect) else {"rank": place}
+    where: dict[str, Any] = {"rank": place}
+    if isinstance(place, FocusEffect):
+        where = {"name": place.name, "rank": words.find_heaviest(place, answer, case.selection)}
     return {**where, "nonce": uuid.uuid4().hex}
 
 

@@ -85,6 +85,9 @@ class Comparing(WhatIf):
             aside = aside or Aside(opened, chat, questions, answers)
             with desk.jobs.run(session, "question", opened.token) as job:
                 case = desk.choose(aside.opened.case, int(k), selector, picks["pinned"], picks["dropped"], job.name)
+            if case.selection.indices.tolist() == aside.opened.case.selection.indices.tolist():
+                kept = len(case.selection.indices)
+                raise ValueError(f"Both would be the same {kept} patches: choose another number or way, or pin some.")
             right = Right(aside.opened.beside(case), name_selection(case, picks))
             props = whole_props(right.opened)
         last = max(answers, default=0)

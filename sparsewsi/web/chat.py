@@ -15,7 +15,7 @@ from sparsewsi.model.evidence import WORTH, format_effect
 from sparsewsi.model.foci import Focus
 from sparsewsi.model.prompt import format_question
 from sparsewsi.model.selection import Selection
-from sparsewsi.report.answer import OTHER_QUESTION, Answer
+from sparsewsi.report.answer import OTHER_QUESTION, Answer, FocusEffect
 from sparsewsi.report.scope import Suggestion
 
 
@@ -121,7 +121,8 @@ def show_evidence(
     numbers: of a case of several slides, that of each kept patch's slide, from 1: citations name it
     named: whether the viewer shows these foci; else their letters are others'
 
-    A link to #patch-5 or #focus-B is shown as a picture by the viewer, which has the address of the slide.
+    A link to #patch-5, or to #focus-B-5 of whose patches #5 weighs most, is shown as a picture by the viewer, which has
+    the address of the slide.
     """
     blocks, on = [], dict(zip(selection.ranks.tolist(), (f"Slide {number}, " for number in numbers)))
     if answer.unvalidated:
@@ -149,9 +150,10 @@ def show_evidence(
         most = [i for i in np.argsort(-effects, kind="stable")[:MOST_CITED] if effects[i] > 0]
         worth = (focus for focus in answer.foci if named and focus.effect >= WORTH)
         foci = sorted(worth, key=lambda focus: -focus.effect)
+        heaviest = [find_heaviest(focus, answer, selection) for focus in foci[:MOST_FOCI]]
         links = [
-            _link(f"focus-{focus.name}", _begin(f"{on.get(focus.ranks[0], '')}focus {focus.name}"), focus.effect)
-            for focus in foci[:MOST_FOCI]
+            _link(f"focus-{focus.name}-{rank}", _begin(f"{on.get(rank, '')}focus {focus.name}"), focus.effect)
+            for focus, rank in zip(foci, heaviest)
         ]
         links += [
             _link(f"patch-{patches[i]}", f"{on.get(patches[i], '')}#{patches[i]}", float(effects[i])) for i in most
@@ -168,6 +170,12 @@ def show_evidence(
     if answer.limit and not answer.unvalidated:
         blocks.append(f"<p class='small'>{inert(answer.limit)}</p>")
     return ["".join(blocks)] if blocks else []
+
+
+def find_heaviest(focus: FocusEffect, answer: Answer, selection: Selection) -> int:
+    """The number of the patch of a focus that the answer rests on most."""
+    effects = dict(zip(selection.ranks.tolist(), answer.effects))
+    return max(focus.ranks, key=lambda rank: effects.get(rank, -np.inf))
 
 
 def _begin(text: str) -> str:

@@ -206,6 +206,7 @@ class Desk:
         self._here: set[str] = set()  # sessions with an open page
         self._asked: dict[str, float] = {}  # by session: when it last asked for something (time.monotonic)
         self._openings: dict[str, object] = {}  # by session: the slide that was asked for last
+        self._held: dict[str, tuple[str, ...]] = {}  # by session: uploads of the case before, which can be opened again
         self._shown: dict[str, list[CaseSlide]] = {}  # by session: of its case, in order
         self._left: OrderedDict[str, Left] = OrderedDict()  # by session, which has ended
         self._images: weakref.WeakSet[Slide] = weakref.WeakSet()
@@ -354,13 +355,17 @@ class Desk:
             self.sweep(session)
         if measure(folder) + size <= most:
             return
+        if self._held.pop(str(session), ()):
+            self.sweep(session)
+            if measure(folder) + size <= most:
+                return
         if beside:
             raise ValueError(f"The slides of a case may take {most / 1e9:,.1f} GB here together; leave some out.")
         shutil.rmtree(folder, ignore_errors=True)
 
     def sweep(self, session: str | None) -> None:
-        """Delete what a session uploaded and looks at no more."""
-        shown = self.slides.paths_of(str(session))
+        """Delete what a session uploaded and looks at no more, but the uploads of its case before."""
+        shown = [*self.slides.paths_of(str(session)), *map(Path, self._held.get(str(session), ()))]
         for home in self.folder_of(session).glob("*"):
             if not any(path.is_relative_to(home) for path in shown):
                 shutil.rmtree(home) if home.is_dir() else home.unlink()
@@ -672,6 +677,7 @@ class Desk:
             self._drop(token)
         self.turns.drop(str(session))
         self._openings.pop(str(session), None)
+        self._held.pop(str(session), None)
         for what in ("", "-files"):
             shutil.rmtree(self.folder_of(session, what), ignore_errors=True)
 
@@ -684,22 +690,31 @@ class Desk:
         if not shown:
             return
         cases = [one for token, one in list(self._opened.items()) if self.slides.owner_of(token) == session]
-        opened = cases[-1] if cases else None
+        self._left[session] = self._leave(shown, cases[-1] if cases else None)
+        while len(self._left) > MOST_LEFT or sum(one.bytes for one in list(self._left.values())) > MOST_LEFT_FEATURES:
+            self._left.popitem(last=False)
+
+    def set_aside(self, session: str, shown: Sequence[CaseSlide], opened: Opened | None) -> Left | None:
+        """The case that a page shows another one in place of, to be opened again; its uploads stay until a third comes.
+
+        shown: its slides; opened: None where it was not analysed
+        """
+        self._held[session] = tuple(one.path for one in shown if self.is_upload(one.path))
+        return self._leave(shown, opened, uploads=True) if shown else None
+
+    def _leave(self, shown: Sequence[CaseSlide], opened: Opened | None, uploads: bool = False) -> Left:
+        """What is kept of a case that is not shown any more. uploads: whether theirs stay"""
         encoded = {one.token: one.bag for one in opened.slides} if opened else {}
         whole = opened is not None and all(encoded.get(one.token) for one in shown)
         again = tuple(
             replace(one, token="", bag=encoded.get(one.token) if self.allow_paths else None)
             for one in shown
-            if not self.is_upload(one.path)
+            if uploads or not self.is_upload(one.path)
         )
         kept = tuple(opened.case.selection.indices.tolist()) if opened and whole else None
         talk, earlier, called = (opened.talk, opened.earlier, opened.called) if opened else (([], {}, {}), (), "")
         tokens = frozenset(one.token for one in shown)
-        self._left[session] = Left(
-            tokens, again, len(shown) - len(again), kept, talk, earlier, called, time.monotonic()
-        )
-        while len(self._left) > MOST_LEFT or sum(one.bytes for one in list(self._left.values())) > MOST_LEFT_FEATURES:
-            self._left.popitem(last=False)
+        return Left(tokens, again, len(shown) - len(again), kept, talk, earlier, called, time.monotonic())
 
     def take_left(self, token: str) -> Left | None:
         """The case of a page that was loaded anew, once; its session ends, if it has not yet.

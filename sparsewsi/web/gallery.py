@@ -39,7 +39,7 @@ class Sample:
         known = "no test of this model: it was trained on patches of this slide" if self.seen else "not trained on"
         return (
             f"Published diagnosis: {self.diagnosis} ({self.organ}); {known}. {self.teaches} "
-            f"{self.mpp:g} um/px, {self.resolution}. {self.source}; {self.licence}."
+            f"{self.mpp:g} µm/px, {self.resolution}. {self.source}; {self.licence}."
         )
 
 

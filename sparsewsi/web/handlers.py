@@ -8,6 +8,7 @@ import dataclasses
 import uuid
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -32,7 +33,7 @@ from sparsewsi.web.errors import explain_errors, refuse, say_which, stop_unseen
 from sparsewsi.web.examples import EXAMPLES, name_example, open_example
 from sparsewsi.web.gallery import find_sample
 from sparsewsi.web.jobs import Halted, Job
-from sparsewsi.web.layout import FEWEST, MOST, state_facts, tell_about, tell_doubts, tell_earlier
+from sparsewsi.web.layout import FEWEST, MOST, offer_back, state_facts, tell_about, tell_doubts, tell_earlier
 from sparsewsi.web.limits import MOST_CALLED, check_slides, read_told
 from sparsewsi.web.viewer import (
     bag_props,
@@ -163,6 +164,8 @@ class Handlers(Comparing):
         if left is None:
             raise stop_unseen()
         with self._opening(request):
+            if any(self.desk.is_upload(one.path) and not Path(one.path).exists() for one in left.slides):
+                raise ValueError("That slide was uploaded and had to make room for another: choose its file again.")
             return {self.page.asked: Asked(tuple(one.path for one in left.slides), left=left)}
 
     def _open_examples(
@@ -234,6 +237,9 @@ class Handlers(Comparing):
                 _require_different([*there, *looked])
                 opens.pop_all()  # it stays open, for the viewer
             desk.slides.drop(*(one.token for one in again))
+            former = None
+            if not beside:
+                former = desk.set_aside(session, base.slides if base else coming or (), base)
             new: list[CaseSlide] = []
             for one in looked:
                 new.append(desk.show(one, job, None if new else first, beside=bool(there or new)))
@@ -258,6 +264,8 @@ class Handlers(Comparing):
             return left | changes | {page.facts: state_facts(desk, None, f"{', '.join(names)} · being added")}
         desk.turns.drop(session)
         return changes | {
+            page.left: former,
+            page.back: offer_back(former),
             page.waiting: None,
             page.view: gr.HTML(slides=shown, **dict.fromkeys(NOTHING), files=[]),
             page.opened: None,
@@ -361,7 +369,7 @@ class Handlers(Comparing):
             planted = describe_truths(truths, case.bag, case.selection)
             facts = state_facts(desk, case)
         starters = choose_questions(truths)
-        props = bag_props(case.bag, case.selection)
+        props: dict[str, Any] = bag_props(case.bag, case.selection) | {"unlike": sorted(case.unlike)}
         slides = [one.props for one in (*opened.slides, *rest)]
         changes: Changes = {
             page.opened: opened,
@@ -478,9 +486,9 @@ class Handlers(Comparing):
 
     def on_picks(self, event: gr.EventData, opened: Opened | None) -> Changes:
         """Keep which patches were pinned and dropped in the viewer, and say how many."""
+        if opened is None or opened.closed:  # another slide is opened, and what was picked of this one goes
+            return {self.page.picks: {"pinned": [], "dropped": []}, self.page.picked: UNPICKED}
         with explain_errors():
-            if opened is None:
-                raise ValueError("Open a slide first.")
             total = len(opened.case.bag.coords)
             told = {key: read_told(event._data, key) for key in ("pinned", "dropped")}
             picks = {key: [i for i in told[key] if isinstance(i, int) and 0 <= i < total] for key in told}

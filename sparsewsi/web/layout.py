@@ -14,7 +14,7 @@ from sparsewsi.report.phantom import QUESTIONS
 from sparsewsi.report.scope import suggest
 from sparsewsi.web.cards import choose_slide
 from sparsewsi.web.chat import inert
-from sparsewsi.web.desk import Desk, Exchange
+from sparsewsi.web.desk import Desk, Exchange, Left
 from sparsewsi.web.limits import MOST_CALLED, MOST_SLIDES
 from sparsewsi.web.viewer import slide_viewer
 
@@ -53,6 +53,7 @@ class Page:
     view: gr.HTML
     other: gr.HTML
     doubts: gr.HTML
+    back: gr.Button  # to the case that the one on the page took the place of
     earlier: gr.HTML
     chat: gr.Chatbot
     next_line: gr.HTML  # which question is asked next
@@ -175,7 +176,14 @@ def _lay_out_sources(desk: Desk) -> dict:
 def _lay_out_chat(desk: Desk) -> dict:
     with gr.Column(elem_id="ask"):
         doubts = gr.HTML(elem_id="doubts")
+        back = gr.Button("Back", size="sm", visible=False, elem_id="back")
         earlier = gr.HTML(elem_id="earlier", padding=False)
+        gr.HTML(
+            "<p class='small'>Your chat is hidden, not lost: it comes back when this is left. Letters of foci are now "
+            "those of these patches.</p>",
+            elem_id="hidden-chat",
+            padding=False,
+        )
         chat = gr.Chatbot(
             label="Answers",
             show_label=False,
@@ -231,6 +239,7 @@ def _lay_out_chat(desk: Desk) -> dict:
             planted = gr.Markdown(elem_id="planted")
     return {
         "doubts": doubts,
+        "back": back,
         "earlier": earlier,
         "chat": chat,
         "next_line": next_line,
@@ -324,6 +333,17 @@ def tell_earlier(exchanges: Sequence[Exchange]) -> str:
     )
     told = f"{many} about the slides of before; with other slides the chat starts anew"
     return f"<details><summary>{told}</summary><dl>{rows}</dl></details>"
+
+
+def offer_back(left: Left | None) -> gr.Button:
+    """The button back to the case before, hidden if there was none."""
+    if left is None or not left.slides:
+        return gr.Button(visible=False)
+    names = [one.props.get("name", "") for one in left.slides]
+    name = left.called or (names[0] if len(names) == 1 else f"the case of {len(names)} slides")
+    asked = sum(message["role"] == "user" for message in left.talk[0])
+    chat = f" and its {asked} question{'' if asked == 1 else 's'}" if asked else ""
+    return gr.Button(f"Back to {name}{chat}", visible=True)
 
 
 def tell_scope(desk: Desk) -> str:

@@ -42,6 +42,7 @@ def _wire_slides(demo: gr.Blocks, page: Page, on: Handlers, allow_paths: bool) -
         page.upload.upload(tell(on.on_upload), [page.upload, page.beside], asked, **waiting, **EVERY),
         demo.load(on.on_load, page.token, [page.asked, page.left, page.lost, page.reopen], js=SHOWN_BEFORE, **QUIET),
         page.reopen.click(tell(on.on_reopen), page.left, asked, **waiting),
+        page.back.click(tell(on.on_reopen), page.left, asked, **waiting),
     ]
     if allow_paths:
         typed = [page.typed_path, page.beside]
@@ -50,6 +51,7 @@ def _wire_slides(demo: gr.Blocks, page: Page, on: Handlers, allow_paths: bool) -
     cleared = [page.coming, page.view, page.opened, *talk, page.secret, page.waiting, page.facts, page.question]
     cleared += [page.called, page.mpp, page.doubts, page.typed_path, page.beside, page.k, page.selector]
     cleared += [page.lost, page.reopen, page.wrong, page.next_line, page.given_options, page.impression]
+    cleared += [page.left, page.back]
     filled = [page.opened, page.view, page.facts, page.secret, page.planted, page.examples, page.starters, page.mpp]
     filled += [page.k, page.alone, page.coming, *talk]
     told = [page.opened, page.aside, page.coming]

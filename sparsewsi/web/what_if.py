@@ -24,7 +24,7 @@ from sparsewsi.web.answering import (
     show_told,
     wait_for_answer,
 )
-from sparsewsi.web.chat import Question, Questions, show_answer, show_question, text_of
+from sparsewsi.web.chat import Question, Questions, inert, show_answer, show_question, text_of
 from sparsewsi.web.desk import Opened
 from sparsewsi.web.errors import explain_errors, stop_unseen
 from sparsewsi.web.jobs import Halted
@@ -145,14 +145,19 @@ class WhatIf(Answering):
         turns, given = words.turns_of(chat, aside.questions, desk.config.multi_turn, said)
         question = aside.questions.get(last - 1, Question(first.heading, given))
         answer = self._begin_answer(dataclasses.replace(question, impression=""), turns, given)
+        which = f"The last question that was answered, asked again: <b>{inert(question.text)}</b>"
+        heading = f"<p class='small'>{which}</p>"
         with explain_errors(), desk.jobs.run(session, "question", aside.opened.token) as job:
             other, label = choose(case, job.name)
+            if other.selection.indices.tolist() == case.selection.indices.tolist():
+                yield {page.compare: tell_unchanged(case)}
+                return
             mine = aside.opened.beside(other)
 
             def beside(message: dict[str, Any]) -> Changes:
                 text, lines = text_of(message), message["content"][1:]
                 return {
-                    page.compare: words.compare([left, (f"What if: {label}", text, lines)]),
+                    page.compare: heading + words.compare([left, (f"What if: {label}", text, lines)]),
                     page.chat: [show_question(question), message],
                 }
 
@@ -233,6 +238,14 @@ def whole_props(opened: Opened) -> dict[str, Any]:
     return slides | bag_props(case.bag, case.selection) | selection_props(case)
 
 
+def tell_unchanged(case: Case) -> str:
+    """HTML in place of a what-if of the patches that were kept anyway."""
+    return (
+        f"<p class='small' role='status'>Nothing changed: these are the same {len(case.selection.indices)} patches, so "
+        "the question was not asked again. Choose another number or way, or pin and drop patches.</p>"
+    )
+
+
 def check_size(k: int) -> None:
     """Raise ValueError for more patches than a what-if takes, or fewer."""
     if not FEWEST <= k <= MOST:
@@ -254,4 +267,5 @@ def name_selection(case: Case, picks: Mapping[str, Collection[int]] = MappingPro
 def selection_props(case: Case) -> dict[str, Any]:
     """The viewer's props of a selection that no answer rests on yet."""
     kept = packed(case.selection.indices, np.int32)
-    return {"kept": kept, "foci": foci_props(case.foci, case.selection), "evidence": None}
+    foci = foci_props(case.foci, case.selection)
+    return {"kept": kept, "unlike": sorted(case.unlike), "foci": foci, "evidence": None}

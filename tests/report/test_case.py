@@ -1,6 +1,7 @@
 """One road: whatever the selector, the files of a case call a patch by one number; a what-if is what was asked for."""
 
 import csv
+import dataclasses
 import json
 import re
 import sys
@@ -194,3 +195,23 @@ def test_seen_a_figure_that_did_not_say_how_sure_an_answer_is_nor_what_it_rests_
         "research use only",
     ):
         assert part in " ".join(drawn.split()), part
+
+
+def test_seen_the_worst_patch_kept_without_a_word_that_it_was_for_being_unlike_the_others(
+    model, bag, slide, tmp_path, monkeypatch
+):
+    assert not open_case(model, bag, slide, k=5).unlike, "this model keeps the highest scores"
+    monkeypatch.setattr(model, "config", dataclasses.replace(model.config, diversity=10.0))
+    case = open_case(model, bag, slide, k=5)
+    kept = dict(zip(case.selection.indices.tolist(), case.selection.ranks.tolist()))
+    assert case.unlike == {index for index, rank in kept.items() if rank > 5}
+    assert case.unlike, "else the test would show nothing"
+    assert f"{len(case.unlike)} of the patches kept for being unlike the others" in case.summary
+    case.write(tmp_path, names=["report.html"])
+    assert (tmp_path / "report.html").read_text().count("<br>kept for being unlike the others") == len(case.unlike)
+    assert not open_case(model, bag, slide, k=5, selector="topk").unlike
+    assert not open_case(model, bag, slide, k=5, selector="kmeans").unlike
+    worst = int(case.selection.scores.argmin())
+    pinned = case.choose(model, 5, pinned=[worst])
+    assert worst in pinned.selection.indices
+    assert worst not in pinned.unlike, "it was kept by hand"

@@ -133,3 +133,23 @@ def test_a_report_without_the_slide_has_no_patch_pictures(tmp_path, bag, selecti
     assert text.count("<img") == 1
     assert "x 250, y 150 px" in text
     assert "resolution unknown" in text
+
+
+def test_seen_white_squares_printed_as_evidence_without_a_word(tmp_path, bag, selection):
+    short = dataclasses.replace(bag, slide_size=(400, 140))  # 60 of 100 px of the lower patches lie beyond it
+    answer = Answer("Which?", "fat", effects=(0.0, 2.0, -1.0), without_all=3.0)
+    tissue, glass = np.full((8, 8, 3), 120, np.uint8), np.full((8, 8, 3), 243, np.uint8)
+    text = report(tmp_path, short, selection, answers=[answer], patches=[glass, tissue, tissue])
+    assert re.findall(r"#(\d): [\d.]+×, (mostly \w+)", text) == [
+        ("2", "mostly beyond"),
+        ("1", "mostly white"),
+        ("3", "mostly beyond"),
+    ]
+    assert text.count("mostly beyond the scan") == 4, "as evidence, and among all patches"
+    plain = report(tmp_path, bag, selection, answers=[answer], patches=[tissue, tissue, tissue])
+    assert "mostly" not in plain
+
+
+def test_a_report_says_whether_its_case_was_named(tmp_path, bag, selection):
+    assert "This case was not named" in report(tmp_path, bag, selection)
+    assert "not named" not in report(tmp_path, bag, selection, called="Case 7")

@@ -156,7 +156,7 @@ def test_two_statements_that_differ_are_told():
         facts |= {"tiff.XResolution": str(25_400 / tags), "tiff.YResolution": str(25_400 / tags)}
         found = find_resolution(facts, "aperio", SMALL)
         assert found.mpp == stated
-        assert f"{tags:g} um/px" in found.notes[0]
+        assert f"{tags:g} µm/px" in found.notes[0]
 
 
 @pytest.mark.parametrize(("used", "other"), [("0.25", "0.5"), ("0.5", "0,2520"), ("0.4990", "0.2490")])
@@ -165,7 +165,7 @@ def test_another_resolution_in_the_same_description_is_told(used, other):
     facts = {"openslide.mpp-x": used, "openslide.mpp-y": used, "tiff.ImageDescription": text}
     found = find_resolution(facts, "aperio", SMALL)
     assert found.mpp == float(used)
-    assert f"{float(other.replace(',', '.')):.4g} um/px" in found.notes[0]
+    assert f"{float(other.replace(',', '.')):.4g} µm/px" in found.notes[0]
     facts["tiff.ImageDescription"] = text.replace(other, used)
     assert find_resolution(facts, "aperio", SMALL).notes == ()
 
@@ -180,7 +180,7 @@ def test_a_resolution_given_that_no_slide_has_is_refused(tmp_path, given, words)
 def test_too_coarse_names_the_likely_error_and_no_other_magnification(stated):
     for source in ("argument", "openslide", "tiff resolution"):
         said = explain_too_coarse(Resolution(stated, source), 0.5, 2.0)
-        assert f"{stated:g} um/px" in said
+        assert f"{stated:g} µm/px" in said
         assert "slide_mpp=" in said
         assert "higher magnification" not in said
 

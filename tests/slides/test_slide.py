@@ -416,7 +416,7 @@ def test_px_that_are_not_square(tmp_path):
         assert slide.mpp == pytest.approx((0.5 * 0.51) ** 0.5)
         assert "0.51" in slide.warnings[0]
     sentence = refusal(oblong)
-    assert "0.5 um/px across and 1 down" in sentence
+    assert "0.5 µm/px across and 1 down" in sentence
     assert "slide_mpp=" in sentence
     assert mpp_of(oblong, slide_mpp=0.7) == (0.7, "argument")
 
@@ -441,7 +441,7 @@ def test_up_to_twice_enlarged_is_told_and_beyond_refused(tmp_path):
         assert slide.check_mpp(2.0) is None
         assert "2 times" in (slide.check_mpp(0.5) or "")
         assert slide.read((0, 0), (16, 16), 0.5).shape == (16, 16, 3)
-        with pytest.raises(SlideError, match=r"1 um/px.*0\.49 um/px"):
+        with pytest.raises(SlideError, match=r"1 µm/px.*0\.49 µm/px"):
             slide.check_mpp(0.49)
         with pytest.raises(SlideError, match="positive"):
             slide.check_mpp(0.0)

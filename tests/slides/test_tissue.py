@@ -288,7 +288,7 @@ def test_the_grid_is_aligned_to_the_origin_in_raster_order_without_overlap(paint
 def test_what_cannot_be_cut_into_patches_is_refused(painted_slide, tmp_path):
     with open_slide(painted_slide) as slide:
         for call in (patch_coords, why_empty):
-            with pytest.raises(SlideError, match=r"2 um/px.*0\.5 um/px"):
+            with pytest.raises(SlideError, match=r"2 µm/px.*0\.5 µm/px"):
                 call(slide, 0.5, 224)
             with pytest.raises(SlideError, match="min_tissue"):
                 call(slide, MPP, PATCH, 1.5)
@@ -348,7 +348,7 @@ def test_pens_on_real_tissue_are_taken_out(shared_data):
 def test_a_slide_far_too_coarse_is_refused_with_both_numbers(shared_data):
     with (
         open_slide(shared_data / "slides/dicom_camelyon") as slide,
-        pytest.raises(SlideError, match=r"28\.97 um/px.*0\.5 um/px"),
+        pytest.raises(SlideError, match=r"28\.97 µm/px.*0\.5 µm/px"),
     ):
         patch_coords(slide, 0.5, 224)
 

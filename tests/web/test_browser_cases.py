@@ -277,3 +277,41 @@ def test_seen_the_empty_state_was_two_blank_boxes(page):
     assert all(picture.startswith("url(") for picture in page.evaluate(drawn))
     assert page.locator("#gallery [data-tour]").is_visible()
     assert page.locator("#gallery .public summary").is_visible()
+
+
+def test_seen_by_a_pathologist(page, app):
+    """Seen: seconds over the tabs, an arrow over a label, answers named by their HTML, a chat that was gone."""
+    page.fill("#path textarea, #path input", str(app.paths[0]))
+    page.press("#path textarea, #path input", "Enter")
+    page.wait_for_selector("#view .item")
+    assert not page.locator("#back").is_visible()
+    assert page.evaluate("getComputedStyle(document.querySelector('.corner')).display") != "none"
+    ask(page)
+    page.wait_for_function("document.querySelector('#question button.submit-button')")
+    page.wait_for_function(
+        """() => { const named = [...document.querySelectorAll('#chat [aria-label*="s message: "]')];
+        return named.length > 1 && named.every(one => !/[<>]/.test(one.getAttribute('aria-label'))); }"""
+    )
+    page.click('[role=tab][data-tab="what-if"]')
+    page.click("#again")
+    page.wait_for_selector("#compare .compare")
+    assert "asked again: Which tissue is this?" in page.inner_text("#compare")
+    page.click('[role=tab][data-tab="ask"]')
+    assert "hidden, not lost" in page.inner_text("#hidden-chat")
+    page.locator("#view .aside button").click()
+    page.wait_for_selector(".badge", state="hidden")
+    assert not page.locator("#hidden-chat").is_visible()
+    page.locator("#view .item").nth(1).click()
+    page.locator("#view .slide").focus()
+    page.keyboard.press("a")
+    said = page.inner_text("#chat .bot >> nth=0")
+    page.click("#open-menu")
+    page.fill("#path textarea, #path input", str(app.paths[1]))
+    page.press("#path textarea, #path input", "Enter")
+    page.wait_for_selector("#back:not(.hidden)")
+    page.wait_for_function("document.querySelectorAll('#chat .bot-row').length === 0")
+    page.wait_for_selector("#view .item")
+    page.click("#back")
+    page.wait_for_selector("#chat .bot-row")
+    assert page.inner_text("#chat .bot >> nth=0") == said
+    page.wait_for_function("[...document.querySelectorAll('#view .item u')].some(one => one.textContent.includes('+'))")

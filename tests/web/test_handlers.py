@@ -17,7 +17,7 @@ from PIL import Image
 from sparsewsi import phantom
 from sparsewsi.bags.foreign import load_bag
 from sparsewsi.model.limits import UNVALIDATED, Limit, Limits
-from sparsewsi.report.answer import Answer
+from sparsewsi.report.answer import Answer, FocusEffect
 from sparsewsi.report.record import read_selection
 from sparsewsi.web import chat, handlers
 from sparsewsi.web import desk as desk_module
@@ -29,6 +29,7 @@ from sparsewsi.web.answering import (
     UNWEIGHED,
     WEIGHING,
     evidence_props,
+    point,
     show_told,
 )
 from sparsewsi.web.chat import Question
@@ -915,3 +916,45 @@ def test_seen_two_sides_that_differ_in_their_doubts_alone_called_different():
     left, right = ("32", "A guess: fat", []), ("8", "The slide does not decide it; a guess: fat", [])
     assert chat.text_of(chat.show_both(left, right, agree=True)) == "Both answer the same, with other doubts"
     assert chat.text_of(chat.show_both(left, right)) == "They differ"
+
+
+# ---- seen by a consultant pathologist
+
+
+def test_seen_picks_that_were_cleared_while_another_slide_opened_and_the_program_blamed_itself(on, opened):
+    closed = one_slide("token", opened.case)
+    closed.close()
+    for gone in (None, closed):
+        changes = on.on_picks(SimpleNamespace(_data={"pinned": [], "dropped": []}), gone)
+        assert changes[on.page.picks] == {"pinned": [], "dropped": []}
+
+
+def test_seen_a_focus_that_opened_on_blank_glass_and_not_where_its_weight_lies(opened):
+    case, ranks = opened.case, opened.case.selection.ranks.tolist()
+    first, last = min(ranks), max(ranks)
+    effects = tuple(2.0 if rank == last else 0.0 for rank in ranks)
+    focus = FocusEffect("A", tuple(sorted(ranks)), 2.0)
+    answer = Answer("Where?", "Yes", ("Yes", "No"), (0.9, 0.1), effects, foci=(focus,), without_all=3.0, asked="Where?")
+    shown = chat.show_evidence(answer, case.selection)[0]
+    assert f"#focus-A-{last}" in shown
+    assert f"#focus-A-{first}'" not in shown
+    where = point(answer, case)
+    assert where is not None
+    assert (where["name"], where["rank"]) == ("A", last)
+
+
+def test_seen_a_what_if_of_the_same_patches_and_of_which_question_nobody_said(on, opened, me, desk, monkeypatch):
+    monkeypatch.setattr(desk.slides, "holds", lambda _token: True)
+    mine, page = one_slide("token", opened.case.choose(desk.model, 8)), on.page
+    asked = on.on_question("Which tissue?", "fat\nliver", "", mine, (), [], {}, me)
+    *_, last = on.on_asked(mine, asked[page.chat], asked[page.questions], {}, me)
+    on.on_answered(me)
+    told = (mine, last[page.chat], asked[page.questions], last[page.answers], None)
+    (only,) = on.on_ask_again(*told, 8, "learned", {"pinned": [], "dropped": []}, me)
+    assert set(only) == {page.compare}
+    assert "Nothing changed: these are the same 8 patches" in only[page.compare]
+    on.on_answered(me)
+    with pytest.raises(gr.Error, match="Both would be the same 8 patches"):
+        on.on_both(*told, 8, "learned", {"pinned": [], "dropped": []}, me)
+    first, *_ = on.on_ask_again(*told, 16, "learned", {"pinned": [], "dropped": []}, me)
+    assert "asked again: <b>Which tissue?</b>" in first[page.compare]

@@ -167,3 +167,47 @@ def test_an_address_restores_the_examples_that_it_names_and_nothing_else(
     else:
         with pytest.raises(gr.Error):
             next(steps)
+
+
+@pytest.mark.parametrize("uploaded", [False, True])
+def test_seen_a_second_slide_that_took_the_first_ones_chat_with_it(uploaded, at_home, slides, come):
+    on, page, me = at_home, at_home.page, come(f"uploaded {uploaded}")
+
+    def ask_for(path: str) -> Asked:
+        if not uploaded:
+            return Asked((path,))
+        file = on.desk.uploads / path[-6:] / "Mustermann.tiff"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(Path(path).read_bytes())
+        return on.on_upload([str(file)], False, me)[page.asked]
+
+    first = open_case(on, me, ask_for(slides[0]))
+    before, name = talk(on, first, me), first.case.bag.slide
+    shown = on.on_slide(ask_for(slides[1]), "", first, None, None, me)
+    assert shown[page.chat] == []
+    assert shown[page.back].visible
+    assert shown[page.back].value == f"Back to {name} and its 1 question"
+    *_, last = on.on_slide_shown(shown[page.coming], None, [], me)
+    second = last[page.opened]
+    asked = on.on_reopen(shown[page.left], me)[page.asked]
+    again = on.on_slide(asked, "", second, None, None, me)
+    assert again[page.back].value == f"Back to {second.case.bag.slide}", "and forth"
+    *_, last = on.on_slide_shown(again[page.coming], None, [], me)
+    back = on.on_back(asked, last[page.opened], [], me)
+    assert (back[page.chat], back[page.questions], back[page.answers]) == before
+
+
+def test_the_upload_of_the_case_before_goes_with_the_third_and_that_is_a_sentence(at_home, slides, come):
+    on, page, me = at_home, at_home.page, come("three uploads")
+    left, opened = [], None
+    for number in range(3):
+        file = on.desk.uploads / f"three{number}" / "a.tiff"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(Path(slides[number % 2]).read_bytes())
+        shown = on.on_slide(on.on_upload([str(file)], False, me)[page.asked], "", opened, None, None, me)
+        left.append(shown[page.left])
+        *_, last = on.on_slide_shown(shown[page.coming], None, [], me)
+        opened = last[page.opened]
+    assert len(list(on.desk.folder_of(me.session_hash).rglob("*.tiff"))) == 2
+    with pytest.raises(gr.Error, match="choose its file again"):
+        on.on_reopen(left[1], me)

@@ -584,3 +584,115 @@ def test_slide_props_name_no_file(slide_path):
         text = json.dumps(slide_props("token", slide))
     assert "phantom.tiff" not in text
     assert str(slide_path.parent) not in text
+
+
+# ---- seen by a consultant pathologist
+
+
+def foci_of(made: SimpleNamespace, many: int) -> list[dict]:
+    """So many foci of two patches each."""
+    pairs = made.order[: 2 * many].reshape(-1, 2).tolist()
+    return [{"name": chr(65 + number), "indices": pair, "effect": None} for number, pair in enumerate(pairs)]
+
+
+@pytest.mark.browser
+def test_seen_a_focus_that_opened_on_its_best_score_and_not_where_its_weight_lies(open_viewer):
+    made = made_up()
+    made.props["evidence"]["effects"] = [0.0, 2.0, *np.zeros(KEPT - 2)]
+    page = open_viewer(made.props | {"foci": foci_of(made, 2)})
+    page.evaluate("set({focus: {name: 'A', nonce: 1}})")
+    assert state(page)["current"] == 2
+    page.evaluate("cite.href = '#focus-B-4'; cite.click()")
+    page.wait_for_function("viewer.dataset.current === '4'")
+
+
+@pytest.mark.browser
+def test_seen_the_worst_patch_at_top_100_per_cent_and_a_word_for_it_without_a_caveat(open_viewer):
+    made = made_up()
+    kept = sorted([*made.order[: KEPT - 1].tolist(), int(made.order[-1])])
+    words = {
+        "names": ["fat"],
+        "nearest": packed(np.zeros(10_000), np.int32),
+        "cosine": packed(np.ones(10_000), np.float32),
+    }
+    props = {"kept": packed(kept, np.int32), "unlike": [int(made.order[-1])], "words": words, "evidence": None}
+    page = open_viewer(made.props | props)
+    told = page.locator(".item").last.get_attribute("title")
+    assert "(10,000 of 10,000) · kept for being unlike the others, not for its score" in told
+    assert "nearest word fat (1.00; a guess, often wrong)" in told
+    assert "unlike" not in page.locator(".item").first.get_attribute("title")
+    assert page.inner_text(".count").split("\n") == ["32 of 10,000 patches", "1 as unlike the others", "0 seen"]
+    page.click('[role=tab][data-tab="patches"]')
+    assert "1 of these 32 patches was kept for being unlike the others" in page.inner_text(".unlike")
+
+
+@pytest.mark.browser
+def test_seen_two_foci_of_one_yellow_and_no_word_of_what_a_focus_is(open_viewer):
+    made = made_up()
+    page = open_viewer(made.props | {"foci": foci_of(made, 10)})
+    page.click('[role=tab][data-tab="map"]')
+    swatches = page.eval_on_selector_all(
+        ".legend .diamond", "all => all.map(one => one.className + one.style.backgroundColor)"
+    )
+    assert len(swatches) == len(set(swatches)) == 11
+    assert "look alike, wherever on it they lie" in page.inner_text(".features .about-foci")
+
+
+@pytest.mark.browser
+def test_seen_a_patch_beyond_the_scan_as_evidence_without_a_word(open_viewer):
+    made = made_up()
+    coords = made.coords.copy()
+    coords[made.order[0]] = (SIZE[0] - SIDE // 4, 0)
+    made.props["bag"]["coords"] = packed(coords, np.int32)
+    page = open_viewer(made.props)
+    assert page.locator(".item small").first.inner_text() == "mostly beyond the scan"
+    assert "mostly beyond the scan" in page.locator(".item").first.get_attribute("title")
+    assert page.locator(".item small").nth(1).inner_text() == ""
+    told = "getComputedStyle(cite, '::before').content"
+    page.evaluate("cite.href = '#patch-1'")
+    assert page.evaluate(told) == '"mostly beyond the scan"'
+    page.evaluate("cite.href = '#patch-2'")
+    assert page.evaluate(told) in ("none", "normal")
+
+
+@pytest.mark.browser
+def test_seen_white_glass_as_evidence_without_a_word(open_viewer):
+    made, white = made_up(), io.BytesIO()
+    Image.new("RGB", (168, 168), (243, 243, 243)).save(white, "JPEG")
+    page = open_viewer({"slides": made.props["slides"]})
+    page.route("**/patch/*", lambda route: route.fulfill(body=white.getvalue(), content_type="image/jpeg"))
+    page.evaluate("given => set(given)", made.props)
+    page.wait_for_function("document.querySelector('.item small').textContent.startsWith('mostly white')")
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [("openslide", "as stated in the file"), ("argument", "given by hand"), ("objective power", "guessed")],
+)
+def test_seen_a_scale_taken_as_fact(open_viewer, source, told):
+    made = made_up()
+    made.props["slides"][0]["mpp_source"] = source
+    assert told in open_viewer(made.props).get_attribute(".corner", "title")
+
+
+@pytest.mark.browser
+def test_seen_a_report_of_a_number_that_nobody_was_asked_to_name(open_viewer):
+    page = open_viewer(made_up().props | {"files": [["report.html", "report"]]})
+    page.evaluate("document.body.insertAdjacentHTML('beforeend', '<p id=called><input></p>')")
+    page.click('[data-do="save"]')
+    page.click(".files .unnamed")
+    assert page.evaluate("document.activeElement.closest('#called') !== null")
+    page.fill("#called input", "Case 7")
+    page.click('[data-do="save"]')
+    assert not page.locator(".files .unnamed").count()
+
+
+@pytest.mark.browser
+def test_seen_the_count_of_patches_seen_fall_in_a_what_if(open_viewer):
+    made = made_up()
+    page = open_viewer(made.props)
+    for _ in range(3):
+        page.click('[data-do="next"]')
+    page.evaluate("given => set(given)", {"kept": packed(made.order[8:40], np.int32), "whatif": "32 others"})
+    assert page.inner_text(".count").endswith("3 seen")

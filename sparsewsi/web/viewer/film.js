@@ -49,6 +49,8 @@ function openSlides() {
   room.toggleAttribute("data-slides", slides.length > 1);
   const added = slides.findIndex((one) => !before.includes(one));
   const same = slides.some((one) => before.includes(one));
+  if (!same && bag && before.length)
+    recent.set(before.map((one) => one.name).join(), { n: bag.n, marks: [...shared.marks], seen: [...shared.seen] });
   if (same || !slides.length) {
     fillSlides();
     if (!slides.length) slide = null;

@@ -174,7 +174,7 @@ root.addEventListener("keydown", (event) => {
   press();
 });
 
-// A citation anywhere on the page, [#5](#patch-5) or [B](#focus-B), goes there without asking the server.
+// A citation anywhere on the page, [#5](#patch-5) or [B](#focus-B-5), goes there without asking the server.
 document.addEventListener(
   "click",
   (event) => {
@@ -184,12 +184,12 @@ document.addEventListener(
     if (!link || !root.isConnected || second !== !!link.closest(".other")) return;
     event.preventDefault();
     event.stopPropagation();
-    const [kind, name] = link.getAttribute("href").split("#")[1].split("-");
+    const [kind, name, rank] = link.getAttribute("href").split("#")[1].split("-");
     if (kind === "ask") return trigger("ask", { number: +name });
     if (kind === "without") return trigger("without", { name });
     if (!bag) return;
     if (kind === "patch") go(indexOfRank(+name));
-    else goFocus(name);
+    else goFocus(name, indexOfRank(+rank));
     const place = stage.getBoundingClientRect();
     if (place.bottom < 80 || place.top > window.innerHeight - 80) stage.scrollIntoView({ block: "center" });
   },

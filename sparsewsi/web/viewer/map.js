@@ -66,7 +66,8 @@ function drawMap() {
   pen.textBaseline = "middle";
   pen.lineJoin = "round";
   for (const index of [...kept].reverse())
-    if (points.place.has(index)) diamond(pen, ...at(points.place.get(index)), 6, keptInk(index));
+    if (points.place.has(index))
+      diamond(pen, ...at(points.place.get(index)), 6, keptInk(index), byFocus() && comesAgain(focusOf.get(index)));
   if (shared.current >= 0 && points.place.has(shared.current)) {
     const [x, y] = at(points.place.get(shared.current));
     pen.lineWidth = 5;
@@ -122,6 +123,7 @@ function cloud(dims, ratio, at) {
 }
 
 const mapColour = () => $(".features select").value;
+const byFocus = () => !["slide", "word"].includes(mapColour());
 const RAMP = Array.from({ length: 16 }, (_, i) => `hsl(${255 - 10 * i} 55% ${30 + 2.6 * i}%)`); // low to high, ever lighter
 // Of words, the commonest first: told from each other on white and on black, also without colour vision as far as 10 can be.
 const WORD_COLOURS = "#0077bb #ee7733 #009988 #cc3311 #aa4499 #ccbb44 #33bbee #117733 #882255 #999933".split(" ");
@@ -172,7 +174,11 @@ function showLegend() {
   }
   const bySlide = mapColour() === "slide";
   const parts = (bySlide ? [] : foci).map((focus, i) =>
-    swatch("diamond", `background:${FOCUS_COLOURS[i % FOCUS_COLOURS.length]}`, `focus ${focus.name}`),
+    swatch(
+      comesAgain(i) ? "diamond again" : "diamond",
+      `background-color:${FOCUS_COLOURS[i % FOCUS_COLOURS.length]}`,
+      `focus ${focus.name}`,
+    ),
   );
   if (bySlide) parts.push(...slides.map((_, i) => swatch("diamond", `background:${slideInk(i)}`, `slide ${i + 1}`)));
   else if (parts.length) parts.push(swatch("diamond", `background:${ALONE}`, "on its own"));
@@ -184,7 +190,8 @@ function showLegend() {
   $(".legend").innerHTML = parts.join("");
 }
 
-function diamond(pen, x, y, r, ink) {
+// twice: of a focus whose colour another one has, too
+function diamond(pen, x, y, r, ink, twice = false) {
   pen.beginPath();
   pen.moveTo(x, y - r);
   pen.lineTo(x + r, y);
@@ -196,6 +203,11 @@ function diamond(pen, x, y, r, ink) {
   pen.lineWidth = 1;
   pen.strokeStyle = DARK;
   pen.stroke();
+  if (!twice) return;
+  pen.beginPath();
+  pen.arc(x, y, r / 3, 0, 7);
+  pen.fillStyle = DARK;
+  pen.fill();
 }
 
 function nearestOnMap(sx, sy) {

@@ -6,6 +6,9 @@ const inkOf = (index) => {
   return focusOf.has(index) ? FOCUS_COLOURS[focusOf.get(index) % FOCUS_COLOURS.length] : ALONE;
 };
 
+// The colours come again after the last one: then lines are double and diamonds have a dark middle.
+const comesAgain = (place) => layers.foci && place >= FOCUS_COLOURS.length;
+
 // Left out: dimmed, so that the stain of what was kept stays as it is. Near the cut: dimmed half as far.
 function drawLeftOut(pen) {
   const [left, upper, right, lower] = corners();
@@ -138,8 +141,9 @@ function drawFoci(pen) {
       pen.closePath();
       pen.lineJoin = "round";
       for (const [width, stroke] of [
-        [5, DARK],
-        [2.5, ink],
+        [comesAgain(place) ? 7 : 5, DARK],
+        [comesAgain(place) ? 5 : 2.5, ink],
+        ...(comesAgain(place) ? [[2, DARK]] : []),
       ]) {
         pen.lineWidth = width;
         pen.strokeStyle = stroke;
@@ -221,9 +225,15 @@ function drawBoxes(pen) {
     pen.lineWidth = now ? 7 : 5;
     pen.strokeStyle = DARK;
     pen.strokeRect(x, y, w, w);
-    pen.lineWidth = now ? 3.5 : 2.5;
+    const twice = comesAgain(focusOf.get(index));
+    pen.lineWidth = (now ? 3.5 : 2.5) + (twice ? 2 : 0);
     pen.strokeStyle = inkOf(index);
     pen.strokeRect(x, y, w, w);
+    if (twice) {
+      pen.lineWidth = now ? 2 : 1.5;
+      pen.strokeStyle = DARK;
+      pen.strokeRect(x, y, w, w);
+    }
     pen.setLineDash([]);
     if (now) brackets(pen, x, y, w);
   }

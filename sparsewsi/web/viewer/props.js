@@ -19,6 +19,16 @@ function recallMarks(known) {
   if (shared.marks.size) trigger("marks", { marks: [...shared.marks] });
 }
 
+function recall() {
+  const known = recent.get(named());
+  if (second || !known || known.n !== bag.n) return;
+  recent.delete(named());
+  shared.marks = new Map(known.marks);
+  shared.seen = new Set(known.seen);
+  if (known.marks.length) trigger("marks", { marks: known.marks });
+  markStrip();
+}
+
 function openBag() {
   openSlides(); // which may have come with it
   const given = props.bag;
@@ -52,21 +62,33 @@ function openBag() {
     recallMarks(laid.get(tokens.join()));
   }
   openSelection();
+  recall();
   restoreRank();
 }
 
 function openSelection() {
   if (!bag) return;
   kept = [...new Int32Array(bytes(props.kept || ""))].sort((a, b) => bag.rank[a] - bag.rank[b]);
+  unlike = new Set(props.unlike || []);
   bag.lastNear = 2 * kept.length; // ranks up to here are near the cut
   effects = new Map(); // they belong to an answer from other patches
   if (!kept.includes(shared.current) && kept.length) shared.current = -1;
   openFoci();
 }
 
+function openUnlike() {
+  unlike = new Set(props.unlike || []);
+  showAll();
+}
+
 function openFoci() {
   foci = (props.foci || []).filter((focus) => focus.indices.every((index) => kept.includes(index)));
   const choice = $(".film select");
+  for (const hint of root.querySelectorAll(".about-foci")) {
+    hint.hidden = !foci.length;
+    hint.textContent =
+      "A focus (A, B …) is kept patches of one slide that look alike, wherever on it they lie; those that touch count as more alike.";
+  }
   if (foci.length && choice.dataset.chosen !== "yes") choice.value = "focus";
   focusOf = new Map(foci.flatMap((focus, place) => focus.indices.map((index) => [index, place])));
   showAll();
@@ -77,6 +99,7 @@ function openEvidence() {
   effects = new Map(given ? given.indices.map((index, i) => [index, given.effects[i]]) : []);
   for (const focus of foci) focus.effect = given && given.foci ? given.foci[focus.name] : undefined;
   showAll();
+  lookAtCited();
 }
 
 function openMap() {
@@ -101,6 +124,7 @@ function openWords() {
   const choice = $(".features select");
   choice.querySelector("[value=word]").disabled = !words;
   if (!words && choice.value === "word") choice.value = "focus";
+  markStrip();
   showInspect();
   drawMap();
 }
@@ -180,10 +204,10 @@ function openWork() {
 const tellTime = (seconds) =>
   seconds < 90 ? `${Math.max(1, Math.round(seconds))} s` : `${Math.round(seconds / 60)} min`;
 
-// Another part of the page asks for a patch or a focus: {rank or name, nonce}.
+// Another part of the page asks for a patch or a focus: {rank, or name and the rank that weighs most, nonce}.
 function ask() {
   const to = props.focus;
   if (!to || !bag) return;
-  if (to.name) goFocus(to.name);
+  if (to.name) goFocus(to.name, indexOfRank(to.rank));
   else go(indexOfRank(to.rank));
 }

@@ -31,7 +31,16 @@ function step(by) {
   go(list[at < 0 ? (by > 0 ? 0 : list.length - 1) : (at + by + list.length) % list.length]);
 }
 
-function goFocus(name) {
+// Of a focus the patch that the answer rests on most; before there is one, that of the best score.
+const heaviest = (focus) =>
+  [...focus.indices].sort(
+    (a, b) =>
+      (effects.get(b) ?? Number.MIN_SAFE_INTEGER) - (effects.get(a) ?? Number.MIN_SAFE_INTEGER) ||
+      bag.rank[a] - bag.rank[b],
+  )[0];
+
+// index: of its patch that is meant, as the answer in which it is cited rests on that most
+function goFocus(name, index = -1) {
   const focus = foci.find((one) => one.name === name);
   if (!focus) return;
   showSlide(numberOf(focus.indices[0])); // a focus lies on one slide
@@ -40,7 +49,7 @@ function goFocus(name) {
   const [xs, ys] = [middles.map((m) => m[0]), middles.map((m) => m[1])];
   const [left, right] = [Math.min(...xs) - side, Math.max(...xs) + side];
   const [upper, lower] = [Math.min(...ys) - side, Math.max(...ys) + side];
-  shared.current = [...focus.indices].sort((a, b) => bag.rank[a] - bag.rank[b])[0];
+  shared.current = focus.indices.includes(index) ? index : heaviest(focus);
   for (const index of focus.indices) shared.seen.add(index);
   const [w, h] = view.turn % 2 ? [size[1], size[0]] : size;
   moveTo((left + right) / 2, (upper + lower) / 2, 0.8 * Math.min(w / (right - left), h / (lower - upper)), true);
@@ -67,7 +76,9 @@ function describe(index) {
     `#${bag.rank[index]}`,
     sayWhich(numberOf(index)).toLowerCase(),
     focusName(index) ? `focus ${focusName(index)}` : "",
-    `score ${bag.scores[index].toFixed(2)} (top ${top(bag.rank[index] / bag.n)} %)`,
+    `score ${bag.scores[index].toFixed(2)} (${bag.rank[index].toLocaleString("en")} of ${bag.n.toLocaleString("en")})`,
+    unlike.has(index) && kept.includes(index) ? "kept for being unlike the others, not for its score" : "",
+    tellBlank(index),
     words ? tellWord(index) : "",
     effect === undefined ? "" : `without it the answer ${tellEffect(effect)}`,
     um ? `at ${um[0]}, ${um[1]} µm` : "",
@@ -80,8 +91,7 @@ function describe(index) {
 const tellWord = (index) =>
   words.nearest[index] < 0
     ? "near no word"
-    : `nearest word ${words.names[words.nearest[index]]} (${words.cosine[index].toFixed(2)})`;
-const top = (share) => (share < 0.01 ? (100 * share).toFixed(1) : Math.ceil(100 * share));
+    : `nearest word ${words.names[words.nearest[index]]} (${words.cosine[index].toFixed(2)}; a guess, often wrong)`;
 const WORTH = Math.log(1.05); // nats, from which an effect is worth a number: chat.py has the same
 const tellEffect = (effect) =>
   effect >= WORTH ? `is ${times(effect)} less likely` : effect > -WORTH ? "hardly changes" : "is likelier";

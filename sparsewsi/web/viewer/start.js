@@ -19,6 +19,7 @@ size = [stage.clientWidth, stage.clientHeight];
 watch("slides", openSlides);
 watch("bag", openBag);
 watch("kept", openSelection);
+watch("unlike", openUnlike);
 watch("foci", openFoci);
 watch("evidence", openEvidence);
 watch("map", openMap);

@@ -28,12 +28,14 @@ let slide = null; // the one that is shown
 // {n, parts: [{first, n, side}] of each slide, tokens, xy: Int32Array, each on its own slide, scores: Float32Array, rank: Int32Array, order: Int32Array}
 let bag = null;
 let kept = []; // indices of the selected patches, best score first
+let unlike = new Set(); // of them: kept for being unlike the others, not for their score
 let foci = []; // {name, indices, effect}: kept patches that belong together
 let focusOf = new Map(); // index -> place in foci
 let effects = new Map(); // index -> what the answer loses without the patch, in nats
 let words = null; // {names, nearest: Int32Array, cosine: Float32Array}: the word nearest to each patch, -1 for none
 let points = null; // {xy: Float32Array, rows: Int32Array, title}
 let tissue = null; // {token, xy: Int32Array, side, kept: Int32Array}: while the slide is analysed
+const blanks = new Map(); // address of a patch's picture -> share of its px that are white
 const view = { x: 0, y: 0, scale: 0, turn: 0 };
 const untouched = () => ({
   current: -1,
@@ -50,6 +52,10 @@ let band = null; // the region that is being drawn, CSS px
 let ruler = null; // [x0, y0, x1, y1] on the slide
 let lasso = null;
 let size = [0, 0];
+
+// What the reader did with the patches of cases that this page showed before, by the names of their slides.
+const recent = new Map();
+const named = () => slides.map((one) => one.name).join();
 
 function forget() {
   laid.clear();

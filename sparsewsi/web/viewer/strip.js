@@ -33,6 +33,58 @@ function showAll() {
   drawMap();
 }
 
+// What a patch that is hardly tissue shows instead: it may be kept and cited all the same.
+function tellBlank(index) {
+  const [x, y] = [bag.xy[2 * index], bag.xy[2 * index + 1]];
+  const side = sideOf(index);
+  const [width, height] = slideOf(index).size;
+  const across = Math.max(0, Math.min(x + side, width) - Math.max(x, 0));
+  const down = Math.max(0, Math.min(y + side, height) - Math.max(y, 0));
+  if (across * down < (side * side) / 2) return "mostly beyond the scan";
+  return blanks.get(patchAddress(index, 168)) > 0.5 ? "mostly white: glass, a gap or fat" : "";
+}
+
+// How much of a patch is white, from its picture once that has come.
+function lookAt(picture, index) {
+  const where = patchAddress(index, 168);
+  if (blanks.has(where)) return;
+  const px = 32;
+  const pen = Object.assign(document.createElement("canvas"), { width: px, height: px }).getContext("2d");
+  pen.drawImage(picture, 0, 0, px, px);
+  let data;
+  try {
+    data = pen.getImageData(0, 0, px, px).data;
+  } catch {
+    return; // a frame whose pictures are another origin's
+  }
+  let white = 0;
+  for (let i = 0; i < data.length; i += 4) if (Math.min(data[i], data[i + 1], data[i + 2]) > 220) white += 1;
+  blanks.set(where, white / (px * px));
+  if (!tellBlank(index)) return;
+  for (const item of element.querySelectorAll(`[data-index="${index}"]`)) nameItem(item, index);
+  linkPictures();
+  if (index === shared.current) showInspect();
+}
+
+function nameItem(item, index) {
+  item.title = describe(index);
+  item.querySelector("small").textContent = tellBlank(index);
+}
+
+// Pictures of what is cited are looked at, too, wherever in the film their patches are.
+function lookAtCited() {
+  const most = [...effects.keys()].sort((a, b) => effects.get(b) - effects.get(a)).slice(0, 3);
+  const weightiest = [...foci].sort((a, b) => (b.effect ?? 0) - (a.effect ?? 0)).slice(0, 2);
+  for (const index of effects.size ? [...most, ...weightiest.map(heaviest)] : []) {
+    const picture = new Image();
+    const where = patchAddress(index, 168);
+    picture.onload = () => {
+      if (bag && index < bag.n && where === patchAddress(index, 168)) lookAt(picture, index);
+    };
+    picture.src = where;
+  }
+}
+
 // A citation of a patch is shown as its picture, wherever on the page it stands: a style, as the chat may redraw itself.
 const pictures = document.createElement("style");
 document.head.append(pictures);
@@ -43,11 +95,10 @@ function linkPictures() {
   const within = second ? ".other " : ""; // of a comparison's other column
   const lines = [...pictured].map((index) => {
     const rank = bag.rank[index];
-    return `${within}a[href$="#patch-${rank}"] { background-image: url("${patchAddress(index, 168)}"); }`;
-  });
-  foci.forEach((focus) => {
-    const best = [...focus.indices].sort((a, b) => bag.rank[a] - bag.rank[b])[0];
-    lines.push(`${within}a[href$="#focus-${focus.name}"] { background-image: url("${patchAddress(best, 168)}"); }`);
+    const places = [`${within}a[href$="#patch-${rank}"]`, `${within}a[href*="#focus-"][href$="-${rank}"]`];
+    const blank = tellBlank(index);
+    const told = blank && `${places.map((place) => `${place}::before`)} { content: "${blank}"; }`;
+    return `${places} { background-image: url("${patchAddress(index, 168)}"); } ${told}`;
   });
   pictures.textContent = lines.join("\n");
 }
@@ -58,9 +109,11 @@ function makeItem(index, kind) {
   item.type = "button";
   item.className = kind;
   item.dataset.index = index;
-  item.title = describe(index);
-  item.innerHTML = `<img alt="" loading="lazy" draggable="false"><span><b>#${bag.rank[index]}</b> <em></em></span><u></u>`;
-  item.querySelector("img").src = patchAddress(index, 168);
+  item.innerHTML = `<img alt="" loading="lazy" draggable="false"><small></small><span><b>#${bag.rank[index]}</b> <em></em></span><u></u>`;
+  nameItem(item, index);
+  const picture = item.querySelector("img");
+  picture.onload = () => item.isConnected && lookAt(picture, index);
+  picture.src = patchAddress(index, 168);
   if (slides.length > 1) {
     const tag = document.createElement("i");
     tag.textContent = numberOf(index) + 1;
@@ -133,6 +186,7 @@ function markStrip(scroll = false) {
   for (const item of [...strip.querySelectorAll(".item"), ...$(".sheet").querySelectorAll(".cell")]) {
     const index = +item.dataset.index;
     const now = index === shared.current;
+    item.title = describe(index);
     item.setAttribute("aria-current", now);
     item.classList.toggle("dropped", shared.dropped.has(index));
     item.querySelector("u").textContent =
@@ -144,9 +198,19 @@ function markStrip(scroll = false) {
     if (now && scroll && item.className.includes("item"))
       strip.scrollTo({ left: item.offsetLeft - strip.offsetLeft - strip.clientWidth / 2 + item.offsetWidth / 2 });
   }
-  const seen = kept.filter((index) => shared.seen.has(index)).length;
-  if (bag) $(".count").textContent = `${kept.length} of ${bag.n.toLocaleString("en")} patches\n${seen} seen`;
+  if (!bag) return;
+  const other = kept.filter((index) => unlike.has(index)).length;
+  const why = other ? `${other} as unlike the others\n` : "";
+  $(".count").textContent = `${kept.length} of ${bag.n.toLocaleString("en")} patches\n${why}${shared.seen.size} seen`;
+  $(".count").title = tellUnlike(other);
+  $(".unlike").hidden = !other;
+  $(".unlike").textContent = tellUnlike(other);
 }
+
+const tellUnlike = (many) =>
+  many
+    ? `${many} of these ${kept.length} patches ${many === 1 ? "was" : "were"} kept for being unlike the others, not for ${many === 1 ? "its" : "their"} score (maximal marginal relevance).`
+    : "";
 
 function showInspect() {
   const index = shared.current;

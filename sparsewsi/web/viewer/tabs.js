@@ -30,6 +30,7 @@ for (const tab of TABS) {
 const MENUS = { layers: ".menu.layers", save: ".menu.files", keys: ".menu.help" };
 
 function openMenu(name) {
+  if (name === "save") askForName();
   for (const [other, place] of Object.entries(MENUS)) {
     const open = other === name && $(place).hidden;
     $(place).hidden = !open;
@@ -37,6 +38,41 @@ function openMenu(name) {
   }
   placeMenus();
 }
+
+// A report says which case it is of only if that has a name: it is asked for where files are saved.
+const nameBox = () => document.querySelector("#called input, #called textarea");
+function askForName() {
+  const box = nameBox();
+  const before = $(".files .unnamed");
+  if (before) before.remove();
+  if (!box || box.value.trim()) return;
+  const button = document.createElement("button");
+  button.type = "button";
+  button.className = "unnamed";
+  button.textContent = "Name this case first: its report says only a number";
+  button.onclick = () => {
+    openMenu("");
+    box.focus();
+  };
+  $(".files").prepend(button);
+}
+
+// Gradio names a message by the source of its blocks: who hears it read is told its words.
+function nameMessages() {
+  for (const one of document.querySelectorAll('#chat [aria-label*="\'s message: "]')) {
+    const label = one.getAttribute("aria-label");
+    const words = one.textContent.replace(/\s+/g, " ").trim();
+    if (/[<>]|&#\d/.test(label) && !label.endsWith(words))
+      one.setAttribute("aria-label", `${label.split("'s message: ")[0]}'s message: ${words}`);
+  }
+}
+if (!second && room !== root)
+  new MutationObserver(() => requestAnimationFrame(nameMessages)).observe(room, {
+    subtree: true,
+    childList: true,
+    attributes: true,
+    attributeFilter: ["aria-label"],
+  });
 
 // An open menu stands under its button, also when the window changes.
 function placeMenus() {

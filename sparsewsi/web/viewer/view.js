@@ -144,10 +144,15 @@ function prepare(target, [width, height], ratio) {
   return pen;
 }
 
+const SCALE_FROM = { argument: "as given by hand", "objective power": "guessed from the magnification" };
+
 function drawScale() {
   const bar = $(".scale");
   const said = $(".mag");
   bar.hidden = !slide.mpp;
+  $(".corner").title = slide.mpp
+    ? `${+slide.mpp.toPrecision(4)} µm/px, ${SCALE_FROM[slide.mpp_source] || "as stated in the file"}; not checked`
+    : "The file states no scale";
   if (!slide.mpp) {
     said.textContent = "scale unknown";
     return;

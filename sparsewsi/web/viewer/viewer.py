@@ -60,7 +60,7 @@ SCRIPTS = (
     "start",
 )
 PROPS = ("slides", "bag", "kept", "foci", "map", "words", "evidence", "members", "files", "focus")
-PROPS += ("whatif", "compared", "work", "unpicked")
+PROPS += ("unlike", "whatif", "compared", "work", "unpicked")
 TILE = 512  # px
 QUALITY = 85
 PICTURES = ("png", "jpeg")  # vendors whose slides are decoded as a whole
@@ -349,6 +349,7 @@ def slide_props(token: str, slide: Slide, source: str = "") -> dict[str, Any]:
         "size": list(slide.size),
         "tile": TILE,
         "mpp": slide.mpp,
+        "mpp_source": slide.mpp_source,
         "name": slide.name,
         "source": source,
     }
