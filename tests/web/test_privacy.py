@@ -217,7 +217,8 @@ def test_the_page_names_nobody(planted, desk, on, visitor, capfd, caplog):
         hide(vars(opened.case), "a case")
         on.on_analysed(opened, answered[-1][page.answers], me)
         for name in ("report.html", "patches.csv", "patches.geojson", "selection.json", "log.jsonl"):
-            on._write_download(opened, opened.case, answered[-1][page.answers], me.session_hash, name)
+            said = list(answered[-1][page.answers].values())
+            on._write_download(opened, opened.case, said, me.session_hash, name)
         hide_in_files(desk.files_of(me.session_hash))
         hide([file.relative_to(desk.folder) for file in desk.folder.rglob("*")], "the server's folder")
     hide("".join(capfd.readouterr()) + caplog.text, "the server's log")
