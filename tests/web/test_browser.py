@@ -30,7 +30,7 @@ import pytest
 
 from sparsewsi import phantom
 from sparsewsi.model.embedded import embedded_folder
-from sparsewsi.report.phantom import PRESENT_QUESTION, QUESTIONS
+from sparsewsi.report.phantom import QUESTIONS
 from sparsewsi.web.desk import Desk
 from sparsewsi.web.gallery import Sample, read_gallery
 from sparsewsi.web.page import build_page
@@ -134,7 +134,7 @@ def running(home: Path, model: Path, *flags: str, **environment: str) -> Iterato
 def served(request, browser, tiny_model: Path, cached_phantom: Path, tmp_path_factory) -> Iterator[SimpleNamespace]:
     """The app behind a prefix, the slide it is to be tried on, and what is to be expected of it."""
     home, slide, model = cached_phantom, next(cached_phantom.glob("phantom-*.tiff")), tiny_model
-    told = SimpleNamespace(name="phantom", kept=6, question=PRESENT_QUESTION, mpp=0.5)
+    told = SimpleNamespace(name="phantom", kept=6, question=QUESTIONS[1][0], mpp=0.5)
     if request.param == "real":
         slide = request.getfixturevalue("shared_data") / "slides" / "CMU-1-Small-Region.svs"
         home, model = tmp_path_factory.mktemp("home"), ROOT / "assets" / "demo-model"
