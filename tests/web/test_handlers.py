@@ -7,6 +7,7 @@ import re
 import shutil
 import threading
 from types import SimpleNamespace
+from typing import Any
 
 import gradio as gr
 import numpy as np
@@ -584,7 +585,8 @@ def test_a_what_if_is_a_state_that_one_button_leaves(on, opened, me, desk, monke
 
 
 def test_seen_a_doubt_that_was_hidden_behind_a_number():
-    told = tell_doubts(SimpleNamespace(doubts=("First.", "Second."), bag=SimpleNamespace(note="")))
+    case: Any = SimpleNamespace(doubts=("First.", "Second."), bag=SimpleNamespace(note=""))
+    told = tell_doubts(case)
     assert told.startswith("<details open><summary>⚠ First.")
     assert "<p>Second.</p>" in told
 
