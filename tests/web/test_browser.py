@@ -387,7 +387,7 @@ def test_two_selectors_stand_side_by_side_move_together_and_get_one_question(rea
         reading.click("#both")
         reading.wait_for_selector("#other .item")
         show_tab(reading, "ask")
-        reading.wait_for_selector("#chat .compare .other a[href*='#patch-']")
+        reading.wait_for_selector("#chat .compare .other .rests")
         waited(served, "side by side, to both answers", time.time() - began)
         assert re.match(r"Both|They differ", reading.locator("#chat .bot >> nth=0").inner_text())
         assert reading.locator("#other .badge").inner_text().endswith("random patches")
@@ -400,9 +400,10 @@ def test_two_selectors_stand_side_by_side_move_together_and_get_one_question(rea
         left, right = reading.evaluate(LOOKS)
         assert left == right
         link = reading.locator("#chat .other a[href*='#patch-']").first
-        link.click()
-        number = link.get_attribute("href").partition("#patch-")[2]
-        reading.wait_for_function(f"document.querySelector('#other .viewer').dataset.current === '{number}'")
+        if served.name == "real" or link.count():  # what an untrained model says need not depend on random patches
+            link.click()
+            number = link.get_attribute("href").partition("#patch-")[2]
+            reading.wait_for_function(f"document.querySelector('#other .viewer').dataset.current === '{number}'")
         reading.wait_for_timeout(500)
         reading.screenshot(path=served.looks / "side-by-side.png")
     finally:
