@@ -14,7 +14,7 @@ from sparsewsi.web.page import build_page
 from sparsewsi.web.serve import launch_settings
 from tests.web.waits import note_wait
 
-PATIENCE = 120_000  # ms
+PATIENCE = 240_000  # ms
 pytestmark = pytest.mark.browser
 
 

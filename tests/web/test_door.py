@@ -243,7 +243,8 @@ def test_who_listens_is_told_from_the_first_stream_to_the_last(served):
         join(served.address, [1.0], "hears")
         assert not any(event == "listens" for event, _ in served.log)
         with httpx.stream("GET", f"{served.address}/gradio_api/{path}", timeout=60) as stream:
-            next(stream.iter_lines())
+            lines = stream.iter_lines()  # httpx closes a stream whose iterator is gone
+            next(lines)
             assert served.heard("listens", "hears")
             if path.startswith("heartbeat"):  # the other one ends with what was asked for
                 assert ("does not listen", "hears") not in served.log
