@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import contextlib
 import json
 import re
 import shutil
@@ -80,7 +81,10 @@ def client(app: SimpleNamespace, **settings) -> gradio_client.Client:
 
 def soon(true: Callable[[], bool], seconds: float) -> bool:
     ends = time.monotonic() + seconds
-    while not true() and time.monotonic() < ends:
+    while time.monotonic() < ends:
+        with contextlib.suppress(FileNotFoundError):  # a folder that goes while it is listed
+            if true():
+                return True
         time.sleep(0.02)
     return true()
 

@@ -456,7 +456,7 @@ def test_09_stop_retry_and_undo(reading, served):
     first = reading.inner_text("#chat .bot >> nth=0")
     try:
         seconds = stop_in_time(reading)
-        for _ in range(5):  # the machine may be busy with something else
+        for _ in range(12):  # the machine may be busy with something else, or the answer whole at once
             if seconds < 1:
                 break
             undo(reading, "Describe this slide.")
