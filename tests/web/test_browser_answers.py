@@ -161,7 +161,7 @@ def test_a_reader_that_cannot_be_measured_is_asked_again_without_a_focus_by_one_
         stand_in_server.say("Liver.")
         chip.click()
         page.wait_for_selector(f".badge >> text=without focus {told[1]}")
-        page.wait_for_selector("#compare >> text=Liver.")
+        page.wait_for_selector("#compare >> text=Liver.", state="attached")
         assert len(stand_in_server.received) == 2
         assert stand_in_server.received[1][2].count(b"image_url") // 2 == int(told[2])
         page.close()
