@@ -4,9 +4,8 @@ N patches, K kept, D feature dim, M points drawn. matplotlib and umap-learn are 
 import of umap-learn takes seconds.
 """
 
-import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +69,9 @@ def map_features(
     if total < 5:
         return FeatureMap(_two_columns(x), rows, total, "PCA")
     import umap
+    from umap import layouts
 
+    layouts.tqdm = _look_at_each  # type: ignore[assignment]
     neighbours = min(15, len(rows) - 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "no transform with precomputed neighbours" and the like: not needed
@@ -83,22 +84,21 @@ def map_features(
             random_state=seed,
             n_jobs=1,
             n_epochs=200,
-            tqdm_kwds={"disable": False, "file": _Looking(look), "mininterval": 0.1} if look is not None else None,
+            tqdm_kwds={"look": look},
         )
         xy = np.asarray(reducer.fit_transform(x), np.float32)
     return FeatureMap(xy, rows, total, "UMAP")
 
 
-class _Looking(io.StringIO):
-    """Where umap-learn's bar of epochs is drawn: its only way to be asked to end."""
+def _look_at_each(epochs: Iterable[int], look: Callable[[], object] | None = None, **_: object) -> Iterator[int]:
+    """umap-learn's epochs, each after a look: in place of tqdm's bar of them, its only way to be asked to end.
 
-    def __init__(self, look: Callable[[], object]):
-        super().__init__()
-        self._look = look
-
-    def write(self, text: str, /) -> int:
-        self._look()
-        return len(text)
+    What is raised while tqdm draws leaves its lock taken, and every later bar of the process, shown or not, waits.
+    """
+    for epoch in epochs:
+        if look is not None:
+            look()
+        yield epoch
 
 
 def _principal(x: np.ndarray, most: int) -> np.ndarray:

@@ -1,5 +1,7 @@
 """The map of features: finite, the same again, and every selected patch is on it."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -57,6 +59,9 @@ def test_a_map_that_is_looked_after_is_the_same_and_ends_when_nobody_wants_it():
 
     with pytest.raises(Enough):
         umap.map_features(features, selection, look=refuse)
+    with ThreadPoolExecutor(1) as pool:  # whoever wants one next, in a thread of its own, as on a server
+        after = pool.submit(umap.map_features, features, selection, look=lambda: None)
+        np.testing.assert_array_equal(after.result(timeout=120).xy, watched.xy)
 
 
 def test_five_patches_are_enough_for_umap():
