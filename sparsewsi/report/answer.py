@@ -129,15 +129,27 @@ def name_llm(config: SparseWSIConfig) -> str:
     return Path(config.llm).name if Path(config.llm).is_dir() else config.llm
 
 
+_KNOWN_FROM = {
+    "argument": "given by hand",
+    "openslide": "stated in the file",
+    "ome": "stated in the file's OME-XML",
+    "tiff resolution": "from the TIFF's resolution tags",
+    "objective power": "guessed from the magnification",
+}
+
+
+def word_scan(part: Bag) -> str:
+    """A slide's resolution and where it is known from."""
+    if not part.slide_mpp:
+        return "resolution unknown"
+    return f"{part.slide_mpp:.4g} µm/px ({_KNOWN_FROM.get(str(part.mpp_source), part.mpp_source)})"
+
+
 def summarise(bag: Bag, selection: Selection, config: SparseWSIConfig, model: str) -> str:
     """One line for people: model, encoder, K of N, share of the tissue, resolution and where it is known from."""
     kept, total = len(selection.indices), selection.num_patches
     at = f"{bag.mpp:.4g} µm/px" if bag.mpp else "an unknown resolution"
-    scans = [
-        f"scan {part.slide_mpp:.4g} µm/px ({part.mpp_source})" if part.slide_mpp else "scan resolution unknown"
-        for part in list_parts(bag)
-    ]
-    scan = ", ".join(dict.fromkeys(scans))
+    scan = ", ".join(dict.fromkeys(f"scan {word_scan(part)}" for part in list_parts(bag)))
     return (
         f"{bag.slide} · model {model} ({name_llm(config)}) · encoder {bag.encoder} · {kept:,} of {total:,} patches "
         f"({100 * kept / max(total, 1):.2g} % of the tissue) read at {at} · {scan}"

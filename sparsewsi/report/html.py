@@ -19,7 +19,7 @@ from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.evidence import format_effect
 from sparsewsi.model.limits import Limits
 from sparsewsi.model.selection import Selection
-from sparsewsi.report.answer import Answer, name_llm, word_notice
+from sparsewsi.report.answer import Answer, name_llm, word_notice, word_scan
 from sparsewsi.report.contradictions import word_contradictions
 from sparsewsi.report.plots import tell_blank
 from sparsewsi.report.record import digest_patches, list_versions
@@ -79,8 +79,7 @@ def write_report(
     for number, part in enumerate(list_parts(bag), 1):
         which = f" {number}" if bag.parts else ""
         slides[f"Slide{which}"] = f"{part.slide}, {_size(part)}"
-        scan = f"{part.slide_mpp:.4g} µm/px ({part.mpp_source})" if part.slide_mpp else "resolution unknown"
-        slides[f"Scan{which}"] = scan
+        slides[f"Scan{which}"] = word_scan(part)
     facts = slides | {
         "Model": f"{model}, language model {name_llm(config)}",
         "Weights (sha256)": weights_sha256 or "not recorded",

@@ -7,7 +7,8 @@ from sparsewsi.report.answer import summarise, word_notice
 
 def test_summary_says_model_encoder_count_share_and_where_mpp_is_from(bag, selection):
     line = summarise(bag, selection, SparseWSIConfig(), "demo-model")
-    for part in ("demo-model", "efficientnet-lite0", "3 of 5 patches", "60 %", "0.5 µm/px", "0.25 µm/px (openslide)"):
+    scan = "0.25 µm/px (stated in the file)"
+    for part in ("demo-model", "efficientnet-lite0", "3 of 5 patches", "60 %", "0.5 µm/px", scan):
         assert part in line
     unknown = Bag(bag.features, bag.coords, 100, None, bag.encoder, bag.slide)
     assert "unknown" in summarise(unknown, selection, SparseWSIConfig(), "demo-model")

@@ -41,7 +41,7 @@ def test_the_report_holds_all_that_it_shows_and_says_what_it_is(tmp_path, bag, s
         *(
             "efficientnet-lite0",
             "3 of 5",
-            "0.25 µm/px (openslide)",
+            "0.25 µm/px (stated in the file)",
             "400 x 300 px (0.1 x 0.075 mm)",
             "Rank 4 is as good",
         ),

@@ -286,7 +286,7 @@ def test_02_tiles_are_the_pixels_of_level_0(reading, served):
 
 def test_03_what_answered_is_named_wherever_an_answer_is_shown(reading, served):
     facts = reading.get_attribute("#facts .facts", "title")
-    slide = "phantom 3" if served.name == "phantom" else "0.499 µm/px (openslide)"
+    slide = "phantom 3" if served.name == "phantom" else "0.499 µm/px (stated in the file)"
     for words in (slide, served.model, "efficientnet-lite0", f"{served.kept} of", "% of the tissue"):
         assert words in facts
     notice = "Demo model, research use only, not for diagnosis."
