@@ -210,6 +210,8 @@ def _save_adapter(llm: PeftModel, folder: Path, base: str, dtype: torch.dtype) -
     llm.active_peft_config.save_pretrained(str(folder))
     path = folder / "adapter_config.json"
     settings = json.loads(path.read_text()) | {"base_model_name_or_path": base, "inference_mode": True}
+    if isinstance(settings.get("target_modules"), list):  # a set's order is another one in each process
+        settings["target_modules"].sort()
     path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
