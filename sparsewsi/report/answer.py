@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsewsi.bags.bag import Bag, list_parts
+from sparsewsi.bags.bag import Bag, Part, list_parts
 from sparsewsi.model.config import SparseWSIConfig
 from sparsewsi.model.evidence import WORTH, grade, tell_effect
 from sparsewsi.model.limits import UNVALIDATED
@@ -138,7 +138,7 @@ _KNOWN_FROM = {
 }
 
 
-def word_scan(part: Bag) -> str:
+def word_scan(part: Part) -> str:
     """A slide's resolution and where it is known from."""
     if not part.slide_mpp:
         return "resolution unknown"
