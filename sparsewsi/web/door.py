@@ -33,6 +33,10 @@ STREAMS_OF_ADDRESS, STREAMS_OF_ALL = 256, 1024  # that are open; a page has two
 LISTEN_WITHIN = 10.0  # s until who asked for something wants to hear the answer
 TRIES = 4  # wrong passwords in a row that are answered at once
 PAUSE, SLOWEST = 1.0, 60.0  # s until the next password is looked at; twice as many after each wrong one, up to
+ENDED, END = (
+    "x-sparsewsi-streams",
+    b'"msg":"close_stream"',
+)  # header: how many have ended; viewer/hear.js
 CALLER = "x-sparsewsi-caller"  # header that tells calls of MCP apart, which all come through one client of Gradio's
 API = re.compile(r"/gradio_api/(.*)", re.DOTALL)
 BEFORE_LOGIN = ("user", "login_check", "startup-events", "token", "theme.css")  # below /gradio_api/
@@ -85,6 +89,7 @@ class Door:
         self._wrong: dict[str, tuple[int, float]] = {}  # by address: wrong passwords in a row, and when the last was
         self._listening: Counter[str] = Counter()  # streams of answers, by session
         self._beating: Counter[str] = Counter()  # heartbeats, by session
+        self._ended: Counter[str] = Counter()  # streams of answers that have ended, by session
         self._streams: Counter[str] = Counter()  # that are open, by address
         self._unheard: set[str] = set()  # sessions that asked for something and have held no connection open since
         self._joined: Counter[str] = Counter()  # things asked for, by session that may yet be found gone
@@ -199,6 +204,8 @@ class Door:
         async def note(message: Message) -> None:
             if message["type"] == "http.response.body" and len(answer) < 1000:
                 answer.extend(message.get("body", b""))
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[ENDED] = str(self._ended[session])
             await send(message)
 
         if session and caller is None:
@@ -225,7 +232,7 @@ class Door:
         del self._joined[session]
         self._unheard.discard(session)
         if not self._is_here(session):
-            del self._listening[session]
+            del self._listening[session], self._ended[session]
             _tell(self._sessions.leave, session)
 
     async def _make_page(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -293,27 +300,36 @@ class Door:
 
         Starlette and Gradio notice that only when they next send something.
         """
-        whole = counted = False
+        whole = counted = ended = False
+        answers = open_streams is self._listening
 
         def check(joined: int) -> None:
-            answers = open_streams is self._listening
             # Whose page is open has not left: on a busy machine its next stream may take long to come. What was asked
             # for since then has a check of its own.
             stays = answers and (self._beating[session] or self._joined[session] != joined)
             if not open_streams[session] and not stays:
-                del open_streams[session]
+                del open_streams[session], self._ended[session]
                 _tell(left, session)
+
+        def count_end() -> None:
+            nonlocal ended
+            if answers and not ended:
+                ended = True
+                self._ended[session] += 1
 
         def end() -> None:
             nonlocal counted
             if counted:
                 counted = False
+                count_end()
                 open_streams[session] -= 1
                 self._sessions.heed(session, self._is_here(session))
                 if not whole or open_streams is self._beating:  # a heartbeat ends with its page alone
                     asyncio.get_running_loop().call_later(GONE_AFTER, check, self._joined[session])
                 elif not open_streams[session]:
                     del open_streams[session]
+                    if not self._beating[session] and not self._joined[session]:
+                        del self._ended[session]
 
         async def listen() -> None:
             while (await receive())["type"] != "http.disconnect":
@@ -323,6 +339,8 @@ class Door:
         async def watch(message: Message) -> None:
             nonlocal whole
             whole = whole or (message["type"] == "http.response.body" and not message.get("more_body"))
+            if END in message.get("body", b""):
+                count_end()
             await send(message)
 
         open_streams[session] += 1

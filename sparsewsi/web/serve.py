@@ -23,7 +23,7 @@ from sparsewsi.web.folder import make_folder, tidy_for_ever
 from sparsewsi.web.memory import give_back_for_ever, share_heaps
 from sparsewsi.web.page import build_page
 from sparsewsi.web.uploads import Uploads
-from sparsewsi.web.viewer import PAGE_CSS, theme
+from sparsewsi.web.viewer import HEAR, PAGE_CSS, theme
 
 ENDED_BY = {signal.SIGTERM: 0, signal.SIGINT: 130}  # and the status then
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -105,6 +105,7 @@ def launch_settings(
         "footer_links": [],
         "theme": theme(),
         "css": PAGE_CSS.read_text(encoding="utf-8"),
+        "head": f"<script>{HEAR.read_text(encoding='utf-8')}</script>",
     }
 
 

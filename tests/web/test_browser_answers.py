@@ -144,6 +144,40 @@ def test_seen_suggested_questions_that_only_filled_the_box_and_back_before_any_w
     page.close()
 
 
+def test_a_page_that_learns_late_of_the_end_of_its_stream_hears_every_answer(browser, unsure, path):
+    late = """(() => {
+      const ask = window.fetch;
+      window.fetch = async (asked, given) => {
+        const reply = await ask(asked, given);
+        if (!/queue.data/.test(asked.url ?? asked)) return reply;
+        const slow = new TransformStream({async transform(part, out) {
+          const text = new TextDecoder("latin1").decode(part), at = text.indexOf('data: {"msg":"close_stream"');
+          if (at >= 0) {
+            out.enqueue(part.slice(0, at));
+            window.late = (window.late ?? 0) + 1;
+            await new Promise(go => setTimeout(go, 500));
+          }
+          out.enqueue(part.slice(Math.max(at, 0)));
+        }});
+        return new Response(reply.body.pipeThrough(slow), {status: reply.status, headers: reply.headers});
+      };
+    })()"""
+    WEIGH.set()
+    page = browser.new_page()
+    page.add_init_script(late)
+    page.goto(unsure)
+    page.wait_for_function("window.late")
+    page.wait_for_timeout(1000)
+    page.fill("#path textarea, #path input", str(path))  # once: whoever asks again hears what was said before
+    page.press("#path textarea, #path input", "Enter")
+    page.wait_for_selector("#view .item", timeout=60_000)
+    for answers in (1, 2):
+        ask(page, "Which organ is this?")
+        answered(page, answers)
+    assert page.evaluate("window.late") > 3
+    page.close()
+
+
 def test_a_reader_that_cannot_be_measured_is_asked_again_without_a_focus_by_one_tap(
     browser, path, tiny_model, stand_in_server, tmp_path
 ):

@@ -2,6 +2,7 @@
 
 from sparsewsi.web.viewer.viewer import (
     BY_SLIDE,
+    HEAR,
     PAGE_CSS,
     PICTURES,
     Slides,
@@ -18,6 +19,7 @@ from sparsewsi.web.viewer.viewer import (
 
 __all__ = [
     "BY_SLIDE",
+    "HEAR",
     "PAGE_CSS",
     "PICTURES",
     "Slides",

@@ -41,6 +41,7 @@ from sparsewsi.web.jobs import Busy, Halted
 
 HERE = Path(__file__).parent
 PAGE_CSS = HERE / "page.css"
+HEAR = HERE / "hear.js"  # in the head of the page, before its client
 # The component's JavaScript, a file a job. Gradio runs them joined, as one function; .ci/lint.mjs reads this line.
 SCRIPTS = (
     "state",
