@@ -104,9 +104,10 @@ function cloud(dims, ratio, at) {
   const layer = document.createElement("canvas");
   const pen = prepare(layer, dims, ratio);
   const r = points.rows.length > 5000 ? 1.2 : 2;
+  const colour = mapColour();
   const groups = new Map();
   for (let i = 0; i < points.rows.length; i++) {
-    const key = mapInk(points.rows[i]);
+    const key = mapInk(points.rows[i], colour);
     if (!groups.has(key)) groups.set(key, []);
     groups.get(key).push(i);
   }
@@ -130,10 +131,10 @@ const WORD_COLOURS = "#0077bb #ee7733 #009988 #cc3311 #aa4499 #ccbb44 #33bbee #1
 const wordInk = (word) => WORD_COLOURS[words.order.indexOf(word)] || "#777777";
 
 // Colour and opacity of a patch on the map.
-function mapInk(index) {
-  if (mapColour() === "score") return `${RAMP[Math.round((1 - bag.rank[index] / bag.n) * (RAMP.length - 1))]}/0.9`;
-  if (mapColour() === "slide") return `${slideInk(numberOf(index))}/0.55`;
-  if (mapColour() !== "word") return `${GREY}/0.55`;
+function mapInk(index, colour) {
+  if (colour === "score") return `${RAMP[Math.round((1 - bag.rank[index] / bag.n) * (RAMP.length - 1))]}/0.9`;
+  if (colour === "slide") return `${slideInk(numberOf(index))}/0.55`;
+  if (colour !== "word") return `${GREY}/0.55`;
   const word = words.nearest[index];
   return word < 0 ? `${GREY}/0.4` : `${wordInk(word)}/${words.cosine[index] > 0.6 ? 0.95 : 0.5}`;
 }
