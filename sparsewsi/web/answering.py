@@ -367,6 +367,8 @@ class Answering:
             yield changes | self._show_evidence_of(opened, chat, answers, point(answer, case) if whole else None)
         elif desk.turns.get(session) is None:  # cleared, or another slide: a word may have come after that
             yield {page.chat: [], page.answers: {}}
+        else:
+            yield gr.skip()  # Gradio sends what was yielded last once more at the end
         if failure:
             raise failure
 

@@ -214,6 +214,8 @@ class Comparing(WhatIf):
                 page.other: gr.HTML(**props),
                 page.question: ask_for_question(),
             }
+        else:
+            yield gr.skip()  # Gradio sends what was yielded last once more at the end
         if failure:
             raise failure
 

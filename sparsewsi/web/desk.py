@@ -206,6 +206,7 @@ class Desk:
         self._here: set[str] = set()  # sessions with an open page
         self._asked: dict[str, float] = {}  # by session: when it last asked for something (time.monotonic)
         self._openings: dict[str, object] = {}  # by session: the slide that was asked for last
+        self._stays: set[str] = set()  # sessions whose case before was analysed
         self._held: dict[str, tuple[str, ...]] = {}  # by session: uploads of the case before, which can be opened again
         self._shown: dict[str, list[CaseSlide]] = {}  # by session: of its case, in order
         self._left: OrderedDict[str, Left] = OrderedDict()  # by session, which has ended
@@ -675,9 +676,10 @@ class Desk:
         self._remember(str(session))
         for token in self.slides.forget(str(session)):
             self._drop(token)
-        self.turns.drop(str(session))
+        self.turns.forget(str(session))
         self._openings.pop(str(session), None)
         self._held.pop(str(session), None)
+        self._stays.discard(str(session))
         for what in ("", "-files"):
             shutil.rmtree(self.folder_of(session, what), ignore_errors=True)
 
@@ -694,11 +696,17 @@ class Desk:
         while len(self._left) > MOST_LEFT or sum(one.bytes for one in list(self._left.values())) > MOST_LEFT_FEATURES:
             self._left.popitem(last=False)
 
+    def stays_aside(self, session: str, opened: Opened | None) -> bool:
+        """Whether the case before stays the one to go back to: what was not analysed takes the place of nothing."""
+        return opened is None and session in self._stays
+
     def set_aside(self, session: str, shown: Sequence[CaseSlide], opened: Opened | None) -> Left | None:
         """The case that a page shows another one in place of, to be opened again; its uploads stay until a third comes.
 
         shown: its slides; opened: None where it was not analysed
         """
+        if opened is not None:
+            self._stays.add(session)
         self._held[session] = tuple(one.path for one in shown if self.is_upload(one.path))
         return self._leave(shown, opened, uploads=True) if shown else None
 

@@ -5,9 +5,12 @@ what follows it is started, and the next question may find it not ended yet and 
 """
 
 import threading
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
+
+SENT_WITHIN = 5.0  # s until Gradio has sent what a generator yielded, and asks it for more; its caller may be gone
 
 
 @dataclass(eq=False)
@@ -16,6 +19,7 @@ class Turn:
 
     asked: which one, of which slide: an answer that waited in the queue finds out whether it is still wanted
     next:  the question that is asked once this one is answered
+    told:  is what it last had to show on its way to the page, before whatever comes after?
     """
 
     asked: Hashable
@@ -23,6 +27,10 @@ class Turn:
     started: bool = False
     done: bool = False
     next: Any = None
+    told: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.told.set()
 
 
 class Turns:
@@ -91,7 +99,25 @@ class Turns:
             self._turns.pop(session, None)
             return True
 
-    def drop(self, session: str) -> None:
-        """Whatever is being answered is not wanted any more."""
+    @contextmanager
+    def telling(self, session: str, turn: Turn) -> Iterator[bool]:
+        """While a generator yields what it has to show. False if that is not wanted any more."""
         with self._lock:
-            self._turns.pop(session, None)
+            wanted = self._turns.get(session) is turn
+            if wanted:
+                turn.told.clear()
+        try:
+            yield wanted
+        finally:
+            turn.told.set()
+
+    def drop(self, session: str) -> None:
+        """Whatever is being answered is not wanted any more; what it is just showing is sent before this returns."""
+        turn = self.forget(session)
+        if turn is not None:
+            turn.told.wait(SENT_WITHIN)
+
+    def forget(self, session: str) -> Turn | None:
+        """Nobody sees any more what is being answered. Returns its turn."""
+        with self._lock:
+            return self._turns.pop(session, None)

@@ -28,7 +28,7 @@ from sparsewsi.web.chat import Question, Questions, inert, show_answer, show_que
 from sparsewsi.web.desk import Opened
 from sparsewsi.web.errors import explain_errors, stop_unseen
 from sparsewsi.web.jobs import Halted
-from sparsewsi.web.layout import FEWEST, MOST
+from sparsewsi.web.layout import FEWEST, MOST, state_facts
 from sparsewsi.web.limits import check_turns
 from sparsewsi.web.turns import Turn
 from sparsewsi.web.viewer import bag_props, foci_props, packed
@@ -121,11 +121,14 @@ class WhatIf(Answering):
         try:
             with closing(self._ask_what_if(turn, aside, choose, request)) as steps:
                 for changes in steps:
-                    if turns.get(session) is not turn or aside.opened.closed:
-                        break
-                    yield changes
+                    with turns.telling(session, turn) as wanted:
+                        if not wanted or aside.opened.closed:
+                            break
+                        yield changes
             if aside.opened.closed:
                 yield {self.page.compare: ""}
+            elif turns.get(session) is not turn:
+                yield gr.skip()  # Gradio sends what was yielded last once more at the end
         finally:
             turn.done = True
 
@@ -162,7 +165,8 @@ class WhatIf(Answering):
                 }
 
             view = gr.HTML(**selection_props(other), whatif=label)
-            state = {page.opened: mine, page.aside: aside, page.questions: {0: question}, page.answers: {}}
+            state: Changes = {page.opened: mine, page.aside: aside, page.questions: {0: question}, page.answers: {}}
+            state[page.facts] = state_facts(desk, other)
             yield {**beside(show_answer("…")), **state, page.view: view, page.question: wait_for_answer()}
             try:
                 with explain_errors(), suppress(Halted), closing(self._tell(answer, other, turns, job.name)) as steps:
@@ -215,6 +219,7 @@ class WhatIf(Answering):
         changes: Changes = {
             **boxes,
             page.compare: "",
+            page.facts: state_facts(self.desk, case),
             page.view: gr.HTML(**props, whatif="", unpicked=uuid.uuid4().hex),
             page.picks: {"pinned": [], "dropped": []},
             page.picked: UNPICKED,
