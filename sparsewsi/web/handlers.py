@@ -237,9 +237,10 @@ class Handlers(Comparing):
                 _require_different([*there, *looked])
                 opens.pop_all()  # it stays open, for the viewer
             desk.slides.drop(*(one.token for one in again))
-            former = None
-            if not beside:
+            before: Changes = {}
+            if not beside and not desk.stays_aside(session, base):
                 former = desk.set_aside(session, base.slides if base else coming or (), base)
+                before = {page.left: former, page.back: offer_back(former)}
             new: list[CaseSlide] = []
             for one in looked:
                 new.append(desk.show(one, job, None if new else first, beside=bool(there or new)))
@@ -263,25 +264,27 @@ class Handlers(Comparing):
             left[page.view] = gr.HTML(**(left[page.view].props if left else {}), slides=shown, work=None)
             return left | changes | {page.facts: state_facts(desk, None, f"{', '.join(names)} · being added")}
         desk.turns.drop(session)
-        return changes | {
-            page.left: former,
-            page.back: offer_back(former),
-            page.waiting: None,
-            page.view: gr.HTML(slides=shown, **dict.fromkeys(NOTHING), files=[]),
-            page.opened: None,
-            page.chat: [],
-            page.questions: {},
-            page.answers: {},
-            page.compare: "",
-            page.earlier: "",
-            page.secret: gr.Accordion(visible=False),
-            page.facts: state_facts(desk, None, f"{', '.join(names)} · being analysed"),
-            page.doubts: "",
-            page.aside: None,
-            page.called: "",
-            page.picks: {"pinned": [], "dropped": []},
-            page.picked: UNPICKED,
-        }
+        return (
+            changes
+            | before
+            | {
+                page.waiting: None,
+                page.view: gr.HTML(slides=shown, **dict.fromkeys(NOTHING), files=[]),
+                page.opened: None,
+                page.chat: [],
+                page.questions: {},
+                page.answers: {},
+                page.compare: "",
+                page.earlier: "",
+                page.secret: gr.Accordion(visible=False),
+                page.facts: state_facts(desk, None, f"{', '.join(names)} · being analysed"),
+                page.doubts: "",
+                page.aside: None,
+                page.called: "",
+                page.picks: {"pinned": [], "dropped": []},
+                page.picked: UNPICKED,
+            }
+        )
 
     def on_slide_shown(
         self, coming: tuple[CaseSlide, ...] | None, opened: Opened | None, chat: list, request: gr.Request
@@ -367,7 +370,7 @@ class Handlers(Comparing):
                 for one in opened.slides
             ]
             planted = describe_truths(truths, case.bag, case.selection)
-            facts = state_facts(desk, case)
+            facts = state_facts(desk, case, coming=len(rest))
         starters = choose_questions(truths)
         props: dict[str, Any] = bag_props(case.bag, case.selection) | {"unlike": sorted(case.unlike)}
         slides = [one.props for one in (*opened.slides, *rest)]

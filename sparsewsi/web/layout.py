@@ -188,6 +188,7 @@ def _lay_out_chat(desk: Desk) -> dict:
             label="Answers",
             show_label=False,
             height="100%",
+            autoscroll=False,  # it would scroll the answer out of sight when its pictures come; viewer/tabs.js
             sanitize_html=True,  # what a model writes is inert() besides
             allow_tags=False,
             latex_delimiters=[],
@@ -290,10 +291,11 @@ def _lay_out_what_if() -> dict:
 # ---- the words of the bar, and what stands once beside all answers
 
 
-def state_facts(desk: Desk, case: Case | None, doing: str = "", wrong: bool = False) -> str:
+def state_facts(desk: Desk, case: Case | None, doing: str = "", wrong: bool = False, coming: int = 0) -> str:
     """HTML of the bar: the slide, what was kept of it, the model. The pointer on it shows the whole line.
 
-    doing: of a slide that is not analysed: its name and what happens to it
+    doing: of a slide that is not analysed: its name and what happens to it. coming: slides of the case that are not
+    analysed yet: what is kept so far is not what will be
     """
     if doing:
         return f"<div class='facts'><h1{' class=wrong' if wrong else ''}>{html.escape(doing)}</h1></div>"
@@ -304,6 +306,8 @@ def state_facts(desk: Desk, case: Case | None, doing: str = "", wrong: bool = Fa
         return f"<div class='facts'><span>{html.escape(told)}</span></div>"
     kept, total = len(case.selection.indices), case.selection.num_patches
     parts = [f"{kept:,} of {total:,} patches", f"read at {case.bag.mpp:.3g} µm/px" if case.bag.mpp else "scale unknown"]
+    if coming:
+        parts[0] += f" so far; {coming} more slide{'s are' if coming > 1 else ' is'} being analysed"
     told = "".join(f"<span>{html.escape(part)}</span>" for part in [*parts, f"model {desk.title}"])
     name = f"Case of {len(case.bag.parts)} slides" if case.bag.parts else case.bag.slide
     return (

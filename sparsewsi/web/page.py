@@ -147,7 +147,7 @@ def _wire_what_if(page: Page, on: Handlers) -> None:
     page.view.likes(on.on_likes, page.opened, page.view, **QUIET)
     page.view.journal(on.on_journal, None, None, **QUIET)
     told = [page.opened, page.chat, page.questions, page.answers, page.aside]
-    seen = [*told, page.compare, page.view, page.question]
+    seen = [*told, page.compare, page.view, page.question, page.facts]
     two = [*told, page.right, page.view, page.other, page.question, page.given_options]
     apart = page.view.compare(on.on_two, told, two, **QUIET, **WORK)
     apart.success(on.on_analysed, [page.opened, page.answers], None, **QUIET)

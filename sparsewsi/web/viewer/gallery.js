@@ -11,7 +11,11 @@ const STEPS = [
 element.addEventListener("click", (event) => {
   const card = event.target.closest("[data-choose]");
   if (card) trigger("choose", { name: card.dataset.choose });
-  if (event.target.closest("[data-tour]")) tour();
+  if (event.target.closest("[data-tour]")) {
+    const card = !document.querySelector("#view .item") && element.querySelector("[data-choose]");
+    if (card) trigger("choose", { name: card.dataset.choose }); // what the tour shows
+    tour();
+  }
 });
 
 function tour() {
