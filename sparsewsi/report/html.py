@@ -187,7 +187,9 @@ def _answer_html(
             f"{format_effect(answer.effects[place])}"
             for place in most_first
         )
-        foci = " · ".join(f"{focus.name} {format_effect(focus.effect)}" for focus in answer.foci)
+        foci = "; ".join(
+            f"{escape(focus.name)} ({_link(focus.ranks)}) {format_effect(focus.effect)}" for focus in answer.foci
+        )
         slides = " · ".join(f"slide {slide.name} {format_effect(slide.effect)}" for slide in answer.slides)
         out.append(
             "<details><summary>All patches by evidence</summary><p>How many times less likely the answer gets without "
@@ -229,7 +231,9 @@ def _figures(
     marks: Mapping[int, str],
     unlike: Collection[int],
 ) -> Iterator[str]:
-    """A figure per kept patch, best first: picture, rank, score, place and its evidence for every answer."""
+    """A figure per kept patch, best first: picture, rank, focus, score, place and its evidence for every answer."""
+    own = [focus for answer in answers if not answer.beside for focus in answer.foci]
+    foci = {rank: focus.name for focus in own for rank in focus.ranks}
     for number, place in enumerate(selection.best_first.tolist()):
         rank, index = int(selection.ranks[place]), int(selection.indices[place])
         at = _place(bag, index)
@@ -243,7 +247,8 @@ def _figures(
             blank = tell_blank(bag, index, patches[number])
             picture = f'<img alt="Patch {rank}" src="{_picture(Image.fromarray(patches[number]))}">'
         why = "kept for being unlike the others, not for its score" if index in unlike else ""
-        scored = f"<b>#{rank}</b> score {float(selection.scores[index]):.3g}"
+        focus = f"focus {escape(foci[rank])}, " if rank in foci else ""
+        scored = f"<b>#{rank}</b> {focus}score {float(selection.scores[index]):.3g}"
         lines = [scored, *filter(None, [blank, why]), at, *shares]
         yield f'<figure id="patch-{rank}">{picture}<figcaption>{"<br>".join(lines)}</figcaption></figure>'
 

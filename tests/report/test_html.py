@@ -90,7 +90,10 @@ def test_page_and_report_say_the_same_of_what_an_answer_depends_on(tmp_path, bag
     (shown,) = show_evidence(answer, selection)
     told = "Without all 3 patches it would be 1.72 times less likely, without focus E 317 times less likely."
     assert told in shown
-    assert told in report(tmp_path, bag, selection, answers=[answer])
+    text = report(tmp_path, bag, selection, answers=[answer])
+    assert told in text
+    assert text.count(" focus E, score ") == 2, "seen: a focus that the report named and never showed"
+    assert 'E (<a href="#patch-1">#1</a> · <a href="#patch-2">#2</a>)' in text
 
 
 def test_answers_that_contradict_each_other_and_questions_that_were_refused_are_in_the_report(tmp_path, bag, selection):

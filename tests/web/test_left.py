@@ -197,6 +197,26 @@ def test_seen_a_second_slide_that_took_the_first_ones_chat_with_it(uploaded, at_
     assert (back[page.chat], back[page.questions], back[page.answers]) == before
 
 
+def test_a_slide_that_was_never_analysed_takes_no_cases_place(at_home, slides, come):
+    """Seen: a case with nine answers could not be gone back to after another slide had been opened and cancelled."""
+    on, page, me = at_home, at_home.page, come("changed my mind")
+
+    def ask_for(path):
+        return on.on_typed_path(str(path), False, me)[page.asked]
+
+    first = open_case(on, me, ask_for(slides[0]))
+    before = talk(on, first, me)
+    shown = on.on_slide(ask_for(slides[1]), "", first, None, None, me)
+    again = on.on_slide(ask_for(slides[1]), "", None, None, shown[page.coming], me)
+    assert page.left not in again, "what the page offers stays"
+    assert page.back not in again
+    asked = on.on_reopen(shown[page.left], me)[page.asked]
+    back = on.on_slide(asked, "", None, None, again[page.coming], me)
+    *_, last = on.on_slide_shown(back[page.coming], None, [], me)
+    back = on.on_back(asked, last[page.opened], [], me)
+    assert (back[page.chat], back[page.questions], back[page.answers]) == before
+
+
 def test_the_upload_of_the_case_before_goes_with_the_third_and_that_is_a_sentence(at_home, slides, come):
     on, page, me = at_home, at_home.page, come("three uploads")
     left, opened = [], None

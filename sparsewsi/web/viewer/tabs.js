@@ -75,20 +75,20 @@ if (!second && room !== root)
   });
 
 // The last question and what its answer begins with stay in sight while the answer grows, until the reader scrolls.
-let followed = "";
-let following = false;
+let lastAsked = "";
+let atQuestion = false;
 function followChat() {
   const pane = document.querySelector("#chat .bubble-wrap");
   const last = pane && [...pane.querySelectorAll(".user-row")].pop();
   if (!last) return;
   const asked = `${pane.querySelectorAll(".user-row").length} ${last.textContent}`;
-  if (!pane.dataset.followed)
+  if (!pane.dataset.watched)
     for (const by of ["wheel", "touchmove", "pointerdown", "keydown"])
-      pane.addEventListener(by, () => (following = false), { passive: true });
-  pane.dataset.followed = "yes";
-  if (asked !== followed) following = true;
-  followed = asked;
-  if (following) pane.scrollTop += last.getBoundingClientRect().top - pane.getBoundingClientRect().top - 8;
+      pane.addEventListener(by, () => (atQuestion = false), { passive: true });
+  pane.dataset.watched = "yes";
+  if (asked !== lastAsked) atQuestion = true;
+  lastAsked = asked;
+  if (atQuestion) pane.scrollTop += last.getBoundingClientRect().top - pane.getBoundingClientRect().top - 8;
 }
 if (!second && room !== root)
   new MutationObserver(() => requestAnimationFrame(followChat)).observe(room, { subtree: true, childList: true });
