@@ -144,6 +144,26 @@ def test_seen_suggested_questions_that_only_filled_the_box_and_back_before_any_w
     page.close()
 
 
+def test_seen_an_answer_that_scrolled_out_of_sight_when_its_pictures_came(browser, unsure, path):
+    WEIGH.set()
+    page = open_slide(browser, unsure, path)
+    page.set_viewport_size({"width": 1280, "height": 720})
+    for answers in (1, 2):
+        ask(page, "Describe what you see.")
+        answered(page, answers)
+        page.wait_for_selector("#chat .bot-row:last-of-type img", state="attached")
+        page.wait_for_timeout(500)
+        gap, more = page.evaluate(
+            """() => { const pane = document.querySelector('#chat .bubble-wrap');
+              const last = [...pane.querySelectorAll('.user-row')].pop();
+              return [last.getBoundingClientRect().top - pane.getBoundingClientRect().top,
+                      pane.scrollHeight - pane.clientHeight]; }"""
+        )
+        assert more > 0, "longer than its room"
+        assert -1 <= gap < 40, "the question, and below it what the answer begins with"
+    page.close()
+
+
 def test_a_page_that_learns_late_of_the_end_of_its_stream_hears_every_answer(browser, unsure, path):
     late = """(() => {
       const ask = window.fetch;
