@@ -151,7 +151,6 @@ def test_seen_an_answer_that_scrolled_out_of_sight_when_its_pictures_came(browse
     for answers in (1, 2):
         ask(page, "Describe what you see.")
         answered(page, answers)
-        page.wait_for_selector("#chat .bot-row:last-of-type img", state="attached")
         page.wait_for_timeout(500)
         gap, more = page.evaluate(
             """() => { const pane = document.querySelector('#chat .bubble-wrap');
