@@ -247,9 +247,9 @@ def _figures(
             blank = tell_blank(bag, index, patches[number])
             picture = f'<img alt="Patch {rank}" src="{_picture(Image.fromarray(patches[number]))}">'
         why = "kept for being unlike the others, not for its score" if index in unlike else ""
-        focus = f"focus {escape(foci[rank])}, " if rank in foci else ""
-        scored = f"<b>#{rank}</b> {focus}score {float(selection.scores[index]):.3g}"
-        lines = [scored, *filter(None, [blank, why]), at, *shares]
+        focus = f"focus {escape(foci[rank])}" if rank in foci else ""
+        scored = f"<b>#{rank}</b> score {float(selection.scores[index]):.3g}"
+        lines = [scored, *filter(None, [focus, blank, why]), at, *shares]
         yield f'<figure id="patch-{rank}">{picture}<figcaption>{"<br>".join(lines)}</figcaption></figure>'
 
 

@@ -92,7 +92,7 @@ def test_page_and_report_say_the_same_of_what_an_answer_depends_on(tmp_path, bag
     assert told in shown
     text = report(tmp_path, bag, selection, answers=[answer])
     assert told in text
-    assert text.count(" focus E, score ") == 2, "seen: a focus that the report named and never showed"
+    assert text.count("<br>focus E<br>") == 2, "seen: a focus that the report named and never showed"
     assert 'E (<a href="#patch-1">#1</a> · <a href="#patch-2">#2</a>)' in text
 
 
