@@ -714,12 +714,12 @@ def test_seen_a_bold_answer_that_was_no_option(reading, served):
     with asking(reading, "Which organ is this slide from?", "breast\ncolon\nskin") as answer:
         first = " ".join(answer.inner_text().splitlines()[:2])  # the second where it is no answer
         named = [option for option in ("breast", "colon", "skin") if option in first]
-        assert named, first
+        assert named or first.startswith("No answer: not sure"), first
         shares = [
             float(share) for share in re.findall(r"([0-9]+)%", " ".join(answer.locator(".bars b").all_inner_texts()))
         ]
         assert len(shares) == 3
-        assert answer.locator(".bars > span").first.inner_text() in first, "the likeliest"
+        assert not named or answer.locator(".bars > span").first.inner_text() in first, "the likeliest"
 
 
 def test_seen_confident_prose_where_the_model_cannot_answer(reading, served):
@@ -804,7 +804,7 @@ def test_seen_the_same_notice_under_every_answer_and_sentences_nobody_reads(read
     assert not re.search(r"#[0-9]+ 1x", said)
     assert reading.locator("#notice").count() == 1
     titles = " ".join(item.get_attribute("title") for item in reading.locator(".item").all())
-    assert not re.search(r"\b1(\.0[0-4]?)?× less", titles), "an effect of one is no effect"
+    assert not re.search(r"(?<![\d.])1(\.0[0-4]?)?× less", titles), "an effect of one is no effect"
 
 
 def test_seen_a_score_map_that_let_half_the_slide_glow_and_hid_the_stain(reading, served):
