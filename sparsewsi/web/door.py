@@ -33,10 +33,8 @@ STREAMS_OF_ADDRESS, STREAMS_OF_ALL = 256, 1024  # that are open; a page has two
 LISTEN_WITHIN = 10.0  # s until who asked for something wants to hear the answer
 TRIES = 4  # wrong passwords in a row that are answered at once
 PAUSE, SLOWEST = 1.0, 60.0  # s until the next password is looked at; twice as many after each wrong one, up to
-ENDED, END = (
-    "x-sparsewsi-streams",
-    b'"msg":"close_stream"',
-)  # header: how many have ended; viewer/hear.js
+ENDED = "x-sparsewsi-streams"  # header that tells a page how many of its streams have ended; viewer/hear.js
+END = b'"msg":"close_stream"'  # what Gradio sends last: from then on it hears of nothing through this stream
 CALLER = "x-sparsewsi-caller"  # header that tells calls of MCP apart, which all come through one client of Gradio's
 API = re.compile(r"/gradio_api/(.*)", re.DOTALL)
 BEFORE_LOGIN = ("user", "login_check", "startup-events", "token", "theme.css")  # below /gradio_api/

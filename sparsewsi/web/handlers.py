@@ -264,27 +264,24 @@ class Handlers(Comparing):
             left[page.view] = gr.HTML(**(left[page.view].props if left else {}), slides=shown, work=None)
             return left | changes | {page.facts: state_facts(desk, None, f"{', '.join(names)} · being added")}
         desk.turns.drop(session)
-        return (
-            changes
-            | before
-            | {
-                page.waiting: None,
-                page.view: gr.HTML(slides=shown, **dict.fromkeys(NOTHING), files=[]),
-                page.opened: None,
-                page.chat: [],
-                page.questions: {},
-                page.answers: {},
-                page.compare: "",
-                page.earlier: "",
-                page.secret: gr.Accordion(visible=False),
-                page.facts: state_facts(desk, None, f"{', '.join(names)} · being analysed"),
-                page.doubts: "",
-                page.aside: None,
-                page.called: "",
-                page.picks: {"pinned": [], "dropped": []},
-                page.picked: UNPICKED,
-            }
-        )
+        return changes | {
+            **before,
+            page.waiting: None,
+            page.view: gr.HTML(slides=shown, **dict.fromkeys(NOTHING), files=[]),
+            page.opened: None,
+            page.chat: [],
+            page.questions: {},
+            page.answers: {},
+            page.compare: "",
+            page.earlier: "",
+            page.secret: gr.Accordion(visible=False),
+            page.facts: state_facts(desk, None, f"{', '.join(names)} · being analysed"),
+            page.doubts: "",
+            page.aside: None,
+            page.called: "",
+            page.picks: {"pinned": [], "dropped": []},
+            page.picked: UNPICKED,
+        }
 
     def on_slide_shown(
         self, coming: tuple[CaseSlide, ...] | None, opened: Opened | None, chat: list, request: gr.Request

@@ -19,7 +19,7 @@ class Turn:
 
     asked: which one, of which slide: an answer that waited in the queue finds out whether it is still wanted
     next:  the question that is asked once this one is answered
-    told:  is what it last had to show on its way to the page, before whatever comes after?
+    told:  set unless something that it shows has yet to be sent: whatever is sent then would come before that
     """
 
     asked: Hashable
