@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 try:
     import fcntl
@@ -22,31 +23,37 @@ TRIES = 3
 def make_folder() -> Iterator[Path]:
     """A folder of this process alone, for what strangers bring. Those of processes that were killed go first."""
     for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        if left.is_dir() and not left.is_symlink() and not _is_held(left):
-            shutil.rmtree(left, ignore_errors=True)
-    with (
-        tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as name,
-        (Path(name) / "held").open("w") as held,
-    ):
-        if fcntl is not None:
-            fcntl.flock(held, fcntl.LOCK_EX)  # let go by the system, however the process ends
-        try:
-            yield Path(name)
-        finally:
-            for _ in range(TRIES):  # who is still at work may write into it meanwhile
-                shutil.rmtree(name, ignore_errors=True)
-
-
-def _is_held(folder: Path) -> bool:
-    """Whether the process that made a folder is there; so, too, where that cannot be told."""
+        if left.is_dir() and not left.is_symlink():
+            _delete_abandoned(left)
+    name, held = _take_folder()
     try:
-        with (folder / "held").open("r+") as held:
-            if fcntl is None or folder.stat().st_uid != os.getuid():
-                return True
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return False
-    except OSError:
-        return True
+        yield Path(name)
+    finally:
+        for _ in range(TRIES):  # who is still at work may write into it meanwhile
+            shutil.rmtree(name, ignore_errors=True)
+        held.close()
+
+
+def _take_folder() -> tuple[str, IO[str]]:
+    """A new folder and the open file in it whose lock says that its process lives."""
+    while True:
+        name = tempfile.mkdtemp(prefix=PREFIX)
+        held = (Path(name) / "held").open("w")
+        if fcntl is None:
+            return name, held
+        fcntl.flock(held, fcntl.LOCK_EX)  # let go by the system, however the process ends
+        if os.fstat(held.fileno()).st_nlink:
+            return name, held
+        held.close()  # another server started just then, found the file not locked yet, and deleted the folder
+
+
+def _delete_abandoned(folder: Path) -> None:
+    """Delete a folder whose process is gone; not where that cannot be told."""
+    with suppress(OSError), (folder / "held").open("r+") as held:
+        if fcntl is None or folder.stat().st_uid != os.getuid():
+            return
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # kept to the end: who makes it just now waits, and sees
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def tidy_for_ever(tidy: Callable[[], None]) -> None:

@@ -98,6 +98,27 @@ def test_what_a_killed_server_left_is_gone_at_the_next_start(tmp_path, monkeypat
     servers[1].wait()
 
 
+def test_a_server_that_starts_beside_another_keeps_its_folder(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = "from sparsewsi.web.folder import make_folder\nwith make_folder(): pass"
+    lock, swept = fcntl.flock, []
+
+    def late(held, how):
+        if how == fcntl.LOCK_EX and not swept:  # between the file's making and its lock: another server starts
+            swept.append(Path(held.name).parent)
+            subprocess.run(
+                [sys.executable, "-c", code], cwd=ROOT, check=True, env={**os.environ, "TMPDIR": str(tmp_path)}
+            )
+        lock(held, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with make_folder() as mine:
+        assert [folder.exists() for folder in swept] == [False]
+        assert (mine / "held").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_nobody_opened_or_owns_is_deleted_after_a_while(tiny_model, tmp_path, monkeypatch):
     desk = Desk(str(tiny_model), tmp_path)
     (tmp_path / "held").touch()
