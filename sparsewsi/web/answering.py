@@ -49,7 +49,7 @@ from sparsewsi.web.chat import (
 )
 from sparsewsi.web.desk import CaseSlide, Desk, Messages, Opened
 from sparsewsi.web.errors import explain_errors, refuse, stop_unseen
-from sparsewsi.web.jobs import Halted
+from sparsewsi.web.jobs import Halted, Job
 from sparsewsi.web.layout import Page
 from sparsewsi.web.limits import check_question, check_turns
 from sparsewsi.web.turns import Turn
@@ -345,10 +345,10 @@ class Answering:
             with explain_errors(), suppress(Halted), desk.jobs.run(session, "question", opened.token) as job:
                 if turn.stopped:
                     raise Halted
-                with closing(self._tell(answer, case, turns, job.name)) as steps:
-                    for answer in steps:
-                        yield {page.chat: [*chat, show_told(answer, case, before)]}
-                answer, whole = desk.weigh(case, turns, answer, job.name), True
+                with closing(self._tell(answer, case, turns, job)) as steps:
+                    for answer, whole in steps:
+                        if not whole:
+                            yield {page.chat: [*chat, show_told(answer, case, before)]}
         except gr.Error as error:  # no half answer may stand as a whole one
             failure = error
         turn.done = True
@@ -385,24 +385,33 @@ class Answering:
             unweighed=COMING if self.desk.weighs else "",
         )
 
-    def _tell(self, begun: Answer, case: Case, turns: Messages, job: str) -> Generator[Answer]:
-        """An answer as far as it has come, at every step judged as far as it can be: all but what it rests on.
+    def _tell(self, begun: Answer, case: Case, turns: Messages, job: Job) -> Generator[tuple[Answer, bool]]:
+        """An answer as far as it has come, at every step judged as far as it can be, and whether that is all of it.
 
-        One of several options is told once it is known how sure the model is.
+        One of several options is told once it is known how sure the model is; what it rests on, at the end.
         """
         desk, text = self.desk, ""
         if begun.options and desk.reader is None:  # the likeliest option is the answer: asked for once, not twice
-            judged = desk.judge(case, turns, None, begun.options, job)
+            judged = desk.judge(case, turns, None, begun.options, job.name)
         else:
-            with closing(desk.answer(case, turns, begun.options, job)) as pieces:  # type: ignore[type-var]
+            with closing(desk.answer(case, turns, begun.options, job.name)) as pieces:  # type: ignore[type-var]
                 for piece in pieces:
                     text += piece
                     if not begun.options:
                         limit = NOT_VALIDATED if begun.reader else case.limits.judge(begun.question)
-                        yield dataclasses.replace(begun, text=text.lstrip(), limit=limit)
-            judged = desk.judge(case, turns, text, begun.options, job)
+                        yield dataclasses.replace(begun, text=text.lstrip(), limit=limit), False
+            judged = desk.judge(case, turns, text, begun.options, job.name)
         known = {"asked": begun.asked, "impression": begun.impression}
-        yield dataclasses.replace(judged, unweighed=WEIGHING if desk.weighs else "", **known)
+        judged = dataclasses.replace(judged, unweighed=WEIGHING if desk.weighs else "", **known)
+        yield judged, False
+        with closing(desk.jobs.watch(job, lambda: desk.weigh(case, turns, judged, job.name))) as steps:
+            done = 0
+            for doing in steps:
+                if doing.result is not None:
+                    yield doing.result, True
+                elif doing.done > done:
+                    done = doing.done
+                    yield dataclasses.replace(judged, unweighed=f"{WEIGHING} {done} of {doing.total}"), False
 
     def on_answered(self, request: gr.Request) -> Changes:
         """The answer has come, or will not: the box is for the next question, if that has not been asked already.
@@ -473,7 +482,7 @@ def name_question(opened: Opened, chat: list) -> Hashable:
 
 def break_off(answer: Answer, failed: bool) -> Answer:
     """An answer that was stopped, or that failed, before it was weighed."""
-    why = STOPPED if not failed else UNWEIGHED if answer.unweighed == WEIGHING else BROKEN_OFF
+    why = STOPPED if not failed else UNWEIGHED if answer.unweighed.startswith(WEIGHING) else BROKEN_OFF
     return dataclasses.replace(answer, unweighed=why)
 
 

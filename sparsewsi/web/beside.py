@@ -186,10 +186,10 @@ class Comparing(WhatIf):
                 check_turns(turns, given)
                 if turn.stopped:
                     raise Halted
-                with closing(self._tell(answer, case, turns, job.name)) as steps:
-                    for answer in steps:
-                        yield {page.chat: both(answer)}
-                answer, whole = desk.weigh(case, turns, answer, job.name), True
+                with closing(self._tell(answer, case, turns, job)) as steps:
+                    for answer, whole in steps:
+                        if not whole:
+                            yield {page.chat: both(answer)}
         except gr.Error as error:  # no half answer may stand as a whole one
             failure = error
         finally:

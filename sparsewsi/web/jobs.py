@@ -218,18 +218,30 @@ class Jobs:
 
         Closing the iterator ends the job. What the deed raises is raised here.
         """
-        job, failed = self.enter(session, what, token), []
+        job = self.enter(session, what, token)
 
-        def work() -> None:
+        def work() -> Any:
             try:
                 self.start(job)
-                job.result = deed(job)
-            except BaseException as error:  # whatever it is, it belongs to the caller, who must not wait for ever
-                failed.append(error)
+                return deed(job)
             finally:
                 self.leave(job)
 
-        thread = threading.Thread(target=contextvars.copy_context().run, args=(work,), name=f"job-{what}", daemon=True)
+        yield from self.watch(job, work)
+
+    def watch(self, job: Job, deed: Callable[[], Any]) -> Generator[Job]:
+        """Do something of a job in a thread; what it gives, and what closing it does, are as of follow."""
+        failed = []
+
+        def work() -> None:
+            try:
+                job.result = deed()
+            except BaseException as error:  # whatever it is, it belongs to the caller, who must not wait for ever
+                failed.append(error)
+
+        thread = threading.Thread(
+            target=contextvars.copy_context().run, args=(work,), name=f"job-{job.what}", daemon=True
+        )
         thread.start()
         try:
             while thread.is_alive():

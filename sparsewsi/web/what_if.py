@@ -169,10 +169,10 @@ class WhatIf(Answering):
             state[page.facts] = state_facts(desk, other)
             yield {**beside(show_answer("…")), **state, page.view: view, page.question: wait_for_answer()}
             try:
-                with explain_errors(), suppress(Halted), closing(self._tell(answer, other, turns, job.name)) as steps:
-                    for answer in steps:
-                        yield beside(show_told(answer, other))
-                    answer, whole = desk.weigh(other, turns, answer, job.name), True
+                with explain_errors(), suppress(Halted), closing(self._tell(answer, other, turns, job)) as steps:
+                    for answer, whole in steps:
+                        if not whole:
+                            yield beside(show_told(answer, other))
             except gr.Error as error:
                 failure = error
         turn.done = True

@@ -21,7 +21,7 @@ from sparsewsi.bags.foreign import load_bag
 from sparsewsi.model.limits import UNVALIDATED, Limit, Limits
 from sparsewsi.report.answer import Answer, FocusEffect
 from sparsewsi.report.record import read_selection
-from sparsewsi.web import chat, handlers
+from sparsewsi.web import chat, handlers, jobs
 from sparsewsi.web import desk as desk_module
 from sparsewsi.web.answering import (
     AT_READY,
@@ -332,6 +332,23 @@ def test_an_answer_whose_evidence_failed_stands_without_it(on, opened, asked, me
             pass
     assert WEIGHING not in str(last[on.page.chat])
     assert UNWEIGHED in str(last[on.page.chat])
+
+
+def test_weighing_says_how_far_it_is(on, opened, asked, me, desk, monkeypatch):
+    weigh, seen = desk.model.leave_one_out, threading.Event()
+
+    def weigh_slowly(*given):
+        given[4](3, 8)
+        assert seen.wait(60)
+        return weigh(*given)
+
+    monkeypatch.setattr(jobs, "EVERY", 0.01)
+    monkeypatch.setattr(desk.model, "leave_one_out", weigh_slowly)
+    for last in on.on_asked(opened, asked, {}, {}, me):
+        if f"{WEIGHING} 3 of 8" in str(last[on.page.chat]):
+            seen.set()
+    assert seen.is_set()
+    assert last[on.page.answers][1].effects
 
 
 def test_an_answer_that_breaks_off_says_so(on, opened, asked, me, desk, monkeypatch):
