@@ -17,7 +17,7 @@ GLASS_MM = (80.0, 30.0)  # longer and shorter side of a glass slide (76 x 26), w
 AGREE = (0.44, 2.2)  # um/px times objective / 10; a scanner's relay lens may halve or double it
 
 _REMEDY = "Pass slide_mpp=, e.g. 0.25 for a 40x scan or 0.5 for a 20x scan."
-_NO_MPP = f"The slide states no resolution (openslide.mpp-x). {_REMEDY}"
+_NO_MPP = f"The slide states no resolution. {_REMEDY}"
 _STATED_IN = {
     "argument": "The resolution given is",
     "openslide": "The slide states",

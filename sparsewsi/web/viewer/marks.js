@@ -209,8 +209,18 @@ function boxOf(index, least) {
   return [sx - half, sy - half, 2 * half];
 }
 
+// Places over which buttons, the badge, the scale or the little map stand, as label() places: no number goes there.
+function findCovered() {
+  const { left, top } = canvas.getBoundingClientRect();
+  return [".tools", ".slides", ".badge", ".corner", ".nav"]
+    .map((name) => $(`.stage > ${name}`).getBoundingClientRect())
+    .filter((one) => one.width)
+    .map((one) => [one.left + one.width / 2 - left, one.top + one.height / 2 - top, one.width, one.height]);
+}
+
 function drawBoxes(pen) {
-  const placed = [];
+  const placed = findCovered();
+  const provisional = slides.length > bag.parts.length; // slides of the case are not analysed yet
   const list = kept.includes(shared.current) || shared.current < 0 ? kept : [...kept, shared.current];
   const shown = list.filter((index) => {
     const [x, y, w] = boxOf(index, 15);
@@ -221,7 +231,7 @@ function drawBoxes(pen) {
     const [x, y, w] = boxOf(index, 15);
     const now = index === shared.current;
     const dropped = shared.dropped.has(index);
-    pen.setLineDash(dropped || !kept.includes(index) ? [5, 4] : []);
+    pen.setLineDash(provisional || dropped || !kept.includes(index) ? [5, 4] : []);
     pen.lineWidth = now ? 7 : 5;
     pen.strokeStyle = DARK;
     pen.strokeRect(x, y, w, w);
