@@ -275,7 +275,7 @@ def test_what_is_done_for_who_has_gone_ends_within_two_seconds(app, large, how, 
             limit = 2.0
         assert encoded.wait(60)
     assert soon(lambda: not desk.jobs._jobs, limit)
-    assert soon(lambda: not list(desk.folder.rglob("*.tiff")), LEAVES_WITHIN) or how != "closes the client"
+    assert how != "closes the client" or soon(lambda: not list(desk.folder.rglob("*.tiff")), LEAVES_WITHIN)
     for session in list(desk._asked):
         desk.forget(session)
 

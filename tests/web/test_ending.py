@@ -40,8 +40,10 @@ def keep_busy(address: str, large: Path, state: str) -> None:
                 client.predict(case, "Fat?", "Yes", ["Yes", "No"], api_name="/evidence")
 
 
-@pytest.mark.parametrize("state", ["idle", "encoding", "answering"])
-@pytest.mark.parametrize(("given", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("given", "status", "state"),
+    [(signal.SIGTERM, 0, "encoding"), (signal.SIGTERM, 0, "answering"), (signal.SIGINT, 130, "answering")],
+)
 def test_seen_the_app_aborted_when_it_was_stopped(given, status, state, tiny_model, large, tmp_path):
     """Threads that were in C++ when the interpreter ended brought "terminate called without an active exception"."""
     environ = {**os.environ, "TMPDIR": str(tmp_path), "SPARSEWSI_CACHE": str(tmp_path), "PYTHONUNBUFFERED": "1"}
