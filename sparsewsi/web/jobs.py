@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import numpy as np
 from torch import Tensor
@@ -139,6 +140,7 @@ class Jobs:
         self.steps = 0  # that were done so far
         self._changed = threading.Condition()
         self._jobs: list[Job] = []  # that run or wait, in the order they came
+        self._named: WeakValueDictionary[str, Job] = WeakValueDictionary()  # those that somebody still works at, too
         self._running: set[Job] = set()
         self._heard: set[str] = set()  # sessions that somebody listens to
         self._served: dict[str, int] = {}  # by session with jobs: number of its last start, so that sessions alternate
@@ -163,6 +165,7 @@ class Jobs:
             if session not in self._heard and unheard >= MOST_UNHEARD:
                 raise Busy(UNHEARD.format(unheard))
             self._jobs.append(job)
+            self._named[job.name] = job
             self._place()
         return job
 
@@ -282,7 +285,7 @@ class Jobs:
 
     def find(self, name: str) -> Job:
         """A job by its name; one that nobody can end where it is not known, as in another process (ZeroGPU's)."""
-        return next((job for job in self._jobs if job.name == name), None) or Job("", "slide")
+        return self._named.get(name) or Job("", "slide")
 
     def _wake(self) -> None:
         with self._changed:
