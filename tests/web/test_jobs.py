@@ -95,7 +95,7 @@ def test_a_large_slide_does_not_stop_a_question():
     waited = time.monotonic() - began
     over.set()
     thread.join()
-    assert waited < 1
+    assert waited < 3, "not when the other one is over"
 
 
 def test_the_machine_is_shared_by_time_not_by_turns():
@@ -262,7 +262,7 @@ def test_a_job_that_nobody_waits_for_ends_at_once_wherever_it_is(state, monkeypa
         began = time.monotonic()
         jobs.end("mine")
         thread.join(5)
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 3
     assert failed
     for job in before:
         jobs.leave(job)
