@@ -42,7 +42,7 @@ class Answer:
     beside:   what the patches are called where they are others than the case's: of an answer that stood beside one of
               these in a comparison; effects, foci and cited are of those patches
     unweighed: why nobody knows what it rests on although that was wanted: it is being weighed, it was stopped ...
-    refused:  why the question was not put to the model, "" for one that was
+    refused:  why the question was not put to the model or, beside a text, why that is no whole answer; else ""
     """
 
     question: str

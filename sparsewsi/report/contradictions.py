@@ -44,7 +44,7 @@ def contradict(one: Answer, other: Answer) -> bool:
 
 def word_contradictions(answers: Sequence[Answer]) -> str:
     """A sentence that names all answers about the case's own patches that contradict another; "" if none does."""
-    own = [answer for answer in answers if answer.text and not answer.beside]
+    own = [answer for answer in answers if answer.text and not answer.beside and not answer.refused]
     found = [one for one in own if any(contradict(one, other) for other in own)]
     named = dict.fromkeys(f'"{_shorten(one.heading)}" {_shorten(one.text.strip().rstrip("."))}' for one in found)
     if not named:

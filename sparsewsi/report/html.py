@@ -149,9 +149,12 @@ def _answer_html(
     )
     if answer.refused:
         options = f" ({', '.join(answer.options)})" if answer.options else ""
+        why = f"Refused, not put to the model: {answer.refused}"
+        if answer.text:
+            why = f"{answer.refused} Until then the model had said: {answer.text}"
         return (
             f'<section class="answer"><p class="text"><b>Q{number}. {escape(answer.heading)}</b>{escape(options)}</p>'
-            f"<p>Refused, not put to the model: {escape(answer.refused)}</p>"
+            f"<p>{escape(why)}</p>"
             + (f"<p>The reader's impression: {escape(answer.impression)}</p>" if answer.impression else "")
             + "</section>"
         )

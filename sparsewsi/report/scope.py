@@ -59,6 +59,12 @@ def suggest(limits: Limits) -> list[Suggestion]:
     return found
 
 
+def offer_options(limits: Limits, question: str) -> tuple[str, ...]:
+    """The options that belong to a question which was asked without any: Yes and No, if its kind was validated so."""
+    found = limits.find(question)
+    return WORDINGS.get(found.kind, ("", ()))[1] if found is not None and found.found is not None else ()
+
+
 def within(limits: Limits, question: str, options: Sequence[str] = ()) -> bool:
     """Whether a question is one that the model was trained for: of a validated kind, a description, or about its words.
 
@@ -149,13 +155,15 @@ def _likeliest(answer: Answer) -> list[tuple[float, str]]:
 def find_place(answer: Answer, ranks: Sequence[int]) -> FocusEffect | int | None:
     """What an answer to "where is ...?" points at: a focus or the number of a patch, whichever it rests on more.
 
-    None where it is no Yes, does not rest on the slide, or was not weighed.
+    None where it is no Yes, does not rest on the slide, or was not weighed; 0 for a patch whose number is not told.
     """
     if not answer.effects or answer.probs[0] <= 0.5 or answer.rests == "not":
         return None
     focus = max(answer.foci, key=lambda one: one.effect, default=None)
     best = max(range(len(answer.effects)), key=lambda place: answer.effects[place])
-    return focus if focus is not None and focus.effect >= answer.effects[best] else ranks[best]
+    if focus is not None and focus.effect >= answer.effects[best]:
+        return focus
+    return ranks[best] if ranks else 0
 
 
 def _word_place(answer: Answer, unsure: bool, guess: bool, ranks: Sequence[int]) -> str:
@@ -169,7 +177,7 @@ def _word_place(answer: Answer, unsure: bool, guess: bool, ranks: Sequence[int])
     if place is None:
         why = _begin(UNDECIDED) if answer.rests == "not" else "Not weighed"
         return f"{why} (Yes: {yes:.0%}), so nothing is pointed at"
-    named = f"focus {place.name}" if isinstance(place, FocusEffect) else f"#{place}"
+    named = f"focus {place.name}" if isinstance(place, FocusEffect) else f"#{place}" if place else "one patch"
     if unsure:
         return f"Not sure (Yes: {yes:.0%}), if anywhere: {named}"
     return f"A guess, no finding (Yes: {yes:.0%}): {named}" if guess else f"Here: {named}"

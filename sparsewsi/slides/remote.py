@@ -26,7 +26,7 @@ LONGEST_WAIT = 10.0  # s between tries, whatever a server asks for
 PATIENCE = 120.0  # s for one answer: a server that sends a byte now and then holds nobody up for ever
 BUSY = (408, 425, 429, 500, 502, 503, 504)
 
-UNREACHABLE = "The slide's server {}; check the address and that the server runs."
+UNREACHABLE = "The slide's server {}; check the network, the address and that the server runs."
 TOO_LONG = "The slide's server sends more than was asked for; nothing of it was kept."
 NOT_LISTED = "Slides are not read from that server here; this page reads from {} alone."
 NOT_PUBLIC = "Slides are not read from that address here: it is not one of the open internet."

@@ -25,6 +25,7 @@ from sparsewsi.report.contradictions import word_against
 from sparsewsi.report.scope import (
     find_place,
     find_target,
+    offer_options,
     put_as_presence,
     suggest,
     within,
@@ -61,6 +62,7 @@ UNWEIGHED = "The evidence could not be weighed."
 BROKEN_OFF = "The answer broke off here; ask again."
 WEIGHING = "Weighing the evidence: the answer is scored again without each of the patches …"
 WAITS = "A question waits already, so this one stays in the box: wait for the answer or press Stop."
+WAITS_TOO = "A question waits for the slide already, so this one stays in the box; Cancel gives the other one back."
 IN_BOX = "The question is in the box: Enter asks it, once the slide is ready."
 OUTSIDE = "This model cannot answer that; it can answer:"
 ENGLISH = "Ask in English: questions in other languages are not understood."
@@ -171,7 +173,9 @@ class Answering:
             raise refuse("Write a question first.")
         put = Question(question.strip(), read_options(given), impression=impression.strip())
         if opened is None or coming:
-            return self._let_wait(put, take_waiting(chat))
+            if take_waiting(chat) != chat:
+                raise refuse(WAITS_TOO)
+            return self._let_wait(put, chat)
         changes = self._ask_or_wait(opened, chat, put, questions, request)
         waits = self.page.chat not in changes or self.desk.turns.busy(str(request.session_hash))
         box = wait_for_answer if waits else ask_for_question
@@ -277,6 +281,8 @@ class Answering:
             limits = self._limits(opened.case)
         earlier = {place: one for place, one in questions.items() if place < len(before)}
         target = "" if question.options else find_target(question.text)
+        if not question.options and not target:  # answered and measured as where it is tapped
+            question = dataclasses.replace(question, options=offer_options(limits, question.text))
         presence = put_as_presence(limits, target) if target else None
         if presence is not None:
             question = dataclasses.replace(question, options=presence.options, put=presence.text)
@@ -340,6 +346,7 @@ class Answering:
         answers = {place: earlier for place, earlier in answers.items() if place < len(chat)}
         before = list(answers.values())
         question, failure, whole = questions.get(len(chat) - 1, Question("")), None, False
+        turn.question = question
         answer = self._begin_answer(question, turns, given)
         try:
             with explain_errors(), suppress(Halted), desk.jobs.run(session, "question", opened.token) as job:
@@ -356,6 +363,10 @@ class Answering:
             answers[len(chat)] = answer
         else:
             answer = break_off(answer, failure is not None)
+        why, said_so_far = ("", "") if whole else (answer.unweighed, answer.text)
+        if whole or answer.text:
+            asked = dataclasses.replace(question, refused=why, said=said_so_far)
+            questions = {**questions, len(chat) - 1: asked}
         if opened.closed:  # by a slide that was added or removed
             yield gr.skip()
         elif desk.turns.get(session) is turn:
@@ -363,7 +374,8 @@ class Answering:
             if not failure:
                 desk.record(request.session_hash, event="ask", slide=case.bag.slide, **dataclasses.asdict(answer))
             self.on_analysed(opened, answers, request)
-            changes = {page.chat: chat, page.answers: answers, page.question: ask_for_question()}
+            changes = {page.chat: chat, page.questions: questions, page.answers: answers}
+            changes[page.question] = ask_for_question()
             yield changes | self._show_evidence_of(opened, chat, answers, point(answer, case) if whole else None)
         elif desk.turns.get(session) is None:  # cleared, or another slide: a word may have come after that
             yield {page.chat: [], page.answers: {}}
@@ -487,10 +499,10 @@ def break_off(answer: Answer, failed: bool) -> Answer:
 
 
 def list_refused(opened: Opened) -> list[Answer]:
-    """The questions of a case that were not put to the model, for its files."""
+    """The questions of a case that were not put to the model, or not answered in whole, for its files."""
     asked = opened.talk[1].values()
     return [
-        Answer(one.text, "", one.options, impression=one.impression, refused=one.refused)
+        Answer(one.text, one.said, one.options, impression=one.impression, refused=one.refused)
         for one in asked
         if one.refused
     ]

@@ -25,7 +25,8 @@ class Question:
 
     put:        what the model is asked instead: of "where is the carcinoma?" whether there is any, to point at
     impression: what the reader wrote before the answer was shown
-    refused:    why it was not put to the model, "" for one that was
+    refused:    why it was not put to the model, or why its answer is not whole; "" for one that was answered
+    said:       what the model had said of one whose answer is not whole
     """
 
     text: str
@@ -33,6 +34,7 @@ class Question:
     put: str = ""
     impression: str = ""
     refused: str = ""
+    said: str = ""
 
 
 MOST_CITED, MOST_FOCI = 3, 2  # patches and foci shown in an answer

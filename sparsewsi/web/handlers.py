@@ -44,11 +44,11 @@ from sparsewsi.web.viewer import (
     slide_props,
     words_props,
 )
-from sparsewsi.web.what_if import UNPICKED, Aside
+from sparsewsi.web.what_if import UNPICKED, Aside, picks_prop
 
 OPENING = {"phantom": "Opening the phantom (generated on first use)", "cmu-1": "Fetching CMU-1 (CC0)"}
 # Of a slide just opened.
-NOTHING = ("unpicked", "bag", "kept", "foci", "map", "words", "evidence", "whatif", "compared", "work")
+NOTHING = ("picks", "bag", "kept", "foci", "map", "words", "evidence", "whatif", "compared", "work")
 MOST_LIKES = 24
 MARKS = ("agree", "disagree")
 MOST_VIEWS, MOST_PICKS = 200, 4096  # taken from one event of the viewer
@@ -56,6 +56,7 @@ MOST_VIEWS, MOST_PICKS = 200, 4096  # taken from one event of the viewer
 UNKNOWN = "The page was loaded anew, and this server does not know the slide of before any more: open it again."
 DELETED = "The page was loaded anew. What is uploaded is deleted when its page goes: choose the file again."
 STOPPED_AT_RELOAD = "The page was loaded anew, which ended the analysis of before."
+NOT_ANSWERED = "The page was loaded anew while a question was answered: it is in its box again, and Enter asks it."
 CANCELLED = "The analysis was cancelled. Open the slide again to go on."
 NOT_ADDED = "The analysis was cancelled; the case is as it was."
 
@@ -65,11 +66,13 @@ class Asked:
     """Slides that were asked for: paths or addresses.
 
     beside: they are added to the case that is open; left: they are those of a page before, with its chat
+    mpp: um/px of their level 0, where somebody publishes it
     """
 
     paths: tuple[str, ...]
     beside: bool = False
     left: Left | None = None
+    mpp: float | None = None
 
 
 class Handlers(Comparing):
@@ -93,7 +96,7 @@ class Handlers(Comparing):
             raise stop_unseen()
         progress(None, desc="Asking the server of this slide")
         with self._opening(request):
-            return {self.page.asked: Asked((sample.address,), beside), self.page.mpp: f"{sample.mpp:g}"}
+            return {self.page.asked: Asked((sample.address,), beside, mpp=sample.mpp), self.page.mpp: ""}
 
     def on_upload(
         self,
@@ -220,6 +223,7 @@ class Handlers(Comparing):
             if asked is None or not asked.paths:
                 raise ValueError("Open a slide first.")
             mpp, known = read_mpp(resolution), [one.token for one in there]
+            mpp = asked.mpp if mpp is None else mpp
             again = [one for one in coming or () if beside and one.token not in known]
             left = asked.left.slides if asked.left and mpp is None else ()
             wanted = [*again, *(left or (CaseSlide("", path, mpp) for path in asked.paths))]
@@ -387,7 +391,7 @@ class Handlers(Comparing):
         }
         if changed:
             changes |= {page.picks: {"pinned": [], "dropped": []}, page.picked: UNPICKED, page.aside: None}
-            props |= dict.fromkeys(("map", "words", "foci", "evidence")) | {"whatif": "", "unpicked": uuid.uuid4().hex}
+            props |= dict.fromkeys(("map", "words", "foci", "evidence")) | {"whatif": "", "picks": picks_prop()}
         files = file_props(len(opened.slides) > 1)
         return changes | {page.view: gr.HTML(slides=slides, **props, files=files, work=None)}
 
@@ -445,6 +449,15 @@ class Handlers(Comparing):
         self.on_analysed(opened, dict(answers), request)
         back: Changes = {page.chat: chat, page.questions: questions, page.answers: answers, page.called: left.called}
         back |= {page.earlier: tell_earlier(left.earlier)}
+        if left.asked is not None:
+            gr.Info(NOT_ANSWERED, duration=8)
+            options = "\n".join(left.asked.options)
+            boxes = {
+                page.question: left.asked.text,
+                page.given_options: options,
+                page.impression: left.asked.impression,
+            }
+            back |= boxes
         return back | self._show_evidence_of(opened, chat, dict(answers))
 
     def on_shown(self, event: gr.EventData) -> Changes:
@@ -484,7 +497,7 @@ class Handlers(Comparing):
 
     # ---- the viewer tells something
 
-    def on_picks(self, event: gr.EventData, opened: Opened | None) -> Changes:
+    def on_picks(self, event: gr.EventData, opened: Opened | None, before: dict[str, list[int]]) -> Changes:
         """Keep which patches were pinned and dropped in the viewer, and say how many."""
         if opened is None or opened.closed:  # another slide is opened, and what was picked of this one goes
             return {self.page.picks: {"pinned": [], "dropped": []}, self.page.picked: UNPICKED}
@@ -492,8 +505,9 @@ class Handlers(Comparing):
             total = len(opened.case.bag.coords)
             told = {key: read_told(event._data, key) for key in ("pinned", "dropped")}
             picks = {key: [i for i in told[key] if isinstance(i, int) and 0 <= i < total] for key in told}
-            if len(picks["pinned"]) > MOST or len(picks["dropped"]) > MOST_PICKS:
-                raise ValueError(f"At most {MOST} patches can be pinned and {MOST_PICKS:,} dropped; take some back.")
+        if len(picks["pinned"]) > MOST or len(picks["dropped"]) > MOST_PICKS:
+            gr.Warning(f"At most {MOST} patches can be pinned and {MOST_PICKS:,} dropped; it stays as it was.")
+            return {self.page.view: gr.HTML(picks=picks_prop(before))}
         said = f"Pinned: {len(picks['pinned'])} · dropped: {len(picks['dropped'])}"
         return {self.page.picks: picks, self.page.picked: said}
 
@@ -521,7 +535,7 @@ class Handlers(Comparing):
     def on_unpick(self) -> Changes:
         """Nothing is pinned or dropped any more, in the viewer too."""
         picks: Changes = {self.page.picks: {"pinned": [], "dropped": []}, self.page.picked: UNPICKED}
-        return picks | {self.page.view: gr.HTML(unpicked=uuid.uuid4().hex)}
+        return picks | {self.page.view: gr.HTML(picks=picks_prop())}
 
     def on_likes(self, event: gr.EventData, opened: Opened | None) -> Changes:
         """The patches of the slide that look most like one of them."""

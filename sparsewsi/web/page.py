@@ -67,6 +67,7 @@ def _wire_slides(demo: gr.Blocks, page: Page, on: Handlers, allow_paths: bool) -
     for event in analysed:
         offered = event.success(on.on_analysed, [page.opened, page.answers], None, **QUIET, **EVERY)
         back = [page.chat, page.questions, page.answers, page.called, page.earlier, page.view]
+        back += [page.question, page.given_options, page.impression]
         named_again = offered.success(on.on_back, [page.asked, page.opened, page.chat], back, **QUIET, **EVERY)
         for one in (event, named_again):
             one.success(on.on_called, named, None, **QUIET, **EVERY)
@@ -111,7 +112,7 @@ def _wire_questions(page: Page, on: Handlers, analysed: list) -> None:
         answered = event.success(
             on.on_asked,
             [page.opened, page.chat, page.questions, page.answers],
-            [page.chat, page.answers, page.view, page.question],
+            [page.chat, page.questions, page.answers, page.view, page.question],
             **QUIET,
             **WORK,
             **EVERY,
@@ -141,7 +142,7 @@ def _wire_questions(page: Page, on: Handlers, analysed: list) -> None:
 
 
 def _wire_what_if(page: Page, on: Handlers) -> None:
-    page.view.picks(on.on_picks, page.opened, [page.picks, page.picked], **QUIET, **EVERY)
+    page.view.picks(on.on_picks, [page.opened, page.picks], [page.picks, page.picked, page.view], **QUIET, **EVERY)
     page.unpick.click(on.on_unpick, None, [page.picks, page.picked, page.view], **QUIET)
     page.view.marks(on.on_marks, page.opened, None, **QUIET, **EVERY)
     page.view.likes(on.on_likes, page.opened, page.view, **QUIET)

@@ -18,6 +18,7 @@ class Turn:
     """A question that is being answered.
 
     asked: which one, of which slide: an answer that waited in the queue finds out whether it is still wanted
+    question: the same, as it can be put into its boxes again
     next:  the question that is asked once this one is answered
     told:  set unless something that it shows has yet to be sent: whatever is sent then would come before that
     """
@@ -26,6 +27,7 @@ class Turn:
     stopped: bool = False
     started: bool = False
     done: bool = False
+    question: Any = None
     next: Any = None
     told: threading.Event = field(default_factory=threading.Event)
 

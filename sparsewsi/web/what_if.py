@@ -2,7 +2,7 @@
 
 import dataclasses
 import uuid
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from types import MappingProxyType
 from typing import Any
@@ -35,6 +35,11 @@ from sparsewsi.web.viewer import bag_props, foci_props, packed
 
 WHAT_IF = "what if"  # the turn of one
 UNPICKED = "Pinned: 0 · dropped: 0"
+
+
+def picks_prop(before: Mapping[str, Sequence[int]] | None = None) -> dict[str, Any]:
+    """The viewer's prop "picks": nothing is pinned or dropped any more, or what was before it became too much."""
+    return {"pinned": [], "dropped": [], **(before or {}), "refused": before is not None, "nonce": uuid.uuid4().hex}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -220,7 +225,7 @@ class WhatIf(Answering):
             **boxes,
             page.compare: "",
             page.facts: state_facts(self.desk, case),
-            page.view: gr.HTML(**props, whatif="", unpicked=uuid.uuid4().hex),
+            page.view: gr.HTML(**props, whatif="", picks=picks_prop()),
             page.picks: {"pinned": [], "dropped": []},
             page.picked: UNPICKED,
             page.k: max(FEWEST, min(MOST, self.desk.config.num_tokens)),

@@ -100,11 +100,13 @@ def test_answers_that_contradict_each_other_and_questions_that_were_refused_are_
     answers = [
         Answer("Is this malignant?", "No"),
         Answer("Describe it.", "A carcinoma."),
+        Answer("Which organ?", "Col", refused="Stopped; the evidence was not weighed."),
         Answer("What Gleason grade?", "", ("3", "4"), impression="4 & more", refused="This model cannot answer that."),
     ]
     text = report(tmp_path, bag, selection, answers=answers)
     assert text.index("contradict each other") < text.index("Q1.")
-    assert "Q3. What Gleason grade?" in text
+    assert "Stopped; the evidence was not weighed. Until then the model had said: Col" in text
+    assert "Q4. What Gleason grade?" in text
     assert "Refused, not put to the model: This model cannot answer that." in text
     assert "4 &amp; more" in text
     assert "contradict" not in report(tmp_path, bag, selection, answers=answers[1:])

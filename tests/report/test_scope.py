@@ -183,6 +183,12 @@ def test_where_something_is_is_told_as_surely_as_it_is_known(yes, without_all, l
     assert find_place(answer, [7, 4]) == points
 
 
+def test_seen_a_report_that_could_not_be_saved_as_a_patch_beside_has_no_number():
+    limits = Limits((dataclasses.replace(LIMITS.kinds[2], least=0.6),))
+    answer = dataclasses.replace(PLACE, probs=(0.56, 0.44), without_all=3.0, beside="2 random patches")
+    assert word_answer(answer, limits) == "Not sure (Yes: 56%), if anywhere: one patch"
+
+
 def test_nothing_is_pointed_at_that_does_not_rest_on_the_slide():
     answer = dataclasses.replace(PLACE, probs=(0.9, 0.1), effects=(0.1, 0.1), without_all=0.1)
     assert find_place(answer, [7, 4]) is None

@@ -157,7 +157,7 @@ def test_a_busy_server_is_asked_again_and_a_dead_one_is_a_sentence(server, monke
         slide.read_level(0, (0, 0), (10, 10))
         server.dead = True
         for _ in range(2):
-            with pytest.raises(SlideError, match=r"^The slide's server broke off; check the address") as told:
+            with pytest.raises(SlideError, match=r"^The slide's server broke off; check the network") as told:
                 slide.read_level(0, (0, 0), SIZE)
             assert "127.0.0.1" not in str(told.value)
         server.dead = False

@@ -142,7 +142,7 @@ def test_a_server_that_dies_midway_is_one_sentence_and_nothing_half_is_kept(arch
     with open_slide(archive.folder) as here, open_slide(archive.address(gate.address)) as slide:
         gate.cut = 3_000  # bytes of each answer, then the connection is closed
         for _ in range(2):
-            with pytest.raises(SlideError, match=r"^The slide's server broke off; check the address") as told:
+            with pytest.raises(SlideError, match=r"^The slide's server broke off; check the network") as told:
                 slide.read_level(0, (0, 0), (600, 600))
             assert "127.0.0.1" not in str(told.value)
             assert archive.series not in str(told.value)

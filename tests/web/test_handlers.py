@@ -37,6 +37,7 @@ from sparsewsi.web.answering import (
 from sparsewsi.web.chat import Question
 from sparsewsi.web.desk import CaseSlide, Opened
 from sparsewsi.web.errors import explain_errors
+from sparsewsi.web.gallery import read_gallery
 from sparsewsi.web.handlers import Asked, Handlers, read_mpp
 from sparsewsi.web.jobs import Halted
 from sparsewsi.web.layout import tell_doubts
@@ -257,6 +258,8 @@ def test_an_answer_that_was_stopped_is_neither_weighed_nor_asked_again(on, opene
     assert WEIGHING not in str(last[on.page.chat])
     assert chat.text_of(last[on.page.chat][-1]) != "(no answer)"
     assert last[on.page.answers] == {}
+    assert last[on.page.questions][0].refused == STOPPED, "the report has it, too"
+    assert last[on.page.questions][0].said
     assert last[on.page.view].props["evidence"] is None
     assert last[on.page.question].stop_btn is False
     assert roles(ask(on, "How?", opened, last[on.page.chat], me)) == ["user", "assistant", "user"]
@@ -424,11 +427,37 @@ def test_earlier_turns_go_to_the_model_only_if_it_was_trained_on_that(multi_turn
 # ---- what was seen when it was tried as a pathologist would
 
 
+def test_seen_one_question_with_two_verdicts_as_it_was_typed_or_tapped(on, opened, me, monkeypatch):
+    kind = Limit("carcinoma", ("carcinoma",), 9, 9, 0.8, 0.7, 0.9, found=0.9)
+    monkeypatch.setattr(on, "_limits", lambda _: Limits((kind,), ("fat",)))
+    for text, options in (("Does this slide contain carcinoma?", ("Yes", "No")), ("Describe this slide.", ())):
+        typed = on.on_question(text, "", "", opened, (), [], {}, me)
+        assert typed[on.page.questions][0].options == options
+        on.on_clear(me)
+    typed = on.on_question("Is there carcinoma?", "yes\nno\nperhaps", "", opened, (), [], {}, me)
+    assert typed[on.page.questions][0].options == ("yes", "no", "perhaps")
+
+
+def test_seen_the_resolution_of_a_slide_that_did_not_come_was_taken_for_the_next_ones(on, me, tmp_path):
+    sample = read_gallery()[0]
+    chosen = on.on_choose(SimpleNamespace(_data={"name": sample.name}), False, me, gr.Progress())
+    assert chosen[on.page.mpp] == ""
+    asked = chosen[on.page.asked]
+    assert (asked.paths, asked.mpp) == ((sample.address,), sample.mpp)
+    Image.new("RGB", (448, 448), "white").save(tmp_path / "a.png")
+    [one] = on.on_slide(dataclasses.replace(asked, paths=(str(tmp_path / "a.png"),)), "", None, None, (), me)[
+        on.page.coming
+    ]
+    assert one.slide_mpp == sample.mpp
+
+
 def test_a_question_typed_while_the_slide_is_analysed_waits_and_is_asked(on, opened, me):
     page = on.page
     waits = on.on_question("Which?", "fat\nliver", "", None, opened.slides, [], {}, me)
     assert AT_READY in str(waits[page.chat])
     assert (waits[page.question], waits[page.given_options]) == ("", "")
+    with pytest.raises(gr.Error, match="waits for the slide already"):
+        on.on_question("And where?", "", "", None, opened.slides, waits[page.chat], {}, me)
     ready = on.on_ready(opened, waits[page.waiting], (), waits[page.chat], me)
     assert roles(ready[page.chat]) == ["user"]
     assert ready[page.waiting] is None
@@ -846,15 +875,26 @@ def test_a_sessions_log_is_bounded_and_nothing_is_written_of_who_has_gone(on, de
     assert not logs[0].parent.exists()
 
 
-@pytest.mark.parametrize("told", [{"pinned": list(range(30)) * 9, "dropped": []}, {"pinned": []}, {"pinned": 3}, []])
+NO_PICKS = {"pinned": [], "dropped": []}
+
+
+@pytest.mark.parametrize("told", [{"pinned": []}, {"pinned": 3}, []])
 def test_pins_that_no_viewer_tells_are_refused(on, opened, told):
     with pytest.raises(gr.Error):
-        on.on_picks(SimpleNamespace(_data=told), opened)
+        on.on_picks(SimpleNamespace(_data=told), opened, NO_PICKS)
+
+
+def test_seen_pins_that_were_too_many_and_stayed_on_the_slide(on, opened):
+    before = {"pinned": [3], "dropped": [4]}
+    changes = on.on_picks(SimpleNamespace(_data={"pinned": list(range(30)) * 9, "dropped": []}), opened, before)
+    assert on.page.picks not in changes
+    told = changes[on.page.view].props["picks"]
+    assert (told["pinned"], told["dropped"], told["refused"]) == ([3], [4], True)
 
 
 def test_pins_of_patches_that_are_not_there_are_left_out(on, opened):
     told = {"pinned": [0, 29, 30, -1, 10**30, "3", None, 1.5], "dropped": [True]}
-    picks = on.on_picks(SimpleNamespace(_data=told), opened)[on.page.picks]
+    picks = on.on_picks(SimpleNamespace(_data=told), opened, NO_PICKS)[on.page.picks]
     assert picks["pinned"] == [0, 29]
 
 
@@ -949,7 +989,7 @@ def test_seen_picks_that_were_cleared_while_another_slide_opened_and_the_program
     closed = one_slide("token", opened.case)
     closed.close()
     for gone in (None, closed):
-        changes = on.on_picks(SimpleNamespace(_data={"pinned": [], "dropped": []}), gone)
+        changes = on.on_picks(SimpleNamespace(_data=NO_PICKS), gone, NO_PICKS)
         assert changes[on.page.picks] == {"pinned": [], "dropped": []}
 
 

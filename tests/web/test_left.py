@@ -79,6 +79,25 @@ def test_seen_a_reload_forgot_a_slide_opened_by_path_and_the_chat(many, at_home,
     assert again.talk == before, "a second reload finds it, too"
 
 
+def test_seen_a_reload_that_lost_the_question_that_was_being_answered(at_home, slides, come):
+    on, desk, page = at_home, at_home.desk, at_home.page
+    case, me = open_case(on, come("before"), Asked(slides[:1])), come("before")
+    asked = on.on_question("Which?", "fat\nliver", "fat, I think", case, (), [], {}, me)
+    steps = on.on_asked(case, asked[page.chat], asked[page.questions], {}, me)
+    next(steps)
+    desk.forget("before")
+    steps.close()
+    (reopened,) = on.on_load(case.token, come("after"))
+    again = open_case(on, come("after"), reopened[page.asked])
+    back = on.on_back(reopened[page.asked], again, [], come("after"))
+    assert back[page.chat] == []
+    assert (back[page.question], back[page.given_options], back[page.impression]) == (
+        "Which?",
+        "fat\nliver",
+        "fat, I think",
+    )
+
+
 def test_a_reload_before_the_server_heard_of_the_old_page_ends_that(at_home, slides, come):
     case = open_case(at_home, come("slow"), Asked(slides[:1]))
     (asked,) = at_home.on_load(case.token, come("quick"))

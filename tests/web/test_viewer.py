@@ -695,4 +695,4 @@ def test_seen_the_count_of_patches_seen_fall_in_a_what_if(open_viewer):
     for _ in range(3):
         page.click('[data-do="next"]')
     page.evaluate("given => set(given)", {"kept": packed(made.order[8:40], np.int32), "whatif": "32 others"})
-    assert page.inner_text(".count").endswith("3 seen")
+    assert page.inner_text(".count").endswith("\n0 seen, 3 in all")

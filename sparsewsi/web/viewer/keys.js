@@ -151,6 +151,8 @@ const PRESS = {
   ArrowDown: () => pan(0, 1),
   Enter: () => ($(".card").hidden ? enlarge() : DEEDS.shrink()),
   Escape: () => {
+    if (cited && cited.isConnected) cited.focus();
+    cited = null;
     $(".card").hidden = true;
     openMenu("");
     setMode("");
@@ -162,7 +164,12 @@ MAGNIFICATIONS.forEach((times, i) => {
   PRESS[i + 1] = () => magnify(times);
 });
 
-root.addEventListener("keydown", (event) => {
+let cited = null; // the citation from which the keyboard came to the slide, and to which Escape returns
+
+// Also where nothing has the focus, as after a slide was opened.
+document.addEventListener("keydown", (event) => {
+  const ours = root.contains(event.target) || (event.target === document.body && !second && root.isConnected);
+  if (!ours) return;
   if (!slide || event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input, select, textarea"))
     return;
   const press = PRESS[event.key];
@@ -172,6 +179,15 @@ root.addEventListener("keydown", (event) => {
   if (second && "adixkr".includes(event.key)) return; // what is said of patches is said in the page's own viewer
   event.preventDefault();
   press();
+});
+strip.addEventListener("keydown", (event) => {
+  const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  const items = [...strip.querySelectorAll("button")];
+  const next = by && items[items.indexOf(event.target) + by];
+  if (!by) return;
+  event.preventDefault();
+  event.stopPropagation();
+  if (next) next.focus();
 });
 
 // A citation anywhere on the page, [#5](#patch-5) or [B](#focus-B-5), goes there without asking the server.
@@ -190,6 +206,10 @@ document.addEventListener(
     if (!bag) return;
     if (kind === "patch") go(indexOfRank(+name));
     else goFocus(name, indexOfRank(+rank));
+    if (!event.detail) {
+      cited = link; // it was pressed by a key: what is asked next is asked of the patch
+      canvas.focus({ preventScroll: true });
+    }
     const place = stage.getBoundingClientRect();
     if (place.bottom < 80 || place.top > window.innerHeight - 80) stage.scrollIntoView({ block: "center" });
   },

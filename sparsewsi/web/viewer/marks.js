@@ -304,10 +304,9 @@ function label(pen, text, [x, y, w], placed, boxes) {
     }
   const clash = ([a, b], c) => Math.abs(a - c[0]) < (width + c[2]) / 2 && Math.abs(b - c[1]) < (height + c[3]) / 2;
   const others = boxes.filter((box) => box[0] !== x || box[1] !== y).map(([a, b, s]) => [a + s / 2, b + s / 2, s, s]);
-  const spot =
-    spots.find(
-      (s, i) => !placed.some((c) => clash(s, c)) && ((w > 30 && i === 0) || !others.some((c) => clash(s, c))),
-    ) || spots[0];
+  const onScreen = ([a, b]) => a > width / 2 && a < size[0] - width / 2 && b > height / 2 && b < size[1] - height / 2;
+  const free = (s, i) => !placed.some((c) => clash(s, c)) && ((w > 30 && i === 0) || !others.some((c) => clash(s, c)));
+  const spot = spots.find((s, i) => onScreen(s) && free(s, i)) || spots.find(onScreen) || spots[0];
   placed.push([spot[0], spot[1], width, height]);
   const edge = [Math.min(Math.max(spot[0], x), x + w), Math.min(Math.max(spot[1], y), y + w)];
   if (Math.hypot(edge[0] - spot[0], edge[1] - spot[1]) > 8) {

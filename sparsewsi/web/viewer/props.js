@@ -70,7 +70,9 @@ function openSelection() {
   if (!bag) return;
   kept = [...new Int32Array(bytes(props.kept || ""))].sort((a, b) => bag.rank[a] - bag.rank[b]);
   unlike = new Set(props.unlike || []);
-  bag.lastNear = 2 * kept.length; // ranks up to here are near the cut
+  const held = new Set(kept);
+  const next = [...bag.order].filter((index) => !held.has(index))[kept.length - 1];
+  bag.lastNear = next === undefined ? bag.n : bag.rank[next]; // as many as were kept come next by score
   effects = new Map(); // they belong to an answer from other patches
   if (!kept.includes(shared.current) && kept.length) shared.current = -1;
   openFoci();

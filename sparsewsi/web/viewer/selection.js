@@ -31,6 +31,8 @@ function step(by) {
   go(list[at < 0 ? (by > 0 ? 0 : list.length - 1) : (at + by + list.length) % list.length]);
 }
 
+const LOOKED_AT = 64; // px of the screen: a patch that is smaller was not seen
+
 // Of a focus the patch that the answer rests on most; before there is one, that of the best score.
 const heaviest = (focus) =>
   [...focus.indices].sort(
@@ -50,9 +52,10 @@ function goFocus(name, index = -1) {
   const [left, right] = [Math.min(...xs) - side, Math.max(...xs) + side];
   const [upper, lower] = [Math.min(...ys) - side, Math.max(...ys) + side];
   shared.current = focus.indices.includes(index) ? index : heaviest(focus);
-  for (const index of focus.indices) shared.seen.add(index);
   const [w, h] = view.turn % 2 ? [size[1], size[0]] : size;
-  moveTo((left + right) / 2, (upper + lower) / 2, 0.8 * Math.min(w / (right - left), h / (lower - upper)), true);
+  const scale = 0.8 * Math.min(w / (right - left), h / (lower - upper));
+  for (const index of side * scale >= LOOKED_AT ? focus.indices : []) shared.seen.add(index);
+  moveTo((left + right) / 2, (upper + lower) / 2, scale, true);
   markStrip(true);
   showInspect();
   drawMap();
@@ -118,6 +121,11 @@ function tellPicks() {
 
 let before = null; // picks as they were before all patches of a list were pinned or dropped
 
+const keepPicks = () => {
+  const any = shared.pinned.size || shared.dropped.size;
+  before = any ? { pinned: new Set(shared.pinned), dropped: new Set(shared.dropped) } : null;
+};
+
 function pickAll(set, other) {
   before = { pinned: new Set(shared.pinned), dropped: new Set(shared.dropped) };
   for (const index of shared.members) {
@@ -134,10 +142,13 @@ function unpick() {
   tellPicks();
 }
 
-function clearPicks() {
-  before = { pinned: new Set(shared.pinned), dropped: new Set(shared.dropped) };
-  shared.pinned.clear();
-  shared.dropped.clear();
+// As Python says: none any more, or those of before where there were too many.
+function openPicks() {
+  const { pinned, dropped, refused } = props.picks || { pinned: [], dropped: [] };
+  if (refused) before = null;
+  else keepPicks();
+  shared.pinned = new Set(pinned);
+  shared.dropped = new Set(dropped);
   tellPicks();
 }
 

@@ -30,7 +30,7 @@ watch("focus", ask);
 watch("whatif", openWhatIf);
 watch("compared", openWhatIf);
 watch("work", openWork);
-watch("unpicked", clearPicks);
+watch("picks", openPicks);
 showTab("ask");
 if (!second) showSources(!props.slides);
 if (props.slides) openSlides();

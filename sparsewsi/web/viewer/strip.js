@@ -120,8 +120,12 @@ function makeItem(index, kind) {
     tag.style.setProperty("--slide", slideInk(numberOf(index)));
     item.querySelector("span").before(tag);
   }
+  const long = bag.rank[index] > 999;
+  item.classList.toggle("long", long);
   item.querySelector("em").textContent =
-    $(".film select").value === "evidence" && effect !== undefined ? tellShort(effect) : bag.scores[index].toFixed(2);
+    $(".film select").value === "evidence" && effect !== undefined
+      ? tellShort(effect)
+      : bag.scores[index].toFixed(long ? 1 : 2);
   if (focusOf.has(index)) item.style.setProperty("--focus", inkOf(index));
   item.onclick = () => go(index);
   item.ondblclick = enlarge;
@@ -199,9 +203,14 @@ function markStrip(scroll = false) {
       strip.scrollTo({ left: item.offsetLeft - strip.offsetLeft - strip.clientWidth / 2 + item.offsetWidth / 2 });
   }
   if (!bag) return;
+  const [first] = ordered();
+  const stop = kept.includes(shared.current) ? shared.current : first; // one stop of Tab; arrows go on from there
+  for (const item of strip.querySelectorAll(".item")) item.tabIndex = +item.dataset.index === stop ? 0 : -1;
   const other = kept.filter((index) => unlike.has(index)).length;
   const why = other ? `${other} as unlike the others\n` : "";
-  $(".count").textContent = `${kept.length} of ${bag.n.toLocaleString("en")} patches\n${why}${shared.seen.size} seen`;
+  const these = kept.filter((index) => shared.seen.has(index)).length;
+  const seen = shared.seen.size > these ? `${these} seen, ${shared.seen.size} in all` : `${these} seen`; // of others, too
+  $(".count").textContent = `${kept.length} of ${bag.n.toLocaleString("en")} patches\n${why}${seen}`;
   $(".count").title = tellUnlike(other);
   $(".unlike").hidden = !other;
   $(".unlike").textContent = tellUnlike(other);

@@ -93,6 +93,13 @@ function followChat() {
 if (!second && room !== root)
   new MutationObserver(() => requestAnimationFrame(followChat)).observe(room, { subtree: true, childList: true });
 
+// A question that is tapped by a key may be scrolled out of sight with the button: the next one is typed.
+document.addEventListener("click", (event) => {
+  if (second || !root.isConnected || event.detail || !event.target.closest) return;
+  const box = document.querySelector("#question textarea");
+  if (box && slide && event.target.closest("#examples button")) box.focus({ preventScroll: true });
+});
+
 // An open menu stands under its button, also when the window changes.
 function placeMenus() {
   for (const [name, place] of Object.entries(MENUS)) {

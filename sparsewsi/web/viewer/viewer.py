@@ -61,7 +61,7 @@ SCRIPTS = (
     "start",
 )
 PROPS = ("slides", "bag", "kept", "foci", "map", "words", "evidence", "members", "files", "focus")
-PROPS += ("unlike", "whatif", "compared", "work", "unpicked")
+PROPS += ("unlike", "whatif", "compared", "work", "picks")
 TILE = 512  # px
 QUALITY = 85
 PICTURES = ("png", "jpeg")  # vendors whose slides are decoded as a whole
