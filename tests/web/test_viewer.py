@@ -696,3 +696,22 @@ def test_seen_the_count_of_patches_seen_fall_in_a_what_if(open_viewer):
         page.click('[data-do="next"]')
     page.evaluate("given => set(given)", {"kept": packed(made.order[8:40], np.int32), "whatif": "32 others"})
     assert page.inner_text(".count").endswith("\n0 seen, 3 in all")
+
+
+@pytest.mark.browser
+def test_seen_64_stops_to_the_first_question_and_keys_that_meant_nothing_after_a_citation(open_viewer):
+    page = open_viewer(made_up().props)
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press("n")
+    page.wait_for_function("viewer.dataset.current === '1'")
+    assert page.evaluate("[...document.querySelectorAll('.item')].filter(one => one.tabIndex === 0).length") == 1
+    page.evaluate("document.querySelector('.item').focus()")
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("[...document.querySelectorAll('.item')].indexOf(document.activeElement)") == 1
+    page.evaluate("cite.href = '#patch-2'; cite.focus()")
+    page.keyboard.press("Enter")
+    page.wait_for_function("viewer.dataset.current === '2'")
+    page.keyboard.press("a")
+    assert page.get_attribute('[data-do="agree"]', "aria-pressed") == "true"
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement === cite")
