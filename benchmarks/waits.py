@@ -2,6 +2,7 @@
 
     pytest tests/web/test_browser.py tests/web/test_browser_cases.py    # writes screenshots/latencies.md
     python -m benchmarks.waits
+    python -m benchmarks.waits --before OLD.md    # the same table of an earlier commit, from the same machine
 
 Prints both, their ratio and, at the end, how many are slower by more than a fifth; the exit status is 1 if any is.
 Waits below 50 ms are shown and not judged: a frame more or less is a fifth of them.
@@ -36,12 +37,16 @@ def _cells(line: str) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("new", type=Path, nargs="?", default=Path("screenshots/latencies.md"))
+    parser.add_argument("--before", type=Path, help="a table to compare with instead of the one on record")
     given = parser.parse_args()
-    _, _, section = RECORD.read_text(encoding="utf-8").partition(f"{SECTION}\n")
+    if given.before:
+        section = given.before.read_text(encoding="utf-8")
+    else:
+        _, _, section = RECORD.read_text(encoding="utf-8").partition(f"{SECTION}\n")
     old = read_waits(section.partition("\n## ")[0])
     new = read_waits(given.new.read_text(encoding="utf-8"))
     slower = 0
-    print("| wait for | slide | on record | now | ratio | |\n|---|---|---|---|---|---|")
+    print("| wait for | slide | before | now | ratio | |\n|---|---|---|---|---|---|")
     for what, slide in new | old:
         before, now = old.get((what, slide)), new.get((what, slide))
         told = [f"{one:.3g} s" if one is not None else "" for one in (before, now)]

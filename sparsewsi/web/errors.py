@@ -60,6 +60,18 @@ def tell_beside(part: gr.HTML, handler: Callable[..., dict[Any, Any]]) -> Callab
     return handle
 
 
+def say_once(handler: Callable[..., Iterator[dict[Any, Any]]]) -> Callable[..., Iterator[dict[Any, Any]]]:
+    """The handler with nothing as its last word: Gradio sends what a generator yielded last once more when it ends,
+    over what the reader has begun meanwhile, such as the edit of a question."""
+
+    @functools.wraps(handler)
+    def handle(*given: Any, **named: Any) -> Iterator[dict[Any, Any]]:
+        yield from handler(*given, **named)  # which closes it, too
+        yield gr.skip()
+
+    return handle
+
+
 def refuse(sentence: str) -> gr.Error:
     """An error for the reader alone: the server's log does not need it."""
     return gr.Error(sentence, print_exception=False)

@@ -8,7 +8,7 @@ from gradio.events import api
 
 from sparsewsi.web.api import Api
 from sparsewsi.web.desk import Desk
-from sparsewsi.web.errors import tell_beside
+from sparsewsi.web.errors import say_once, tell_beside
 from sparsewsi.web.handlers import Handlers
 from sparsewsi.web.layout import Page, lay_out
 
@@ -60,7 +60,7 @@ def _wire_slides(demo: gr.Blocks, page: Page, on: Handlers, allow_paths: bool) -
         shown = trigger(tell(on.on_slide), [page.asked, page.mpp, *told], cleared, **QUIET, **EVERY)
         shown.success(on.on_left, None, [page.right, page.other, page.view], **QUIET, **EVERY)
         seen = [page.coming, page.opened, page.chat]
-        analysed.append(shown.success(on.on_slide_shown, seen, filled, **QUIET, **WORK, **EVERY))
+        analysed.append(shown.success(say_once(on.on_slide_shown), seen, filled, **QUIET, **WORK, **EVERY))
     named = [page.called, page.opened, page.aside]
     for told_of in (page.called.blur, page.called.submit):
         told_of(on.on_called, named, None, **QUIET, **EVERY)
@@ -110,7 +110,7 @@ def _wire_questions(page: Page, on: Handlers, analysed: list) -> None:
     for event in asked:
         event.success(on.on_answer_shown, ended, page.view, **QUIET)
         answered = event.success(
-            on.on_asked,
+            say_once(on.on_asked),
             [page.opened, page.chat, page.questions, page.answers],
             [page.chat, page.questions, page.answers, page.view, page.question],
             **QUIET,
@@ -118,7 +118,12 @@ def _wire_questions(page: Page, on: Handlers, analysed: list) -> None:
             **EVERY,
         )
         both = answered.success(
-            on.on_asked_too, asked_too, [page.chat, page.right, page.other, page.question], **QUIET, **WORK, **EVERY
+            say_once(on.on_asked_too),
+            asked_too,
+            [page.chat, page.right, page.other, page.question],
+            **QUIET,
+            **WORK,
+            **EVERY,
         )
         for ended_by in (answered.failure, both.then):  # a comparison has another answer to come
             ended_by(on.on_answered, None, after, **QUIET, **EVERY)
@@ -160,7 +165,7 @@ def _wire_what_if(page: Page, on: Handlers) -> None:
     too = [page.opened, page.right, page.chat, page.questions, page.answers]
     for event in (again, less, both):
         asked = event.success(
-            on.on_asked_too, too, [page.chat, page.right, page.other, page.question], **QUIET, **WORK, **EVERY
+            say_once(on.on_asked_too), too, [page.chat, page.right, page.other, page.question], **QUIET, **WORK, **EVERY
         )
         for ended_by in (event.failure, asked.then):
             ended_by(on.on_answered, None, [page.question, page.next, page.next_line], **QUIET, **EVERY)

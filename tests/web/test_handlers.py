@@ -36,7 +36,7 @@ from sparsewsi.web.answering import (
 )
 from sparsewsi.web.chat import Question
 from sparsewsi.web.desk import CaseSlide, Opened
-from sparsewsi.web.errors import explain_errors
+from sparsewsi.web.errors import explain_errors, say_once
 from sparsewsi.web.gallery import read_gallery
 from sparsewsi.web.handlers import Asked, Handlers, read_mpp
 from sparsewsi.web.jobs import Halted
@@ -425,6 +425,12 @@ def test_earlier_turns_go_to_the_model_only_if_it_was_trained_on_that(multi_turn
 
 
 # ---- what was seen when it was tried as a pathologist would
+
+
+def test_seen_an_edit_that_was_lost_as_an_answers_last_words_came_twice(on, me):
+    """Gradio sends what a generator yielded last once more when it ends."""
+    assert list(say_once(on.on_asked)(None, [], {}, {}, me)) == [gr.skip(), gr.skip()]
+    assert list(say_once(lambda: iter([{"chat": 1}, {"chat": 2}]))()) == [{"chat": 1}, {"chat": 2}, gr.skip()]
 
 
 def test_seen_one_question_with_two_verdicts_as_it_was_typed_or_tapped(on, opened, me, monkeypatch):
