@@ -160,6 +160,7 @@ function openWhatIf() {
   $(".aside > span").textContent = compared ? "Side by side: a question goes to both" : told;
   $('.badge [data-do="leave"]').textContent = compared ? "Leave" : "Back to the model's patches";
   act("together").hidden = !compared;
+  if (fitted) fit();
   room.toggleAttribute("data-whatif", !!told);
   room.toggleAttribute("data-compared", !!compared);
   if (!told && (shared.pinned.size || shared.dropped.size)) {

@@ -21,8 +21,9 @@ const corners = () => {
   const [x1, y1] = toSlide(...size);
   return [Math.min(x0, x1), Math.min(y0, y1), Math.max(x0, x1), Math.max(y0, y1)];
 };
-// On a narrow stage the tools take rows of their own, CSS px: the whole slide is shown below them.
-const toolsTop = () => (size[0] < 600 && !$(".tools").hidden ? $(".tools").offsetHeight + 6 : 0);
+// The whole slide is shown below the tools and the badge, CSS px.
+const bottomOf = (part) => (part.offsetHeight ? part.offsetTop + part.offsetHeight : 0);
+const toolsTop = () => Math.max(bottomOf($(".tools")), bottomOf($(".badge")));
 const fitScale = () => {
   const [wide, high] = [size[0], size[1] - toolsTop()];
   const [w, h] = view.turn % 2 ? [high, wide] : [wide, high];
