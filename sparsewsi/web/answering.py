@@ -80,8 +80,8 @@ class Answering:
         self.desk, self.page = desk, page
 
     def on_analysed(self, opened: Opened | None, answers: Answers, request: gr.Request) -> None:
-        """From now on the downloads hold these answers."""
-        if opened is not None:
+        """From now on the downloads hold these answers, unless the slide has been closed meanwhile."""
+        if opened is not None and not opened.closed:
             self._offer(opened, list(answers.values()), request)
 
     def _offer(self, opened: Opened, answers: Sequence[Answer], request: gr.Request) -> None:
@@ -240,7 +240,8 @@ class Answering:
         """One of the questions that the model can answer was tapped."""
         if opened is None:
             raise refuse("Open a slide first.")
-        offered = suggest(self._limits(opened.case))
+        with explain_errors():
+            offered = suggest(self._limits(opened.case))
         number = event._data.get("number") if isinstance(event._data, dict) else None
         if not isinstance(number, int) or not 0 <= number < len(offered):
             raise stop_unseen()
@@ -458,7 +459,9 @@ class Answering:
         self, opened: Opened | None, chat: list, answers: Answers, pointed: dict[str, Any] | None = None
     ) -> Changes:
         answer = answers.get(len(chat) - 1)
-        evidence = evidence_props(opened.case.selection, answer) if opened and answer else None
+        evidence = None
+        if opened and answer and not opened.closed:
+            evidence = evidence_props(opened.case.selection, answer)
         props: dict[str, Any] = {"evidence": evidence} if pointed is None else {"evidence": evidence, "focus": pointed}
         return {self.page.view: gr.HTML(**props)}
 

@@ -469,6 +469,8 @@ class Handlers(Comparing):
         """What to doubt in this slide's answers, and which patches belong together."""
         if opened is None:
             return {self.page.doubts: ""}
+        if opened.closed:  # another one was opened meanwhile
+            return gr.skip()
         case = opened.case
         samples = [sample for one in opened.slides if (sample := find_sample(one.path))]
         told = tell_doubts(case) + "".join(tell_about(sample.caption) for sample in samples)

@@ -999,6 +999,16 @@ def test_seen_picks_that_were_cleared_while_another_slide_opened_and_the_program
         assert changes[on.page.picks] == {"pinned": [], "dropped": []}
 
 
+def test_seen_a_traceback_of_a_slide_that_was_closed_as_its_analysis_ended(on, opened, me):
+    closed = one_slide("token", opened.case)
+    closed.close()
+    assert on.on_analysed(closed, {}, me) is None
+    assert on.on_case(closed) == gr.skip()
+    assert on.on_map_wanted(closed, me) == gr.skip()
+    shown = on.on_answer_shown(closed, [{}, {}], {1: Answer("Which?", "fat", effects=(1.0,))})
+    assert shown[on.page.view].props["evidence"] is None
+
+
 def test_seen_a_focus_that_opened_on_blank_glass_and_not_where_its_weight_lies(opened):
     case, ranks = opened.case, opened.case.selection.ranks.tolist()
     first, last = min(ranks), max(ranks)
