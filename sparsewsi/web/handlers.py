@@ -451,13 +451,8 @@ class Handlers(Comparing):
         back |= {page.earlier: tell_earlier(left.earlier)}
         if left.asked is not None:
             gr.Info(NOT_ANSWERED, duration=8)
-            options = "\n".join(left.asked.options)
-            boxes = {
-                page.question: left.asked.text,
-                page.given_options: options,
-                page.impression: left.asked.impression,
-            }
-            back |= boxes
+            back |= {page.question: left.asked.text, page.impression: left.asked.impression}
+            back[page.given_options] = "\n".join(left.asked.options)
         return back | self._show_evidence_of(opened, chat, dict(answers))
 
     def on_shown(self, event: gr.EventData) -> Changes:
