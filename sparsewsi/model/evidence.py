@@ -9,11 +9,15 @@ K kept, L tokens of a prompt with its answers, H the LLM's width, V vocabulary.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
 
 # A patch matters if the answer is at least twice as likely with it as without it: it then holds one bit of the answer.
 MATTERS = math.log(2)
@@ -24,7 +28,7 @@ NOISE = 0.13
 # Tokens of one pass: more saves no time, and others wait for it. The GPU's is a guess (not yet run on a GPU).
 TOKENS = {"cpu": 512, "cuda": 16_384}
 PART = {"cpu": 256, "cuda": 16_384}  # of a sequence that is longer than that
-ROUND = 16  # tokens
+ROUND = 8  # tokens that a sequence, and what a pass reads of it, is a multiple of
 WORDS = 8192  # of the vocabulary, whose logits are held at once
 LONG = 128  # tokens whose logits of so many words take long enough for others to have a turn between
 RESCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # settings of LLMs that change logits further
@@ -153,6 +157,59 @@ def lay_out(embedding: nn.Module, embeds: Tensor, positions: Tensor, rows: Seque
     )
 
 
+def score_without_each(
+    llm: Any,
+    layout: Layout,
+    at: int,
+    left_out: Tensor,
+    rows: Sequence[Sequence[int]],
+    letters: Sequence[int],
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """What score_answers gives, with all patches in sight first, then for each row of left_out (M, K): (1 + M, ...).
+
+    No token sees a patch that comes after it, so what is before the first patch that a row leaves out is read once.
+    progress: called with (passes done, passes in all), also within a pass that takes long
+    """
+    from transformers import DynamicCache  # seconds, that whoever holds an Evidence does not wait for
+
+    length, k = layout.embeds.shape[1], left_out.shape[1]
+    passes = plan_passes(at + left_out.int().argmax(1), length, TOKENS.get(layout.embeds.device.type, TOKENS["cpu"]))
+    looks = [partial(progress or (lambda *_: None), done, 1 + len(passes)) for done in range(1 + len(passes))]
+    cache = DynamicCache()
+    looks[0]()
+    whole = score_answers(llm, layout, at, torch.zeros(1, k).bool(), rows, letters, looks[0], 0, cache)
+    scores = torch.cat([whole, whole.new_empty(len(left_out), whole.shape[1])])
+    for look, (numbers, start) in zip(looks[1:], passes):
+        look()
+        known = share(cache, start, len(numbers))
+        scores[1 + numbers] = score_answers(llm, layout, at, left_out[numbers], rows, letters, look, start, known)
+    return scores
+
+
+def plan_passes(begins: Tensor, length: int, most: int) -> list[tuple[Tensor, int]]:
+    """Which sequences are read together, and from which token on, given where each begins to differ: (M,).
+
+    The tokens of a pass are at most `most`, if there is more than one sequence in it.
+    """
+    order, passes = begins.argsort(stable=True), []
+    while len(order):
+        start = int(begins[order[0]]) // ROUND * ROUND
+        n = max(1, most // (length - start))
+        passes.append((order[:n], start))
+        order = order[n:]
+    return passes
+
+
+def share(cache: "DynamicCache", length: int, n: int) -> "DynamicCache":
+    """The keys and values of the first tokens of one sequence, for n that begin with them."""
+    shared = type(cache)()
+    for number, layer in enumerate(cache.layers):
+        known = (part[:, :, :length].expand(n, -1, -1, -1) for part in (layer.keys, layer.values))
+        shared.update(*known, number)
+    return shared
+
+
 def score_answers(
     llm: Any,
     layout: Layout,
@@ -161,11 +218,13 @@ def score_answers(
     rows: Sequence[Sequence[int]],
     letters: Sequence[int],
     look: Callable[[], object] | None = None,
+    start: int = 0,
+    cache: "DynamicCache | None" = None,
 ) -> Tensor:
     """Log-likelihoods (B, answers) of the rows, or logits (B, letters), with left_out (B, K) patches closed. CPU.
 
     llm: a causal LLM of transformers, not wrapped. at: place of the first of the K visual tokens. look: called between
-    the passes that a long sequence takes; what it raises ends the work
+    the passes that a long sequence takes; what it raises ends the work. start, cache: as read_kept takes them
     """
     n, k = left_out.shape
     sees = layout.sees.expand(n, -1, -1).clone()  # (B, L, L)
@@ -174,38 +233,48 @@ def score_answers(
     look = look or (lambda: None)
     head, targets = llm.get_output_embeddings(), _targets(rows, sees.device)
     if type(head) is not nn.Linear or any(getattr(llm.config, name, None) for name in RESCALED):
-        logits = read_kept(llm, layout, sees, look, logits=True).float()  # (B, A, V)
+        logits = read_kept(llm, layout, sees, look, start, cache, logits=True).float()  # (B, A, V)
         if letters:
             return logits[:, 0, list(letters)].cpu()
         found = logits.log_softmax(-1).gather(-1, targets.expand(n, -1)[..., None])[..., 0]
     else:
-        hidden = read_kept(llm, layout, sees, look)  # (B, A, H)
+        hidden = read_kept(llm, layout, sees, look, start, cache)  # (B, A, H)
         if letters:
             return _linear(hidden[:, 0], head, torch.tensor(list(letters))).cpu()
         found = log_likelihoods(hidden, head, targets, look)
     return torch.stack([part.sum(1) for part in found.cpu().split([len(row) for row in rows], 1)], 1)
 
 
-def read_kept(llm: Any, layout: Layout, sees: Tensor, look: Callable[[], object], logits: bool = False) -> Tensor:
+def read_kept(
+    llm: Any,
+    layout: Layout,
+    sees: Tensor,
+    look: Callable[[], object],
+    start: int = 0,
+    cache: "DynamicCache | None" = None,
+    logits: bool = False,
+) -> Tensor:
     """The last hidden states (B, A, H) at the places that a layout keeps, or the logits (B, A, V) there.
 
-    sees: (B, L, L) bool. More tokens than TOKENS are read in parts, each of which sees those before by their keys and
-    values.
+    sees: (B, L, L) bool. start: which token to begin with, none of those before being kept; cache: the keys and values
+    of those before, to which the others' are added
+    More tokens than TOKENS are read in parts, each of which sees those before by their keys and values.
     """
-    from transformers import DynamicCache  # seconds, that whoever holds an Evidence does not wait for
+    from transformers import DynamicCache
 
     n, length = sees.shape[:2]
     device = sees.device.type
-    whole = n * length <= TOKENS.get(device, TOKENS["cpu"])
+    whole = n * (length - start) <= TOKENS.get(device, TOKENS["cpu"])
     most = length if whole else max(1, PART.get(device, PART["cpu"]) // n)
-    cache = None if most >= length else DynamicCache()
+    if cache is None and not whole:
+        cache = DynamicCache()
     found, places = [], []
-    for start in range(0, length, most):
-        part = slice(start, min(length, start + most))
-        if start:
+    for begin in range(start, length, most):
+        part = slice(begin, min(length, begin + most))
+        if begin > start:
             look()
         mine = ((layout.keep >= part.start) & (layout.keep < part.stop)).nonzero()[:, 0]
-        here = layout.keep[mine] - start
+        here = layout.keep[mine] - begin
         given = {
             "inputs_embeds": layout.embeds[:, part].expand(n, -1, -1),
             "position_ids": layout.positions[:, part].expand(n, -1),

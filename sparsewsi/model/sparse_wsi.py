@@ -384,16 +384,10 @@ class SparseWSI(nn.Module):
         together = torch.zeros(len(groups), k)
         for row, places in zip(together, groups):
             row[list(places)] = 1
-        left_out = torch.cat([torch.zeros(1, k), torch.ones(1, k), torch.eye(k), together]).bool()  # (K + 2 + G, K)
-        parts = left_out.split(
-            max(1, evidence.TOKENS.get(self.device.type, evidence.TOKENS["cpu"]) // layout.embeds.shape[1])
-        )
-        scores = []
-        for done, part in enumerate(parts):
-            look = (lambda: None) if progress is None else partial(progress, done, len(parts))
-            look()
-            scores.append(evidence.score_answers(_base(self.llm), layout, prompt.at, part, rows, letters, look))
-        likelihoods = torch.cat(scores)  # (K + 2 + G, 1 or number of options)
+        left_out = torch.cat([torch.ones(1, k), torch.eye(k), together]).bool()  # (1 + K + G, K)
+        likelihoods = evidence.score_without_each(
+            _base(self.llm), layout, prompt.at, left_out, rows, letters, progress
+        )  # (K + 2 + G, 1 or number of options)
         if chosen is None:
             values = likelihoods[:, 0]
         else:

@@ -121,6 +121,17 @@ def test_the_size_of_a_pass_changes_nothing(model, selection, monkeypatch):
     assert seen == [(i, len(selection.indices) + 2) for i in range(len(selection.indices) + 2)]
 
 
+def test_what_comes_before_the_first_patch_that_is_left_out_is_read_once():
+    begins, most = torch.tensor([3, 30, 4, 17, 18, 3, 41]), 64
+    passes = evidence.plan_passes(begins, 48, most)
+    assert sorted(int(number) for numbers, _ in passes for number in numbers) == list(range(len(begins)))
+    for numbers, start in passes:
+        assert start <= int(begins[numbers].min())
+        assert (48 - start) % evidence.ROUND == 0
+        assert len(numbers) * (48 - start) <= most
+    assert sum(len(numbers) * (48 - start) for numbers, start in passes) < 0.8 * len(begins) * 48
+
+
 @pytest.mark.parametrize("scoring", ["text", "letter"])
 @pytest.mark.parametrize("head", ["plain", "rescaled"])
 def test_a_long_prompt_is_read_in_parts_between_which_others_may_have_their_turn(
