@@ -446,9 +446,9 @@ class SparseWSI(nn.Module):
         """Load what save_pretrained wrote, from a folder or from the Hugging Face Hub, for inference.
 
         llm: a base LLM that is loaded already, with its tokenizer; an adapter is put into it, so that no other model
-        can share it. merge: add the adapter to the LLM's weights (see `merge`); None: on a GPU, unless the LLM was
-        passed or is in 4 bits. llm_kwargs (dtype, load_in_4bit) go to load_llm. Raises ValueError that names every
-        missing or unexpected weight.
+        can share it. merge: add the adapter to the LLM's weights (see `merge`); None: on a GPU and in float32, unless
+        the LLM was passed or is in 4 bits. llm_kwargs (dtype, load_in_4bit) go to load_llm. Raises ValueError that
+        names every missing or unexpected weight.
         """
         folder = artefact.find(folder_or_repo, revision)
         config = artefact.load_config(folder)
@@ -462,7 +462,8 @@ class SparseWSI(nn.Module):
         model.trained_on, model.limits = novelty.load(folder), limits.load(folder)
         model.name, model.weights_sha256 = name_model(folder_or_repo), artefact.weights_digest(folder)
         whole = llm is None and not getattr(base, "is_quantized", False)
-        if (whole and model.device.type == "cuda") if merge is None else merge:  # not yet run on a GPU
+        fitting = model.device.type == "cuda" or base.dtype == torch.float32  # not yet run on a GPU
+        if (whole and fitting) if merge is None else merge:
             model.merge()
         return model.eval()
 

@@ -402,7 +402,13 @@ def test_a_merged_adapter_answers_as_it_did_beside_the_weights(make_model: MakeM
     assert all((tmp_path / "merged" / file).read_bytes() == (tmp_path / "beside" / file).read_bytes() for file in files)
     loaded = SparseWSI.from_pretrained(tmp_path / "merged", merge=True, dtype=torch.float32)
     assert loaded.merged
-    assert not SparseWSI.from_pretrained(tmp_path / "merged", dtype=torch.float32, device="cpu").merged  # no GPU
+    for dtype, merge, merged in (
+        (torch.float32, None, True),
+        (torch.float32, False, False),
+        (torch.bfloat16, None, False),  # whose sums are rounded
+    ):
+        again = SparseWSI.from_pretrained(tmp_path / "merged", dtype=dtype, device="cpu", merge=merge)
+        assert again.merged == merged
     torch.testing.assert_close(loaded.option_probs(selection, "Which tissue?", OPTIONS), probs, rtol=0, atol=1e-5)
     assert not make_model().merge().merged  # there is nothing to merge
 
