@@ -45,7 +45,7 @@ from sparsewsi.web import intake, zero_gpu
 from sparsewsi.web.examples import name_example
 from sparsewsi.web.folder import UNOPENED, delete_untouched, measure
 from sparsewsi.web.gallery import find_sample
-from sparsewsi.web.jobs import Halted, Job, Jobs, Peek
+from sparsewsi.web.jobs import EVERY, Halted, Job, Jobs, Peek
 from sparsewsi.web.limits import MOST_WEIGHED, TOO_LONG, check_slides
 from sparsewsi.web.memory import give_back
 from sparsewsi.web.turns import Turns
@@ -214,6 +214,7 @@ class Desk:
         self._left: OrderedDict[str, Left] = OrderedDict()  # by session, which has ended
         self._images: weakref.WeakSet[Slide] = weakref.WeakSet()
         self._loading, self._writing, self._weighing = threading.Lock(), threading.Lock(), threading.Lock()
+        self._compiling = threading.Lock()
         self._loaded: tuple[Model, PatchEncoder] | None = None
 
     # ---- the model
@@ -266,9 +267,16 @@ class Desk:
         except (ValueError, OSError, RuntimeError) as error:
             print(f"The model could not be loaded yet: {error}", file=sys.stderr)
         few = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
-        umap.map_features(few, Selection(torch.arange(4), few[:, 0].clone(), few[:4], len(few)))
+        with self._compiling:
+            umap.map_features(few, Selection(torch.arange(4), few[:, 0].clone(), few[:4], len(few)))
         gc.collect()
         gc.freeze()  # what is there now stays: to look it through again and again would stop everything for a second
+
+    def wait_for_map(self, job: Job) -> None:
+        """Until umap-learn has compiled: who waited for that in a turn of the machine would keep it from all others."""
+        while not self._compiling.acquire(timeout=EVERY):
+            job.look()
+        self._compiling.release()
 
     # ---- slides
 

@@ -484,6 +484,7 @@ class Handlers(Comparing):
                 desk.jobs.pause(job)
 
             words = words_props(desk.words(case, job.name))
+            desk.wait_for_map(job)
             with desk.jobs.step(job):
                 props = map_props(umap.map_features(case.bag.features, case.selection, look=look))
         return gr.skip() if opened.closed else {self.page.view: gr.HTML(map=props, words=words)}

@@ -19,6 +19,7 @@ from PIL import Image
 from sparsewsi import phantom
 from sparsewsi.bags.foreign import load_bag
 from sparsewsi.model.limits import UNVALIDATED, Limit, Limits
+from sparsewsi.report import umap
 from sparsewsi.report.answer import Answer, FocusEffect
 from sparsewsi.report.record import read_selection
 from sparsewsi.web import chat, handlers, jobs
@@ -1007,6 +1008,35 @@ def test_seen_a_traceback_of_a_slide_that_was_closed_as_its_analysis_ended(on, o
     assert on.on_map_wanted(closed, me) == gr.skip()
     shown = on.on_answer_shown(closed, [{}, {}], {1: Answer("Which?", "fat", effects=(1.0,))})
     assert shown[on.page.view].props["evidence"] is None
+
+
+def test_a_map_that_waits_for_the_compiler_keeps_nobody_from_the_machine(on, opened, desk, visitor, monkeypatch):
+    first, second = visitor(), visitor()
+    mine, drawn, begun, compiled = one_slide("token", opened.case), [], threading.Event(), threading.Event()
+    draw, drawn_at_once = umap.map_features, []
+
+    def compile_slowly(*given, **named):
+        if threading.current_thread() is mapping:
+            drawn_at_once.append(not compiled.is_set())
+            return draw(*given, **named)
+        begun.set()
+        assert compiled.wait(30)
+        return None
+
+    monkeypatch.setattr(umap, "map_features", compile_slowly)
+    warming = threading.Thread(target=desk.warm_up)
+    mapping = threading.Thread(target=lambda: drawn.append(on.on_map_wanted(mine, first)))
+    warming.start()
+    assert begun.wait(30)
+    mapping.start()
+    mapping.join(2)
+    with desk.jobs.run(second.session_hash, "question") as job, desk.jobs.step(job):
+        assert not drawn_at_once
+    compiled.set()
+    mapping.join(60)
+    warming.join(30)
+    assert drawn[0][on.page.view].props["map"]
+    assert drawn_at_once == [False]
 
 
 def test_seen_a_focus_that_opened_on_blank_glass_and_not_where_its_weight_lies(opened):
