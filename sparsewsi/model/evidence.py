@@ -240,7 +240,7 @@ def score_answers(
     else:
         hidden = read_kept(llm, layout, sees, look, start, cache)  # (B, A, H)
         if letters:
-            return _linear(hidden[:, 0], head, torch.tensor(list(letters))).cpu()
+            return _linear(hidden[:, 0], head, list(letters)).cpu()
         found = log_likelihoods(hidden, head, targets, look)
     return torch.stack([part.sum(1) for part in found.cpu().split([len(row) for row in rows], 1)], 1)
 
@@ -299,18 +299,17 @@ def log_likelihoods(
     last layer at a time: neither a float32 copy of it nor the logits of a whole vocabulary are ever held.
     """
     total = torch.full(hidden.shape[:2], -torch.inf, device=hidden.device)
-    for words in torch.arange(head.out_features).split(WORDS):
+    for first in range(0, head.out_features, WORDS):
         if hidden.shape[0] * hidden.shape[1] > LONG:
             look()
-        total = torch.logaddexp(total, _linear(hidden, head, words).logsumexp(-1))
+        total = torch.logaddexp(total, _linear(hidden, head, slice(first, first + WORDS)).logsumexp(-1))
     own = head.weight[targets].float()  # (A, H)
     chosen = (hidden.float() * own).sum(-1)
     return chosen + (0 if head.bias is None else head.bias[targets].float()) - total
 
 
-def _linear(hidden: Tensor, head: nn.Linear, words: Tensor) -> Tensor:
-    """Logits (..., len(words)) float32 of these words of the vocabulary."""
-    words = words.to(hidden.device)
+def _linear(hidden: Tensor, head: nn.Linear, words: slice | list[int]) -> Tensor:
+    """Logits (..., words) float32 of these words of the vocabulary."""
     return F.linear(hidden.float(), head.weight[words].float(), None if head.bias is None else head.bias[words].float())
 
 
