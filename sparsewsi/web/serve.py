@@ -123,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Gradio takes these from its environment alone.
             os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")
             os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")  # it sums them up after every event
+            os.environ["MPLBACKEND"] = "agg"  # else it loads pyplot to find one, while the first click waits
             private = flags.host in LOOPBACK and not on_space and flags.auth is None
             quota = int(flags.quota * 1e9) if flags.quota else shutil.disk_usage(folder).free // 2
             desk = Desk(flags.model, folder, log=flags.log, allow_paths=private, quota=quota, reader=reader)

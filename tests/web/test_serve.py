@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from sparsewsi.web import serve
 from sparsewsi.web.desk import Desk
 from sparsewsi.web.folder import make_folder
 from sparsewsi.web.page import build_page
@@ -42,6 +43,22 @@ def test_it_is_served_to_this_machine_and_keeps_no_record(desk):
     }
     assert {key: settings[key] for key in wanted} == wanted
     assert all(font not in str(settings["theme"].font) for font in ("Google", "http"))
+
+
+def test_the_first_click_does_not_wait_for_pyplot(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("MPLBACKEND", "GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_MAX_EVENTS"):
+        monkeypatch.setenv(name, "")  # and as it was afterwards
+    script = "import sys, gradio; gradio.utils.MatplotlibBackendMananger().__enter__(); print(*sys.modules)"
+    loaded = []
+
+    def click(*_) -> None:
+        loaded.extend(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.split())
+
+    monkeypatch.setattr(serve, "serve", click)
+    assert main(["--model", str(tiny_model)]) == 0
+    assert "matplotlib" in loaded
+    assert "matplotlib.pyplot" not in loaded
 
 
 @pytest.mark.parametrize("allowed", [True, False])
