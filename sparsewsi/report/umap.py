@@ -6,6 +6,7 @@ import of umap-learn takes seconds.
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +89,32 @@ def map_features(
         )
         xy = np.asarray(reducer.fit_transform(x), np.float32)
     return FeatureMap(xy, rows, total, "UMAP")
+
+
+def compile_ahead(pause: Callable[[], object]) -> None:
+    """Have umap-learn imported and compiled, so that the first map does not wait for it: some ten seconds on one core.
+
+    pause: called before each of the compiler's passes; it may wait
+    """
+    few = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    with pausing(pause):
+        map_features(few, Selection(torch.arange(4), few[:, 0].clone(), few[:4], len(few)))
+
+
+@contextmanager
+def pausing(pause: Callable[[], object]) -> Iterator[None]:
+    """Have something called before each pass of numba's compiler, in its thread."""
+    from numba.core import event
+
+    class Passes(event.Listener):
+        def on_start(self, _event: event.Event) -> None:
+            pause()
+
+        def on_end(self, _event: event.Event) -> None:
+            pass
+
+    with event.install_listener("numba:run_pass", Passes()):
+        yield
 
 
 def _look_at_each(epochs: Iterable[int], look: Callable[[], object] | None = None, **_: object) -> Iterator[int]:

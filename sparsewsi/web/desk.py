@@ -31,7 +31,6 @@ from sparsewsi.bags.foreign import load_bag
 from sparsewsi.bags.patch_encoder import PatchEncoder
 from sparsewsi.files import append_line, cache_folder
 from sparsewsi.model.config import SparseWSIConfig, name_model
-from sparsewsi.model.selection import Selection
 from sparsewsi.model.words import Words
 from sparsewsi.readers.pictures import PictureReader, Pictures
 from sparsewsi.report import umap
@@ -58,6 +57,7 @@ MOST_OPENED, MOST_FEATURES = 512, 512 << 20  # analysed slides that are kept, an
 MOST_PATCHES = 200_000  # of a case; their features take half a GB
 BATCH = 16  # patches that are encoded in one turn: who waits for theirs waits so long
 MOST_DECODED = 192 << 20  # bytes of px of all PNG and JPEG slides that are open: one of 8,192 x 8,192 px
+MOST_YIELDED = 120.0  # s for which the compiler of the map lets questions go first
 MOST_GONE = 10_000  # sessions that are remembered to have ended
 LEFT_FOR, MOST_LEFT, MOST_LEFT_FEATURES = 600.0, 64, 256 << 20  # s that a closed page's case is kept, how many, bytes
 MOST_REMEMBERED = 50  # answers of the API that a new one is held against
@@ -261,14 +261,22 @@ class Desk:
         return word_notice(self.config)
 
     def warm_up(self) -> None:
-        """Load the model and let umap-learn compile, so that the first visitor does not wait for either."""
+        """Load the model and let umap-learn compile, so that the first visitor does not wait for either.
+
+        Whoever asks meanwhile goes first: a compiler that holds Python's lock doubles the time of an answer.
+        """
         try:
             self.load()
         except (ValueError, OSError, RuntimeError) as error:
             print(f"The model could not be loaded yet: {error}", file=sys.stderr)
-        few = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+        until = time.monotonic() + MOST_YIELDED
+
+        def pause() -> None:
+            while self.jobs.answering and time.monotonic() < until:
+                time.sleep(0.1)
+
         with self._compiling:
-            umap.map_features(few, Selection(torch.arange(4), few[:, 0].clone(), few[:4], len(few)))
+            umap.compile_ahead(pause)
         gc.collect()
         gc.freeze()  # what is there now stays: to look it through again and again would stop everything for a second
 

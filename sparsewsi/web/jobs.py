@@ -283,6 +283,12 @@ class Jobs:
         """Whether anything is done for a session, or waits."""
         return any(job.session == session for job in list(self._jobs))
 
+    @property
+    def answering(self) -> bool:
+        """Whether a question is being answered for anybody."""
+        with self._changed:
+            return any(job.what == "question" for job in self._running)
+
     def find(self, name: str) -> Job:
         """A job by its name; one that nobody can end where it is not known, as in another process (ZeroGPU's)."""
         return self._named.get(name) or Job("", "slide")

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -93,3 +94,13 @@ def test_neighbours_are_the_nearest_and_begin_with_the_point_itself():
     assert (indices[:, 0] == np.arange(50)).all()
     true = np.sort(np.linalg.norm(x[:, None] - x[None], axis=-1), axis=1)[:, :5]
     np.testing.assert_allclose(distances, true, atol=2e-3)
+
+
+def test_numbas_compiler_can_be_made_to_pause():
+    paused = []
+    with umap.pausing(lambda: paused.append(1)):
+        assert numba.njit(lambda x: x + 1)(1) == 2
+    assert len(paused) > 10
+    passes = len(paused)
+    assert numba.njit(lambda x: x + 2)(1) == 3
+    assert len(paused) == passes

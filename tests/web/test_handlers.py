@@ -43,6 +43,7 @@ from sparsewsi.web.handlers import Asked, Handlers, read_mpp
 from sparsewsi.web.jobs import Halted
 from sparsewsi.web.layout import tell_doubts
 from sparsewsi.web.viewer import bag_props, file_props
+from tests.web.test_jobs import soon
 
 PHANTOM = SimpleNamespace(_data={"name": "phantom"})  # what the gallery tells
 
@@ -1015,19 +1016,20 @@ def test_a_map_that_waits_for_the_compiler_keeps_nobody_from_the_machine(on, ope
     mine, drawn, begun, compiled = one_slide("token", opened.case), [], threading.Event(), threading.Event()
     draw, drawn_at_once = umap.map_features, []
 
-    def compile_slowly(*given, **named):
-        if threading.current_thread() is mapping:
-            drawn_at_once.append(not compiled.is_set())
-            return draw(*given, **named)
+    def compile_slowly(_pause) -> None:
         begun.set()
         assert compiled.wait(30)
-        return None
 
-    monkeypatch.setattr(umap, "map_features", compile_slowly)
+    def note(*given, **named):
+        drawn_at_once.append(not compiled.is_set())
+        return draw(*given, **named)
+
+    monkeypatch.setattr(umap, "compile_ahead", compile_slowly)
+    monkeypatch.setattr(umap, "map_features", note)
     warming = threading.Thread(target=desk.warm_up)
-    mapping = threading.Thread(target=lambda: drawn.append(on.on_map_wanted(mine, first)))
     warming.start()
     assert begun.wait(30)
+    mapping = threading.Thread(target=lambda: drawn.append(on.on_map_wanted(mine, first)))
     mapping.start()
     mapping.join(2)
     with desk.jobs.run(second.session_hash, "question") as job, desk.jobs.step(job):
@@ -1037,6 +1039,28 @@ def test_a_map_that_waits_for_the_compiler_keeps_nobody_from_the_machine(on, ope
     warming.join(30)
     assert drawn[0][on.page.view].props["map"]
     assert drawn_at_once == [False]
+
+
+def test_the_compiler_of_the_map_lets_a_question_go_first(desk, me, monkeypatch):
+    passes, asked, waited = [], threading.Event(), []
+
+    def compile_in_passes(pause) -> None:
+        for number in range(3):
+            pause()
+            passes.append(number)
+            asked.wait(30)
+
+    monkeypatch.setattr(umap, "compile_ahead", compile_in_passes)
+    warming = threading.Thread(target=desk.warm_up)
+    warming.start()
+    assert soon(lambda: passes == [0])
+    with desk.jobs.run(me.session_hash, "question"):
+        asked.set()
+        warming.join(0.5)
+        waited.extend(passes)
+    warming.join(30)
+    assert waited == [0]
+    assert passes == [0, 1, 2]
 
 
 def test_seen_a_focus_that_opened_on_blank_glass_and_not_where_its_weight_lies(opened):
