@@ -201,8 +201,8 @@ def plan_passes(begins: Tensor, length: int, most: int) -> list[tuple[Tensor, in
     return passes
 
 
-def share(cache: "DynamicCache", length: int, n: int) -> "DynamicCache":
-    """The keys and values of the first tokens of one sequence, for n that begin with them."""
+def share(cache: Any, length: int, n: int) -> "DynamicCache":
+    """The keys and values of the first tokens of one sequence (a DynamicCache), for n that begin with them."""
     shared = type(cache)()
     for number, layer in enumerate(cache.layers):
         known = (part[:, :, :length].expand(n, -1, -1, -1) for part in (layer.keys, layer.values))
