@@ -128,6 +128,7 @@ class Answering:
         page = self.page
         if waiting is None:
             raise stop_unseen()
+        self.desk.turns.keep_early(str(request.session_hash), None)
         if opened is None or coming is None:
             box = {page.question: waiting.text, page.given_options: "\n".join(waiting.options)}
             return {page.waiting: None, page.chat: take_waiting(chat), **box}
@@ -175,7 +176,7 @@ class Answering:
         if opened is None or coming:
             if take_waiting(chat) != chat:
                 raise refuse(WAITS_TOO)
-            return self._let_wait(put, chat)
+            return self._let_wait(put, chat, str(request.session_hash))
         changes = self._ask_or_wait(opened, chat, put, questions, request)
         waits = self.page.chat not in changes or self.desk.turns.busy(str(request.session_hash))
         box = wait_for_answer if waits else ask_for_question
@@ -219,10 +220,11 @@ class Answering:
         boxes: Changes = {page.question: box(value=question.text), page.next_line: ""}
         return boxes | {page.given_options: "\n".join(question.options), page.impression: question.impression}
 
-    def _let_wait(self, question: Question, before: list) -> Changes:
+    def _let_wait(self, question: Question, before: list, session: str) -> Changes:
         page = self.page
         with explain_errors():
             check_question(question.text, question.options)
+        self.desk.turns.keep_early(session, question)
         chat = [*before, show_question(question), show_answer(AT_READY)]
         return {page.chat: chat, page.waiting: question} | dict.fromkeys(
             (page.question, page.given_options, page.impression), ""

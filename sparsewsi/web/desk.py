@@ -155,7 +155,7 @@ class Left:
     slides: those that can be opened again; with their patches, where these are nobody else's to see
     lost:   how many were uploaded, and are deleted
     kept:   indices of its patches; None if it was not wholly analysed
-    asked:  the question that was being answered, a chat.Question; None if none was
+    asked:  the question that was being answered or waited for a slide, a chat.Question; None if none did
     """
 
     tokens: frozenset[str]
@@ -710,9 +710,8 @@ class Desk:
         if not shown:
             return
         cases = [one for token, one in list(self._opened.items()) if self.slides.owner_of(token) == session]
-        turn = self.turns.get(session)
         left = self._leave(shown, cases[-1] if cases else None)
-        self._left[session] = replace(left, asked=turn and turn.question)
+        self._left[session] = replace(left, asked=self.turns.unanswered(session))
         while len(self._left) > MOST_LEFT or sum(one.bytes for one in list(self._left.values())) > MOST_LEFT_FEATURES:
             self._left.popitem(last=False)
 

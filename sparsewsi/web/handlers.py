@@ -56,7 +56,7 @@ MOST_VIEWS, MOST_PICKS = 200, 4096  # taken from one event of the viewer
 UNKNOWN = "The page was loaded anew, and this server does not know the slide of before any more: open it again."
 DELETED = "The page was loaded anew. What is uploaded is deleted when its page goes: choose the file again."
 STOPPED_AT_RELOAD = "The page was loaded anew, which ended the analysis of before."
-NOT_ANSWERED = "The page was loaded anew while a question was answered: it is in its box again, and Enter asks it."
+NOT_ANSWERED = "The page was loaded anew before a question was answered: it is in its box again, and Enter asks it."
 CANCELLED = "The analysis was cancelled. Open the slide again to go on."
 NOT_ADDED = "The analysis was cancelled; the case is as it was."
 
@@ -153,7 +153,8 @@ class Handlers(Comparing):
         if token and not named and (left is None or left.lost or left.kept is None):
             lost = UNKNOWN if left is None else DELETED if left.lost else STOPPED_AT_RELOAD
             again = left is not None and bool(left.slides)
-            yield {page.left: left, page.lost: f"<p>{lost}</p>", page.reopen: gr.Button(visible=again)}
+            told = {page.left: left, page.lost: f"<p>{lost}</p>", page.reopen: gr.Button(visible=again)}
+            yield told | self._give_asked_back(left)
             raise stop_unseen()
         if left is not None and left.slides:
             yield self.on_reopen(left, request)
@@ -449,11 +450,16 @@ class Handlers(Comparing):
         self.on_analysed(opened, dict(answers), request)
         back: Changes = {page.chat: chat, page.questions: questions, page.answers: answers, page.called: left.called}
         back |= {page.earlier: tell_earlier(left.earlier)}
-        if left.asked is not None:
-            gr.Info(NOT_ANSWERED, duration=8)
-            back |= {page.question: left.asked.text, page.impression: left.asked.impression}
-            back[page.given_options] = "\n".join(left.asked.options)
-        return back | self._show_evidence_of(opened, chat, dict(answers))
+        return back | self._give_asked_back(left) | self._show_evidence_of(opened, chat, dict(answers))
+
+    def _give_asked_back(self, left: Left | None) -> Changes:
+        """The boxes with what was not answered any more."""
+        if left is None or left.asked is None:
+            return {}
+        page, asked = self.page, left.asked
+        gr.Info(NOT_ANSWERED, duration=8)
+        boxes: Changes = {page.question: asked.text, page.impression: asked.impression}
+        return boxes | {page.given_options: "\n".join(asked.options)}
 
     def on_shown(self, event: gr.EventData) -> Changes:
         """Another slide of the case is looked at: regions that are imported are of that one."""

@@ -40,7 +40,20 @@ class Turns:
 
     def __init__(self) -> None:
         self._turns: dict[str, Turn] = {}
+        self._early: dict[str, Any] = {}
         self._lock = threading.Lock()
+
+    def keep_early(self, session: str, question: Any) -> None:
+        """A question waits for a slide, or, with None, does so no longer."""
+        with self._lock:
+            self._early.pop(session, None)
+            if question is not None:
+                self._early[session] = question
+
+    def unanswered(self, session: str) -> Any:
+        """The question that is being answered, or waits for a slide."""
+        turn = self._turns.get(session)
+        return turn.question if turn else self._early.get(session)
 
     def begin(self, session: str, asked: Hashable) -> None:
         """A question was asked; an answer to it will be taken up. What waits for the one before waits for this one."""
@@ -122,4 +135,5 @@ class Turns:
     def forget(self, session: str) -> Turn | None:
         """Nobody sees any more what is being answered. Returns its turn."""
         with self._lock:
+            self._early.pop(session, None)
             return self._turns.pop(session, None)

@@ -98,6 +98,21 @@ def test_seen_a_reload_that_lost_the_question_that_was_being_answered(at_home, s
     )
 
 
+def test_seen_a_reload_that_lost_the_question_that_waited_for_the_slide(at_home, slides, come):
+    on, page, me = at_home, at_home.page, come("early")
+    shown = on.on_slide(Asked(slides[:1]), "", None, None, None, me)
+    (coming,) = shown[page.coming]
+    on.on_question("Which?", "fat\nliver", "fat, I think", None, shown[page.coming], [], {}, me)
+    on.desk.forget("early")
+    changes = said(on, coming.token, come("early again"))
+    boxes = (page.question, page.given_options, page.impression)
+    assert tuple(changes[box] for box in boxes) == ("Which?", "fat\nliver", "fat, I think")
+    assert not on.desk.turns._early
+    chat = on.on_question("Which?", "", "", None, shown[page.coming], [], {}, me)[page.chat]
+    on.on_ready(None, Question("Which?"), None, chat, me)
+    assert on.desk.turns.unanswered("early") is None, "it is in its box, and is put there once"
+
+
 def test_a_reload_before_the_server_heard_of_the_old_page_ends_that(at_home, slides, come):
     case = open_case(at_home, come("slow"), Asked(slides[:1]))
     (asked,) = at_home.on_load(case.token, come("quick"))
