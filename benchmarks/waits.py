@@ -2,16 +2,19 @@
 
     pytest tests/web/test_browser.py tests/web/test_browser_cases.py    # writes screenshots/latencies.md
     python -m benchmarks.waits
-    python -m benchmarks.waits --before OLD.md    # the same table of an earlier commit, from the same machine
+    python -m benchmarks.waits NEW.md ... --before OLD.md ...   # tables of an earlier commit, from the same machine
 
-Prints both, their ratio and, at the end, how many are slower by more than a fifth; the exit status is 1 if any is.
+Prints both, their ratio and, at the end, how many are slower by more than a fifth; the exit status is 1 if any is. Of
+several tables the median counts.
 Waits below 50 ms are shown and not judged: a frame more or less is a fifth of them.
 """
 
 import argparse
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 RECORD, SECTION = Path("docs/benchmarks.md"), "## The page"
 MOST, LEAST = 1.2, 0.05  # ratio that is slower; s from which it is judged
@@ -30,21 +33,27 @@ def read_waits(text: str) -> dict[tuple[str, str], float]:
     return waits
 
 
+def median_waits(tables: Sequence[Path]) -> dict[tuple[str, str], float]:
+    """What read_waits gives of several tables: the median of those that have it."""
+    read = [read_waits(path.read_text(encoding="utf-8")) for path in tables]
+    return {key: median(waits[key] for waits in read if key in waits) for waits in read for key in waits}
+
+
 def _cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip().strip("|").split("|")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("new", type=Path, nargs="?", default=Path("screenshots/latencies.md"))
-    parser.add_argument("--before", type=Path, help="a table to compare with instead of the one on record")
+    parser.add_argument("new", type=Path, nargs="*", default=[Path("screenshots/latencies.md")])
+    parser.add_argument("--before", type=Path, nargs="+", help="tables to compare with instead of the one on record")
     given = parser.parse_args()
     if given.before:
-        section = given.before.read_text(encoding="utf-8")
+        old = median_waits(given.before)
     else:
         _, _, section = RECORD.read_text(encoding="utf-8").partition(f"{SECTION}\n")
-    old = read_waits(section.partition("\n## ")[0])
-    new = read_waits(given.new.read_text(encoding="utf-8"))
+        old = read_waits(section.partition("\n## ")[0])
+    new = median_waits(given.new)
     slower = 0
     print("| wait for | slide | before | now | ratio | |\n|---|---|---|---|---|---|")
     for what, slide in new | old:
