@@ -2,7 +2,7 @@
 
     pytest tests/web/test_browser.py tests/web/test_browser_cases.py    # writes screenshots/latencies.md
     python -m benchmarks.waits
-    python -m benchmarks.waits NEW.md ... --before OLD.md ...   # tables of an earlier commit, from the same machine
+    python -m benchmarks.waits NEW.md ... --before OLD.md     # the same of an earlier commit, from the same machine
 
 Prints both, their ratio and, at the end, how many are slower by more than a fifth; the exit status is 1 if any is. Of
 several tables the median counts.
@@ -46,7 +46,7 @@ def _cells(line: str) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("new", type=Path, nargs="*", default=[Path("screenshots/latencies.md")])
-    parser.add_argument("--before", type=Path, nargs="+", help="tables to compare with instead of the one on record")
+    parser.add_argument("--before", type=Path, action="append", help="compare with this, may be repeated")
     given = parser.parse_args()
     if given.before:
         old = median_waits(given.before)

@@ -237,7 +237,7 @@ def main() -> None:
     banks = [load_bank(path, "train") for path in given.banks]
     data = open_stream(banks, given.slides, given.unseen, given.phantoms, given.seed, config.questions_per_bag)
     last = polish(config, data, banks)
-    model = SparseWSI.from_pretrained(last / "model")
+    model = SparseWSI.from_pretrained(last / "model", merge=False)  # whose adapter is averaged
     checkpoints = sorted(path for path in last.parent.iterdir() if path.is_dir() and not path.is_symlink())
     average(model, [path / "model" for path in checkpoints[-given.average :]])
     model.config = replace(model.config, diversity=given.diversity)

@@ -155,7 +155,7 @@ def main() -> None:
     checkpoint = latest(given.run)
     if checkpoint is None:
         raise ValueError(f"{given.run} holds no checkpoint. Name the folder of a run of stage 2.")
-    model = SparseWSI.from_pretrained(checkpoint / "model")
+    model = SparseWSI.from_pretrained(checkpoint / "model", merge=False)  # its adapter is averaged below
     sparselearn = SparseLearn(model.config.dim, model.config.num_tokens)
     load_state(checkpoint, sparselearn)
     banks = tuple(load_bank(path, "train") for path in given.banks)

@@ -174,11 +174,16 @@ def score_without_each(
     from transformers import DynamicCache  # seconds, that whoever holds an Evidence does not wait for
 
     length, k = layout.embeds.shape[1], left_out.shape[1]
-    passes = plan_passes(at + left_out.int().argmax(1), length, TOKENS.get(layout.embeds.device.type, TOKENS["cpu"]))
+    in_sight, most = torch.zeros(1, k).bool(), TOKENS.get(layout.embeds.device.type, TOKENS["cpu"])
+    if (1 + len(left_out)) * length <= most:  # one pass is enough
+        look = partial(progress or (lambda *_: None), 0, 1)
+        look()
+        return score_answers(llm, layout, at, torch.cat([in_sight, left_out]), rows, letters, look)
+    passes = plan_passes(at + left_out.int().argmax(1), length, most)
     looks = [partial(progress or (lambda *_: None), done, 1 + len(passes)) for done in range(1 + len(passes))]
     cache = DynamicCache()
     looks[0]()
-    whole = score_answers(llm, layout, at, torch.zeros(1, k).bool(), rows, letters, looks[0], 0, cache)
+    whole = score_answers(llm, layout, at, in_sight, rows, letters, looks[0], 0, cache)
     scores = torch.cat([whole, whole.new_empty(len(left_out), whole.shape[1])])
     for look, (numbers, start) in zip(looks[1:], passes):
         look()
@@ -190,12 +195,12 @@ def score_without_each(
 def plan_passes(begins: Tensor, length: int, most: int) -> list[tuple[Tensor, int]]:
     """Which sequences are read together, and from which token on, given where each begins to differ: (M,).
 
-    The tokens of a pass are at most `most`, if there is more than one sequence in it.
+    If there is more than one sequence in a pass, it reads `most` tokens at most, and holds twice as many.
     """
     order, passes = begins.argsort(stable=True), []
     while len(order):
         start = int(begins[order[0]]) // ROUND * ROUND
-        n = max(1, most // (length - start))
+        n = max(1, min(most // (length - start), 2 * most // length))
         passes.append((order[:n], start))
         order = order[n:]
     return passes

@@ -4,6 +4,7 @@ N patches, K kept, D feature dim, M points drawn. matplotlib and umap-learn are 
 import of umap-learn takes seconds.
 """
 
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -103,12 +104,15 @@ def compile_ahead(pause: Callable[[], object]) -> None:
 
 @contextmanager
 def pausing(pause: Callable[[], object]) -> Iterator[None]:
-    """Have something called before each pass of numba's compiler, in its thread."""
+    """Have something called before each pass that numba's compiler makes for this thread."""
     from numba.core import event
+
+    mine = threading.get_ident()
 
     class Passes(event.Listener):
         def on_start(self, _event: event.Event) -> None:
-            pause()
+            if threading.get_ident() == mine:
+                pause()
 
         def on_end(self, _event: event.Event) -> None:
             pass

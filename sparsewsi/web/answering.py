@@ -98,6 +98,8 @@ class Answering:
             (folder / name).touch()
             return folder / name
         with desk.jobs.run(str(session), "files") as job, tempfile.TemporaryDirectory(dir=folder) as beside:
+            if name.startswith("figure"):  # which holds the map
+                desk.wait_for_map(job)
             names, where = ([name], folder) if name != BY_SLIDE else (["patches.geojson"], Path(beside))
             if name == BY_SLIDE and not any(desk.is_upload(one.path) for one in opened.slides):
                 names.append(ANNOTATIONS)  # whose writer reads the slide's files in this process
@@ -304,7 +306,7 @@ class Answering:
                 self.page.impression: question.impression,
             }
         asked = [*before, show_question(question)]
-        self.desk.turns.begin(str(request.session_hash), name_question(opened, asked))
+        self.desk.turns.begin(str(request.session_hash), name_question(opened, asked), question)
         return {
             self.page.chat: asked,
             self.page.questions: earlier | {len(before): question},
@@ -486,7 +488,7 @@ class Answering:
         boxes = self._give_next_back(str(request.session_hash))
         self.desk.turns.drop(str(request.session_hash))
         self.desk.jobs.end(str(request.session_hash), "question")
-        return {self.page.questions: {}, self.page.answers: {}, **boxes}
+        return {self.page.questions: {}, self.page.answers: {}, self.page.waiting: None, **boxes}
 
 
 # ---- values

@@ -58,7 +58,7 @@ MOST_OPENED, MOST_FEATURES = 512, 512 << 20  # analysed slides that are kept, an
 MOST_PATCHES = 200_000  # of a case; their features take half a GB
 BATCH = 16  # patches that are encoded in one turn: who waits for theirs waits so long
 MOST_DECODED = 192 << 20  # bytes of px of all PNG and JPEG slides that are open: one of 8,192 x 8,192 px
-MOST_YIELDED = 120.0  # s for which the compiler of the map lets questions go first
+MOST_YIELDED = 60.0  # s for which the compiler of the map lets questions go first
 MOST_GONE = 10_000  # sessions that are remembered to have ended
 LEFT_FOR, MOST_LEFT, MOST_LEFT_FEATURES = 600.0, 64, 256 << 20  # s that a closed page's case is kept, how many, bytes
 MOST_REMEMBERED = 50  # answers of the API that a new one is held against
@@ -712,8 +712,8 @@ class Desk:
         if not shown:
             return
         cases = [one for token, one in list(self._opened.items()) if self.slides.owner_of(token) == session]
-        left = self._leave(shown, cases[-1] if cases else None)
-        self._left[session] = replace(left, asked=self.turns.unanswered(session))
+        asked = self.turns.unanswered(session)
+        self._left[session] = replace(self._leave(shown, cases[-1] if cases else None), asked=asked)
         while len(self._left) > MOST_LEFT or sum(one.bytes for one in list(self._left.values())) > MOST_LEFT_FEATURES:
             self._left.popitem(last=False)
 

@@ -153,11 +153,15 @@ class Handlers(Comparing):
         if token and not named and (left is None or left.lost or left.kept is None):
             lost = UNKNOWN if left is None else DELETED if left.lost else STOPPED_AT_RELOAD
             again = left is not None and bool(left.slides)
-            told = {page.left: left, page.lost: f"<p>{lost}</p>", page.reopen: gr.Button(visible=again)}
+            told: Changes = {
+                page.left: left and dataclasses.replace(left, asked=None),
+                page.lost: f"<p>{lost}</p>",
+                page.reopen: gr.Button(visible=again),
+            }
             yield told | self._give_asked_back(left)
             raise stop_unseen()
-        if left is not None and left.slides:
-            yield self.on_reopen(left, request)
+        if left is not None and left.slides:  # its chat comes back with its patches, and what was asked after it
+            yield self.on_reopen(left, request) | (self._give_asked_back(left) if left.kept is None else {})
         elif named:
             yield self._open_examples(names, request, progress)
         else:

@@ -139,7 +139,7 @@ def _wire_questions(page: Page, on: Handlers, analysed: list) -> None:
             [*talk, page.answers, page.given_options],
             **QUIET,
         ),
-        page.chat.clear(on.on_clear, None, [page.questions, page.answers, *back], **QUIET),
+        page.chat.clear(on.on_clear, None, [page.questions, page.answers, page.waiting, *back], **QUIET),
     ]
     for event in taken_back:
         event.success(on.on_analysed, [page.opened, page.answers], None, **QUIET)

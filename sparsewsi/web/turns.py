@@ -53,13 +53,13 @@ class Turns:
     def unanswered(self, session: str) -> Any:
         """The question that is being answered, or waits for a slide."""
         turn = self._turns.get(session)
-        return turn.question if turn else self._early.get(session)
+        return turn.question if turn and turn.question is not None else self._early.get(session)
 
-    def begin(self, session: str, asked: Hashable) -> None:
+    def begin(self, session: str, asked: Hashable, question: Any = None) -> None:
         """A question was asked; an answer to it will be taken up. What waits for the one before waits for this one."""
         with self._lock:
             before = self._turns.get(session)
-            self._turns[session] = Turn(asked, next=before and before.next)
+            self._turns[session] = Turn(asked, question=question, next=before and before.next)
 
     def get(self, session: str) -> Turn | None:
         return self._turns.get(session)

@@ -108,6 +108,11 @@ def test_seen_a_reload_that_lost_the_question_that_waited_for_the_slide(at_home,
     boxes = (page.question, page.given_options, page.impression)
     assert tuple(changes[box] for box in boxes) == ("Which?", "fat\nliver", "fat, I think")
     assert not on.desk.turns._early
+    shown = on.on_slide(Asked(slides[:1]), "", None, None, None, me)
+    on.on_question("Which?", "fat\nliver", "fat, I think", None, shown[page.coming], [], {}, me)
+    on.desk.forget("early")
+    named = next(on.on_load(shown[page.coming][0].token, come("named", slide="phantom")))
+    assert tuple(named[box] for box in boxes) == ("Which?", "fat\nliver", "fat, I think")
     chat = on.on_question("Which?", "", "", None, shown[page.coming], [], {}, me)[page.chat]
     on.on_ready(None, Question("Which?"), None, chat, me)
     assert on.desk.turns.unanswered("early") is None, "it is in its box, and is put there once"
