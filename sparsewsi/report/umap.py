@@ -93,13 +93,15 @@ def map_features(
 
 
 def compile_ahead(pause: Callable[[], object]) -> None:
-    """Have umap-learn imported and compiled, so that the first map does not wait for it: some ten seconds on one core.
+    """Have umap-learn and matplotlib imported and compiled, so that no map waits: ten seconds on one core.
 
     pause: called before each of the compiler's passes; it may wait
     """
     few = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    selection = Selection(torch.arange(4), few[:, 0].clone(), few[:4], len(few))
     with pausing(pause):
-        map_features(few, Selection(torch.arange(4), few[:, 0].clone(), few[:4], len(few)))
+        points = map_features(few, selection)
+    draw_map(points, selection)
 
 
 @contextmanager

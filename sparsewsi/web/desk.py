@@ -5,7 +5,6 @@ A Desk is made in main and passed to what needs it; no module keeps anything of 
 
 import gc
 import hashlib
-import importlib
 import re
 import secrets
 import shutil
@@ -262,7 +261,7 @@ class Desk:
         return word_notice(self.config)
 
     def warm_up(self) -> None:
-        """Load the model and matplotlib, let umap-learn compile: the first visitor waits for none of them.
+        """Load the model and what draws, let umap-learn compile, so that the first visitor waits for none of them.
 
         Whoever asks meanwhile goes first: a compiler that holds Python's lock doubles the time of an answer.
         """
@@ -278,7 +277,6 @@ class Desk:
 
         with self._compiling:
             umap.compile_ahead(pause)
-        importlib.import_module("matplotlib.backends.backend_agg")  # for the report
         gc.collect()
         gc.freeze()  # what is there now stays: to look it through again and again would stop everything for a second
 
