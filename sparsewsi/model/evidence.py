@@ -265,7 +265,7 @@ def read_kept(
     of those before, to which the others' are added
     More tokens than TOKENS are read in parts, each of which sees those before by their keys and values.
     """
-    from transformers import DynamicCache
+    from transformers import DynamicCache  # as above
 
     n, length = sees.shape[:2]
     device = sees.device.type

@@ -37,12 +37,12 @@ def _wire_slides(demo: gr.Blocks, page: Page, on: Handlers, allow_paths: bool) -
     waiting = {"show_progress_on": page.facts, **PRIVATE}
     tell = functools.partial(tell_beside, page.wrong)
     chosen, asked = [page.asked, page.mpp, page.wrong], [page.asked, page.wrong]
-    asked_again = [page.asked, page.left, page.lost, page.reopen]
     boxes = [page.question, page.given_options, page.impression]
+    loaded = [page.asked, page.left, page.lost, page.reopen, *boxes]
     opened = [
         page.gallery.choose(tell(on.on_choose), page.beside, chosen, **waiting, **EVERY),
         page.upload.upload(tell(on.on_upload), [page.upload, page.beside], asked, **waiting, **EVERY),
-        demo.load(on.on_load, page.token, [*asked_again, *boxes], js=SHOWN_BEFORE, **QUIET),
+        demo.load(on.on_load, page.token, loaded, js=SHOWN_BEFORE, **QUIET),
         page.reopen.click(tell(on.on_reopen), page.left, asked, **waiting),
         page.back.click(tell(on.on_reopen), page.left, asked, **waiting),
     ]
